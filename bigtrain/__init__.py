@@ -1,0 +1,3 @@
+"""bigtrain: train large models from one file."""
+
+__version__ = "0.1.0"

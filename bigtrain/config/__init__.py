@@ -1,0 +1,6 @@
+"""The run's file: schema, loading, overrides, errors."""
+
+from bigtrain.config.load import Loaded, differences, load, load_config, to_yaml
+from bigtrain.config.schema import Run
+
+__all__ = ["Loaded", "Run", "differences", "load", "load_config", "to_yaml"]

@@ -1,0 +1,171 @@
+"""The schema of a run's file. Free of torch, so that a wrong key is answered before anything heavy is imported.
+
+Every field carries its unit in the description and one mark:
+
+- `mathematics`: decides what is trained; a run cannot be resumed with another value;
+- `execution`: decides how; free to change on a resume, the numbers stay the same;
+- `reporting`: decides what is shown or kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Mark = Literal["mathematics", "execution", "reporting"]
+
+
+class Section(BaseModel):
+    """A mapping of the run's file: unknown keys and wrong types are errors, values cannot be changed later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+def mathematics(doc: str, default: Any = ..., **limits: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"mark": "mathematics"}, **limits)
+
+
+def execution(doc: str, default: Any = ..., **limits: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"mark": "execution"}, **limits)
+
+
+def reporting(doc: str, default: Any = ..., **limits: Any) -> Any:
+    return Field(default, description=doc, json_schema_extra={"mark": "reporting"}, **limits)
+
+
+class Model(Section):
+    from_config: dict[str, Any] | None = mathematics(
+        "A transformers configuration with its `model_type`, for a causal language model with random weights. "
+        "`vocab_size` and special token ids are taken from the tokenizer where absent.",
+        None,
+    )
+    from_pretrained: str | None = mathematics("A folder or a Hub id of a pretrained causal language model.", None)
+
+
+class TrainTokenizer(Section):
+    vocab_size: int = mathematics("Entries of the vocabulary, special tokens included.", ge=300)
+    sample_bytes: int = mathematics(
+        "How much text of the first stage's training documents the merges are learned from, in bytes.",
+        8_000_000,
+        ge=1,
+    )
+
+
+class Tokenizer(Section):
+    train: TrainTokenizer | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
+    from_pretrained: str | None = mathematics("A folder or a Hub id of a tokenizer.", None)
+
+
+class Parallel(Section):
+    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = execution(
+        "ddp and fsdp: PyTorch, parameters replicated or sharded (FSDP2). zero1, zero2, zero3: DeepSpeed; optimizer "
+        "state, then gradients, then parameters sharded.",
+        "ddp",
+    )
+    processes: int | Literal["auto"] = execution(
+        "Processes that a plain `bigtrain run` starts on this machine; auto: one per GPU, else 2. "
+        "Another launcher decides itself.",
+        "auto",
+    )
+    device: Literal["auto", "cpu", "cuda"] = execution("Where the processes compute; auto: cuda if there is any.", "auto")
+    replicate: int = execution(
+        "With fsdp: number of replicas of the sharded model (HSDP). The processes of one replica share it.", 1, ge=1
+    )
+    micro_batch_size: int = execution("Sequences that a process runs through the model at once.", 8, ge=1)
+    activation_checkpointing: Literal["none", "full"] = execution(
+        "full: keep only the input of each layer for the backward pass and compute the rest again; "
+        "about a third more compute, much less memory.",
+        "none",
+    )
+
+
+class Source(Section):
+    source: str = mathematics(
+        "Where documents come from: a path or a glob (.json and .jsonl: rows; any other file: one document), a folder "
+        "(every file below it), `stdlib` (the source of Python's standard library), `stdlib-functions` (its functions "
+        "as prompt and completion), or module:name of a function that yields rows."
+    )
+    columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
+    weight: float | None = mathematics(
+        "Share of the tokens that come from this source, relative to the other weights. Without weights the sources "
+        "are taken as one.",
+        None,
+        gt=0,
+    )
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = mathematics("The optimizer.", "adamw")
+    lr: float = mathematics("Peak learning rate.", gt=0)
+    betas: list[float] = mathematics("Decay of the two moments.", [0.9, 0.95], min_length=2, max_length=2)
+    eps: float = mathematics("Added to the root of the second moment.", 1e-8, gt=0)
+    weight_decay: float = mathematics("Decoupled decay of weights; norms and biases are spared.", 0.1, ge=0)
+    max_grad_norm: float | None = mathematics(
+        "The gradient is scaled down to this global 2-norm; null: never.", 1.0, gt=0
+    )
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant"] = mathematics("Shape of the decay after the warm-up.", "cosine")
+    warmup_steps: int | None = mathematics("Steps until the peak.", None, ge=0)
+    warmup_ratio: float = mathematics("The same as a part of all steps; used without warmup_steps.", 0.0, ge=0, le=1)
+    min_ratio: float = mathematics("Learning rate at the end, as a part of the peak.", 0.1, ge=0, le=1)
+
+
+class Evaluate(Section):
+    every: int | None = mathematics("Steps between evaluations; null: only before the first and after the last.", None, ge=1)
+    data: list[Source] | None = mathematics("Held-out documents, instead of the stage's `held_out`.", None, min_length=1)
+    sequences: int | None = mathematics("Sequences of an evaluation, the first of the held-out store; null: all.", None, ge=1)
+
+
+class Checkpoint(Section):
+    every: int | None = reporting("Steps between checkpoints; one is always saved at the end.", None, ge=1)
+    keep: int = reporting("How many of the newest checkpoints of a stage stay on disk.", 2, ge=1)
+
+
+class Stage(Section):
+    name: str = mathematics("Names the stage's folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    task: Literal["pretrain", "sft"] = mathematics(
+        "pretrain: next token of every document (column `text`). sft: completion after prompt "
+        "(columns `prompt` and `completion`), with the loss on the completion alone."
+    )
+    from_stage: str | None = mathematics(
+        "The earlier stage whose weights this one starts from; optimizer and step start anew.", None, alias="from"
+    )
+    data: list[Source] = mathematics("Sources of documents.", min_length=1)
+    held_out: float = mathematics(
+        "Part of the documents, chosen by a hash of their key, that is not trained on and that `evaluate` uses.",
+        0.0,
+        ge=0,
+        lt=1,
+    )
+    sequence_length: int = mathematics("Tokens of a sequence.", ge=2)
+    global_batch_size: int = mathematics("Sequences of a step, over all processes.", ge=1)
+    steps: int | None = mathematics("Length of the stage in optimizer steps.", None, ge=1)
+    tokens: int | None = mathematics("Length in tokens; rounded up to whole steps.", None, ge=1)
+    epochs: float | None = mathematics("Length in passes over the data; the last step may be smaller.", None, gt=0)
+    optimizer: Optimizer = mathematics("How weights are updated.")
+    schedule: Schedule = mathematics("The learning rate as a function of the step.", Schedule())
+    evaluate: Evaluate | None = mathematics("Loss on documents that are not trained on; null: none.", None)
+    checkpoint: Checkpoint = reporting("When the state is saved.", Checkpoint())
+
+
+class Run(Section):
+    name: str = reporting("The run lives in OUTPUT/NAME.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = reporting("Folder of runs and of the token stores that they share.", "runs")
+    seed: int = mathematics("Of initial weights, sample order and dropout.", 0, ge=0, lt=2**31)
+    model: Model = mathematics("What is trained.")
+    tokenizer: Tokenizer | None = mathematics("Text to tokens; null: that of `model.from_pretrained`.", None)
+    precision: Literal["fp32", "bf16", "fp16"] = mathematics(
+        "Of parameters in forward and backward; masters, moments, accumulation and loss are always fp32. fp16 needs a GPU.",
+        "bf16",
+    )
+    attention: Literal["sdpa", "eager"] = execution("Attention implementation of transformers.", "sdpa")
+    parallel: Parallel = execution("How it is executed, never what is trained.", Parallel())
+    stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
+
+
+def mark_of(field: Any) -> Mark:
+    """The mark of a pydantic FieldInfo of this module."""
+    return field.json_schema_extra["mark"]

@@ -1,0 +1,31 @@
+"""Errors that are written for the person at the keyboard."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BigtrainError(Exception):
+    """Something went wrong that a sentence can explain; shown without a traceback."""
+
+
+class ConfigError(BigtrainError):
+    """The run's file, or an override of it, asks for something that cannot be done (exit code 2)."""
+
+
+class DataError(BigtrainError):
+    """A source or a token store does not hold what the run's file says it holds (exit code 2)."""
+
+
+class CheckpointError(BigtrainError):
+    """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, or all of them when they are few."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, 1, 0.6)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return f"known here: {', '.join(names)}." if len(names) <= 20 else "no known name is near it."

@@ -1,0 +1,71 @@
+"""Causal language models of transformers, built empty: their weights always come from a Reader."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.config.schema import Model
+from bigtrain.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The transformers configuration that the run's file asks for.
+
+    Raises ConfigError for an unknown architecture or key, and when the tokenizer has ids that the embedding lacks.
+    """
+    from transformers import AutoConfig
+
+    if model.from_pretrained is not None:
+        config = AutoConfig.from_pretrained(model.from_pretrained)
+    else:
+        config = _from_dict(model.from_config or {}, tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"model: the tokenizer has {len(tokenizer)} entries, the model's embedding only {config.vocab_size}; "
+            "raise model.from_config.vocab_size or use the tokenizer that belongs to the model."
+        )
+    return config
+
+
+def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = dict(values)
+    architecture = values.pop("model_type")
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ConfigError(f"model.from_config.model_type: no causal model {architecture!r} in transformers; {hint}")
+    kind = CONFIG_MAPPING[architecture]
+    known = set(kind().to_dict())
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"model.from_config.{key}: {architecture} has no such key; {nearest(key, known)}")
+    values.setdefault("vocab_size", len(tokenizer))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(name, getattr(tokenizer, name))
+    return kind(**values)
+
+
+def empty_model(
+    config: PreTrainedConfig, *, attention: str, activation_checkpointing: str, meta: bool = False
+) -> PreTrainedModel:
+    """The model in fp32, in training mode, its parameters not initialised; with `meta` they take no memory at all.
+
+    Buffers are real either way: they hold what the architecture computes (rotary frequencies).
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False) if meta else nullcontext(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model.tie_weights()  # both contexts leave it undone
+    if activation_checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()

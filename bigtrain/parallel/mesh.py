@@ -1,0 +1,192 @@
+"""The torch engine: a mesh of processes, (replicate, shard), over which FSDP2 lays the parameters.
+
+`ddp` is the mesh (world, 1), `fsdp` the mesh (replicate, world / replicate). A world of one in fp32 has nothing to
+shard, reduce or cast, and its module stays as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from bigtrain.data.batches import Batch
+from bigtrain.optim import build_optimizer
+from bigtrain.parallel import contract
+from bigtrain.parallel.contract import PRECISIONS, Outcome, TaskModule, seed_dropout
+from bigtrain.parallel.loss_scale import LossScale
+from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bigtrain.config.schema import Optimizer
+    from bigtrain.tasks import Task
+
+
+class MeshEngine:
+    """Implements `contract.Engine` with PyTorch alone.
+
+    `build_model` gives the model with its parameters on the meta device; they become real where they are kept.
+    `shard` processes share one copy of the parameters; the world holds world / shard copies.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], PreTrainedModel],
+        task: Task,
+        *,
+        shard: int,
+        precision: str,
+        micro_batch_size: int,
+        optimizer: Optimizer,
+        seed: int,
+        device: torch.device,
+    ):
+        self._device = device
+        self._micro_batch_size = micro_batch_size
+        self._max_grad_norm = optimizer.max_grad_norm
+        self._seed = seed
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._shard = shard
+        self._updates = 0
+        self._loss_scale = LossScale() if precision == "fp16" else None
+
+        self._module = TaskModule(build_model(), task)
+        self._wrapped = self._world_size > 1 or precision != "fp32"
+        if self._wrapped:
+            _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
+        self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        self._module.model.tie_weights()  # making parameters real one by one has untied them
+        self._parameters = dict(self._module.model.named_parameters())
+        self._optimizer = build_optimizer(self._module.model, optimizer)
+
+    def step(self, batch: Batch, lr: float) -> Outcome:
+        seed_dropout(self._seed, batch.step, self._rank)
+        targets = contract.count_targets(batch, self._device)
+        weight = 1.0 / targets
+        if self._loss_scale is not None:
+            weight = weight * self._loss_scale.value
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        micros = contract.micro_batches(batch, self._micro_batch_size, self._world_size)
+        for i, micro in enumerate(micros):
+            if self._wrapped:
+                self._module.set_requires_all_reduce(i == len(micros) - 1)
+            sums = self._module({key: t.to(self._device, non_blocking=True) for key, t in micro.items()})
+            (sums["loss"] * weight).backward()
+            loss += sums["loss"].detach()
+        grad_norm = self._update(lr)
+        loss = contract.sum_over_ranks({"loss": loss})["loss"]
+        return Outcome(loss / targets, targets, grad_norm)
+
+    def _update(self, lr: float) -> Tensor:
+        """Clip and step; returns the norm before clipping."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        scale = self._loss_scale.value if self._loss_scale is not None else 1.0
+        norm = norm / scale
+        if self._loss_scale is None or self._loss_scale.accepts(norm):
+            if self._max_grad_norm is not None:
+                clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([_local(g) for g in gradients], clip / scale)
+            elif scale != 1.0:
+                torch._foreach_div_([_local(g) for g in gradients], scale)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._updates += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        return contract.evaluate(self._module, batches, self._micro_batch_size, self._device)
+
+    def boxes(self) -> Iterator[Box]:
+        copies, copy = self._world_size // self._shard, self._rank // self._shard
+        for i, (name, parameter) in enumerate(self._parameters.items()):
+            if i % copies == copy:  # each copy of the parameters gives its share of the tensors
+                for slot, tensor in self._slots(parameter).items():
+                    offsets, shape = _place(tensor), tuple(tensor.shape)
+                    local = _local(tensor)
+                    if local.numel():
+                        yield Box(name, slot, shape, offsets, local)
+        if self._rank == 0:
+            for name, buffer in contract.persistent_buffers(self._module.model):
+                yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+
+    def _slots(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(parameter, {})
+        moments = {slot: t for slot, t in state.items() if slot != "step" and isinstance(t, Tensor)}
+        return {WEIGHT: parameter.detach(), **moments}
+
+    @torch.no_grad()
+    def load(self, reader: Reader, progress: dict[str, float]) -> None:
+        moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
+        self._optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            _fill(parameter.detach(), reader, name, WEIGHT)
+            if moments and parameter.requires_grad:
+                state = self._optimizer.state[parameter]
+                state["step"] = torch.tensor(float(progress["updates"]))
+                for slot in moments:
+                    state[slot] = torch.empty_like(parameter)
+                    _fill(state[slot], reader, name, slot)
+        if BUFFER in reader.slots:
+            for name, buffer in contract.persistent_buffers(self._module.model):
+                _fill(buffer, reader, name, BUFFER)
+        self._updates = int(progress.get("updates", 0))
+        if self._loss_scale is not None:
+            self._loss_scale.load(progress)
+
+    def progress(self) -> dict[str, float]:
+        scale = {} if self._loss_scale is None else self._loss_scale.progress()
+        return {"updates": self._updates, **scale}
+
+    def close(self) -> None:
+        """Without this, FSDP2's process aborts now and then when the group is torn down before the model."""
+        self._optimizer.state.clear()
+        del self._optimizer, self._parameters, self._module
+        gc.collect()
+
+
+def _lay_over_mesh(module: TaskModule, copies: int, shard: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Shard each transformer layer and then the rest, gradients summed (not averaged) over the mesh."""
+    mesh = init_device_mesh(device.type, (copies, shard), mesh_dim_names=("replicate", "shard"))
+    cast = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = module.model._no_split_modules or ()
+    for child in list(module.model.modules()):
+        if type(child).__name__ in layers:
+            fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=shard > 1)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _place(tensor: Tensor) -> Shape:
+    """Where this rank's part of a tensor begins."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offsets)
+
+
+def _fill(tensor: Tensor, reader: Reader, name: str, slot: str) -> None:
+    local = _local(tensor)
+    if local.numel():
+        local.copy_(reader.read(name, slot, _place(tensor), tuple(local.shape)))

@@ -1,0 +1,256 @@
+"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, data parallel over all ranks.
+
+DeepSpeed keeps what a rank updates as flat fp32 tensors, each a run of concatenated parameters (stages 1 and 2:
+of whole parameter groups, cut anywhere; stage 3: of an equal part of every parameter, padded). A `_Shard` says
+which run of which parameter lies where in which flat tensor; giving and taking the state is common from there on.
+
+DeepSpeed 0.19.8's private names are used in `_split_group_shards`, `_split_parameter_shards` and
+`_copy_masters_to_model` only.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from bigtrain.optim import build_optimizer
+from bigtrain.parallel import contract
+from bigtrain.parallel.contract import Batch, Outcome, TaskModule
+from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bigtrain.config.schema import Optimizer
+    from bigtrain.tasks import Task
+
+REDUCE_BUCKET = 50_000_000  # most elements in DeepSpeed's gradient buffer, which it allocates whole
+
+# Names that DeepSpeed 0.19.8 calls and torch 2.13 renames; nothing that a user can act on.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+
+
+class ZeroEngine:
+    """ZeRO stage 1, 2 or 3; implements `contract.Engine`.
+
+    Master weights, moments, gradient accumulation and gradient reduction are fp32 in every stage and precision.
+    A step whose gradient is not finite changes nothing and is not counted in `updates`.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], PreTrainedModel],
+        task: Task,
+        *,
+        stage: int,
+        precision: str,
+        micro_batch_size: int,
+        optimizer: Optimizer,
+        seed: int,
+        device: torch.device,
+    ):
+        """Needs the default process group and the launcher's LOCAL_RANK; collective.
+
+        Raises ValueError when DeepSpeed would run on another kind of device, or a parameter is frozen.
+        """
+        if get_accelerator().device_name() != device.type:
+            raise ValueError(
+                f"DeepSpeed runs on {get_accelerator().device_name()}, not on {device.type}: "
+                f"set the environment variable DS_ACCELERATOR={'cuda' if device.type == 'cuda' else 'cpu'}"
+            )
+        self._stage = stage
+        self._precision = precision
+        self._micro_batch_size = micro_batch_size
+        self._seed = seed
+        self._device = device
+        self._updates = 0
+        self._linear = F.linear
+        config = _config(stage, precision, optimizer.max_grad_norm)
+        with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext():
+            self._model = build_model()
+        frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(f"ZeRO trains whole models only; frozen: {', '.join(frozen[:3])} ({len(frozen)} in all)")
+        config["zero_optimization"]["reduce_bucket_size"] = min(_elements(self._model), REDUCE_BUCKET)
+        self._optimizer = build_optimizer(self._model, optimizer)
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=TaskModule(self._model, task), optimizer=self._optimizer, config=config
+        )
+        self._engine.train()
+        parameters = list(self._model.named_parameters())
+        self._shards = list(
+            _split_parameter_shards(parameters, self._zero)
+            if stage == 3
+            else _split_group_shards(parameters, self._optimizer)
+        )
+
+    def step(self, batch: Batch, lr: float) -> Outcome:
+        """One optimizer update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
+        targets = contract.count_targets(batch, self._device)
+        contract.seed_dropout(self._seed, batch.step, dist.get_rank())
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # DeepSpeed sums gradients over the ranks in stages 1 and 2, and takes their mean in stage 3.
+        weight = (dist.get_world_size() if self._stage == 3 else 1) / targets.clamp(min=1).float()
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        for micro in contract.micro_batches(batch, self._micro_batch_size, dist.get_world_size()):
+            sums = self._engine({key: value.to(self._device, non_blocking=True) for key, value in micro.items()})
+            self._engine.backward(sums["loss"] * weight, scale_wrt_gas=False)
+            loss += sums["loss"].detach()
+        self._engine.step()
+        self._updates += self._engine.was_step_applied()
+        grad_norm = torch.as_tensor(
+            self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device
+        )
+        loss = contract.sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
+        return Outcome(loss, targets, grad_norm)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The task's sums over all rows of all batches and all ranks, without dropout."""
+        return contract.evaluate(self._engine, batches, self._micro_batch_size, self._device)
+
+    def boxes(self) -> Iterator[Box]:
+        """This rank's share, as views: weights and moments in fp32, and on rank 0 the persistent buffers.
+
+        Moments are there once the optimizer has made them.
+        """
+        yield from self._trained_boxes()
+        if dist.get_rank() == 0:
+            yield from self._buffer_boxes()
+
+    @torch.no_grad()
+    def load(self, reader: Reader, progress: dict[str, float]) -> None:
+        """Fill the state from `reader`; collective.
+
+        Without moments in `reader` the optimizer starts anew: moments of zero and no updates done.
+        A `loss_scale` is taken where `progress` has one and the precision is fp16.
+        """
+        moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
+        self._updates = int(progress["updates"]) if moments else 0
+        self._prepare_optimizer_state(moments)
+        for box in (*self._trained_boxes(), *self._buffer_boxes()):
+            if box.slot in reader.slots:
+                box.tensor.copy_(reader.read(box.name, box.slot, box.offsets, tuple(box.tensor.shape)))
+        _copy_masters_to_model(self._zero, self._stage)
+        if self._precision == "fp16" and "loss_scale" in progress:
+            self._zero.loss_scale = progress["loss_scale"]
+
+    def progress(self) -> dict[str, float]:
+        """`updates`, an int, and in fp16 `loss_scale`."""
+        if self._precision == "fp16":
+            return {"updates": self._updates, "loss_scale": float(self._zero.loss_scale)}
+        return {"updates": self._updates}
+
+    def close(self) -> None:
+        """Let go of the model and of what DeepSpeed patched; the engine is of no use afterwards."""
+        self._engine.destroy()
+        F.linear = self._linear  # type: ignore[assignment]  # zero.Init replaces it for the whole process
+        del self._engine, self._zero, self._model, self._optimizer, self._shards
+        gc.collect()
+
+    def _trained_boxes(self) -> Iterator[Box]:
+        for shard in self._shards:
+            state = self._optimizer.state.get(shard.flat, {})
+            moments = {
+                slot: value
+                for slot, value in state.items()
+                if torch.is_tensor(value) and value.shape == shard.flat.shape
+            }
+            for slot, flat in {WEIGHT: shard.flat.detach(), **moments}.items():
+                for part in flat_range_parts(shard.shape, shard.start, shard.start + shard.length):
+                    tensor = flat.narrow(0, shard.at + part.start, math.prod(part.lengths)).view(part.lengths)
+                    yield Box(shard.name, slot, shard.shape, part.offsets, tensor)
+
+    def _buffer_boxes(self) -> Iterator[Box]:
+        persistent = self._model.state_dict().keys()
+        for name, buffer in self._model.named_buffers():
+            if name in persistent:
+                yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+
+    def _prepare_optimizer_state(self, moments: Sequence[str]) -> None:
+        """Make each of `moments` where it is missing, zero what there is, and set the optimizer's step count."""
+        for flat in {id(shard.flat): shard.flat for shard in self._shards}.values():
+            state = self._optimizer.state[flat]
+            for slot in moments:
+                if slot not in state:
+                    state[slot] = torch.empty_like(flat)
+            if state:
+                state["step"] = torch.empty(())
+            for value in state.values():
+                value.fill_(self._updates if value is state["step"] else 0)
+
+
+class _Shard(NamedTuple):
+    """One run of a parameter's elements that this rank updates."""
+
+    name: str
+    shape: Shape  # of the whole parameter
+    start: int  # of the run, in the flattened parameter
+    length: int
+    flat: Tensor  # fp32, one dimension: master weights; the optimizer's state is found under it
+    at: int  # of the run, in `flat`
+
+
+def _split_group_shards(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> Iterator[_Shard]:
+    """Stages 1 and 2: a parameter group is one flat tensor, cut evenly over the ranks."""
+    for name, parameter in parameters:
+        mapping = parameter._hp_mapping  # private: the only record of where a parameter lies; None on other ranks
+        if mapping is not None:
+            (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield _Shard(name, tuple(parameter.shape), here.start, here.numel, flat, there.start)
+
+
+def _split_parameter_shards(parameters: Iterable[tuple[str, nn.Parameter]], zero: Any) -> Iterator[_Shard]:
+    """Stage 3: each parameter is cut evenly over the ranks; the last parts are padded, or nothing but padding."""
+    for name, parameter in parameters:
+        group, at, padded = zero.grad_position[parameter.ds_id]  # private: as safe_get_local_fp32_param finds it
+        start = dist.get_rank() * padded
+        length = min(padded, parameter.ds_numel - start)
+        if length > 0:
+            flat = zero.fp32_partitioned_groups_flat[group]  # private: the key of the optimizer's state
+            yield _Shard(name, tuple(parameter.ds_shape), start, length, flat, at)
+
+
+def _copy_masters_to_model(zero: Any, stage: int) -> None:
+    """Refresh the parameters that forward uses from the fp32 master weights; collective."""
+    if stage < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()  # private: forgets the small parameters that stay gathered between steps
+    for group in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)  # private: what its own step ends with
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # of no effect: DeepSpeed sees neither batches nor accumulation
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # a sum is refused in stage 3
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in each step
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config

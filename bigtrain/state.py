@@ -1,0 +1,94 @@
+"""The logical state of a run: named tensors, each held by the ranks as n-dimensional boxes.
+
+For every parameter name there is one tensor per *slot*: `weight`, and the optimizer's own slots under the
+names that torch gives them (`exp_avg`, `exp_avg_sq`). An engine yields the boxes that its rank holds and
+takes boxes from a `Reader`; nothing here knows about ranks, files or engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT = "weight"
+BUFFER = "buffer"
+
+Shape = tuple[int, ...]
+
+
+class Box(NamedTuple):
+    """A rectangular part of one tensor of the logical state.
+
+    `shape` is that of the whole tensor; the part begins at `offsets` and is as long as `tensor.shape`.
+    """
+
+    name: str
+    slot: str
+    shape: Shape
+    offsets: Shape
+    tensor: torch.Tensor
+
+
+class Reader(Protocol):
+    """Where an engine takes its share of the state from: random weights, a pretrained model, a checkpoint."""
+
+    @property
+    def slots(self) -> Sequence[str]:
+        """The slots that can be read for every trained parameter; `weight` is always among them."""
+        ...
+
+    def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:
+        """The part of a tensor that begins at `offsets`, as a CPU tensor of shape `lengths`.
+
+        Raises CheckpointError when the tensor is missing or the part lies outside of it.
+        """
+        ...
+
+
+class Part(NamedTuple):
+    """A box of a tensor that is one run of elements in its flattened form."""
+
+    offsets: Shape
+    lengths: Shape
+    start: int  # of its first element, counted from the beginning of the flat range it was cut from
+
+
+def flat_range_parts(shape: Shape, start: int, stop: int) -> Iterator[Part]:
+    """Cut the flat range [start, stop) of a row-major tensor into boxes, in order.
+
+    A range that begins and ends inside rows becomes a head, full rows, and a tail, in each dimension;
+    at most 2 * len(shape) - 1 boxes, all of them contiguous in memory.
+    """
+    assert 0 <= start <= stop <= math.prod(shape), (shape, start, stop)
+    for offsets, lengths, at in _cut(shape, start, stop):
+        yield Part(offsets, lengths, at - start)
+
+
+def _cut(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:
+    if start == stop:
+        return
+    if not shape:
+        yield (), (), start
+        return
+    rest = shape[1:]
+    stride = math.prod(rest)
+    first, last = -(-start // stride), stop // stride  # the rows that lie wholly inside are [first, last)
+    if first > last:  # the range begins and ends inside one row
+        row = last
+        yield from _inside(row, rest, start, stop, stride)
+        return
+    if start < first * stride:
+        yield from _inside(first - 1, rest, start, first * stride, stride)
+    if first < last:
+        yield (first, *(0 for _ in rest)), (last - first, *rest), first * stride
+    if last * stride < stop:
+        yield from _inside(last, rest, last * stride, stop, stride)
+
+
+def _inside(row: int, rest: Shape, start: int, stop: int, stride: int) -> Iterator[tuple[Shape, Shape, int]]:
+    for offsets, lengths, at in _cut(rest, start - row * stride, stop - row * stride):
+        yield (row, *offsets), (1, *lengths), at + row * stride

@@ -1,0 +1,19 @@
+"""What a batch means: the model's inputs, the loss as sums, the metrics."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Task(Protocol):
+    """A task never calls the model; the engine does, with what `inputs` gives."""
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments for the model's forward."""
+        ...
+
+    def sums(self, output: Any, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+        """Scalars that add up over rows and ranks: `loss` (differentiable), `targets`, and metrics."""
+        ...

@@ -1,0 +1,117 @@
+"""Run functions on N gloo ranks: real processes and a real process group, kept between calls.
+
+Starting ranks is what costs, so a `Ranks` pool carries many cases:
+
+    with Ranks(2) as ranks:
+        results = ranks(function, argument, keyword=...)   # one result per rank, in order
+
+`function` must be importable (a module's own function) and is called on every rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; the message is its traceback."""
+
+
+class Ranks:
+    """A pool of `size` processes, each a rank of one gloo process group with one thread."""
+
+    def __init__(self, size: int, timeout: float = 300.0):
+        self.size = size
+        self.timeout = timeout
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def __enter__(self) -> Ranks:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.size, port), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # a rank that reads the end of its pipe leaves
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._pipes, self._processes = [], []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call `function` on every rank. Raises RankFailed with the first failing rank's traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            ready = wait([p for i, p in enumerate(self._pipes) if i not in results], self.timeout)
+            if not ready:
+                self._kill()
+                raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(results))} gave no answer")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failed, value = True, f"died with exit code {self._processes[rank].exitcode}"
+                if failed:
+                    self._kill()  # the others may wait for this one for ever
+                    raise RankFailed(f"rank {rank}: {value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.size)]
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((False, function(*args, **kwargs)))
+        except BaseException:  # noqa: BLE001 - handed to the caller, who raises it
+            pipe.send((True, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()

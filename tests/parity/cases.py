@@ -1,0 +1,105 @@
+"""What the ranks of the parity tests run: importable functions, small models, uneven and partly masked batches."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from bigtrain.config.schema import Optimizer
+from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.weights import RandomWeights
+from bigtrain.parallel import build_engine
+from bigtrain.tasks.causal_lm import CausalLM
+
+LENGTH = 24
+VOCABULARY = 97
+OPTIMIZER = Optimizer(lr=1e-2, eps=1e-4, betas=[0.9, 0.95], weight_decay=0.1, max_grad_norm=1.0)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+
+
+def model_builder(tied=True, activation_checkpointing="none", config=None):
+    values = {**(config or LLAMA), "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return partial(empty_model, config, attention="sdpa", activation_checkpointing=activation_checkpointing)
+
+
+def global_batch(step, rows=7):
+    """`rows` sequences of two packed documents of random lengths, partly masked; the second row trains on nothing."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    input_ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    targets = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    targets[torch.rand(rows, LENGTH, generator=generator) < 0.3] = IGNORE
+    if rows > 1:
+        targets[1] = IGNORE
+    border = torch.randint(1, LENGTH, (rows, 1), generator=generator)
+    position_ids = torch.arange(LENGTH).expand(rows, LENGTH)
+    return {
+        "input_ids": input_ids,
+        "targets": targets,
+        "position_ids": torch.where(position_ids < border, position_ids, position_ids - border),
+    }
+
+
+def share(step, rows=7):
+    """This rank's part of a global batch."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * rows // size, (rank + 1) * rows // size)
+    return Batch({key: tensor[mine] for key, tensor in global_batch(step, rows).items()}, rows, step)
+
+
+def learning_rate(step):
+    return 1e-2 * (step + 1) / 10
+
+
+def make(layout, *, micro=2, precision="fp32", tied=True, checkpointing="none", reader=None, progress=None, config=None):
+    """An engine of the named layout with random weights, or those of `reader`."""
+    build_model = model_builder(tied, checkpointing, config)
+    engine = build_engine(
+        layout,
+        build_model,
+        CausalLM(),
+        replicate=1,
+        precision=precision,
+        micro_batch_size=micro,
+        optimizer=OPTIMIZER,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    engine.load(reader or RandomWeights(build_model(meta=True), seed=0), progress or {"updates": 0})
+    return engine
+
+
+def collect(engine):
+    """The boxes of all ranks as whole tensors {(name, slot): tensor}; each element must come exactly once."""
+    mine = [(b.name, b.slot, b.shape, b.offsets, b.tensor.clone()) for b in engine.boxes()]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole, seen = {}, {}
+    for name, slot, shape, offsets, tensor in (box for boxes in everyone for box in boxes):
+        full = whole.setdefault((name, slot), torch.full(shape, torch.nan))
+        times = seen.setdefault((name, slot), torch.zeros(shape))
+        place = tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))
+        full[place] = tensor
+        times[place] += 1
+    assert all((times == 1).all() for times in seen.values())
+    return whole
+
+
+def trained(layout, steps=10, rows=7, **kwargs):
+    """(losses, gradient norms, whole state) after some steps from random weights."""
+    engine = make(layout, **kwargs)
+    outcomes = [engine.step(share(step, rows), learning_rate(step)) for step in range(steps)]
+    state = collect(engine)
+    engine.close()
+    return [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state

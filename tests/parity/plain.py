@@ -1,0 +1,45 @@
+"""The reference: a plain PyTorch training loop on one process, free of bigtrain."""
+
+import torch
+import torch.nn.functional as F
+from torch.optim import AdamW
+
+
+def decays(name, parameter):
+    return parameter.dim() > 1 and not name.endswith("bias")
+
+
+def train(model, steps, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None):
+    """Train on `steps`: a list of batches (input_ids, targets, position_ids), each (rows, length).
+
+    With a `dtype`, forward and backward run on a copy of the weights cast to it, one row at a time, and gradients
+    accumulate in fp32. Returns the losses and the gradient norms before clipping; updates `model`.
+    """
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named.items() if decays(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=lrs[0], betas=betas, eps=eps)
+    losses, norms = [], []
+    for (input_ids, targets, position_ids), lr in zip(steps, lrs, strict=True):
+        count = (targets != -100).sum()
+        total = 0.0
+        rows = [slice(None)] if dtype is None else [slice(i, i + 1) for i in range(len(input_ids))]
+        for row in rows:
+            weights = named if dtype is None else {n: p.to(dtype) for n, p in named.items()}
+            logits = torch.func.functional_call(
+                model,
+                weights,
+                kwargs={"input_ids": input_ids[row], "position_ids": position_ids[row], "use_cache": False},
+            ).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets[row].flatten(), reduction="sum")
+            (loss / count).backward()
+            total += loss.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / count.item())
+    return losses, norms
