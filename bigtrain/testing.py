@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from bigtrain.launching.spawn import free_port
 
 
 class RankFailed(AssertionError):
@@ -80,13 +81,6 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:

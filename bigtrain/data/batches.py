@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from bigtrain.data.order import Indices, Order, locate
+
+if TYPE_CHECKING:
+    from bigtrain.data.store import Store
 
 IGNORE = -100  # a target with this id is not trained on
 
@@ -23,3 +32,84 @@ class Batch:
     tensors: dict[str, Tensor]
     rows: int
     step: int
+
+
+class Batches:
+    """The batches of a stage. Nothing to save: any rank of any world size can build any step's batch."""
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        weights: Sequence[float] | None,
+        *,
+        seed: int,
+        global_batch_size: int,
+        total_samples: int,
+        rank: int,
+        world_size: int,
+    ):
+        """weights: shares of the stores, None to take them as one. total_samples: of the whole stage; the
+        last step has what is left. Raises DataError for a weight that is too small to be drawn."""
+        self._stores = list(stores)
+        self._order = Order([store.samples for store in stores], weights, seed)
+        self._shares = _Shares(global_batch_size, total_samples, rank, world_size)
+
+    @property
+    def steps(self) -> int:
+        return self._shares.steps
+
+    def __call__(self, step: int) -> Batch:
+        """This rank's contiguous share of the global batch of `step`; may have no rows. Raises IndexError."""
+        rows, numbers = self._shares.of(step)
+        return _batch(self._stores, *self._order(numbers), rows=rows, step=step)
+
+    def ids(self, step: int) -> list[tuple[int, int]]:
+        """(store, sample in the store) of each row of the whole global batch."""
+        stores, samples = self._order(self._shares.whole(step))
+        return list(zip(stores.tolist(), samples.tolist(), strict=True))
+
+
+def held_out_batches(
+    stores: Sequence[Store], global_batch_size: int, sequences: int | None, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """This rank's share of the first `sequences` samples (None: all), store after store, each sample once."""
+    ends = np.cumsum([store.samples for store in stores])
+    total = int(ends[-1]) if sequences is None else min(int(ends[-1]), sequences)
+    shares = _Shares(global_batch_size, total, rank, world_size)
+    for step in range(shares.steps):
+        rows, numbers = shares.of(step)
+        yield _batch(stores, *locate(numbers, ends), rows=rows, step=step)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Which of the samples 0 ... total_samples - 1 a rank has in a step."""
+
+    global_batch_size: int
+    total_samples: int
+    rank: int
+    world_size: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.total_samples // self.global_batch_size)
+
+    def whole(self, step: int) -> Indices:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        first = step * self.global_batch_size
+        return np.arange(first, min(first + self.global_batch_size, self.total_samples))
+
+    def of(self, step: int) -> tuple[int, Indices]:
+        """(rows of the global batch, this rank's numbers)."""
+        numbers = self.whole(step)
+        rows = len(numbers)
+        return rows, numbers[self.rank * rows // self.world_size : (self.rank + 1) * rows // self.world_size]
+
+
+def _batch(stores: Sequence[Store], which: Indices, samples: Indices, *, rows: int, step: int) -> Batch:
+    arrays = np.empty((3, len(samples), stores[0].sequence_length), dtype=np.int64)
+    for row, (store, sample) in enumerate(zip(which.tolist(), samples.tolist(), strict=True)):
+        arrays[0, row], arrays[1, row], arrays[2, row] = stores[store].sample(sample)
+    input_ids, targets, position_ids = torch.from_numpy(arrays)
+    return Batch({"input_ids": input_ids, "targets": targets, "position_ids": position_ids}, rows, step)

@@ -114,3 +114,10 @@ def _ancestors(model: PreTrainedModel, name: str) -> list[tuple[str, object]]:
 def _hash(seed: int, *names: str) -> int:
     digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def pretrained_weights(source: str) -> ModelWeights:
+    """The weights of a folder or Hub id, read by transformers into host memory in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return ModelWeights(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))

@@ -1,28 +1,28 @@
 """The DeepSpeed engine: ZeRO stages 1, 2 and 3, data parallel over all ranks.
 
-DeepSpeed keeps what a rank updates as flat fp32 tensors, each a run of concatenated parameters (stages 1 and 2:
-of whole parameter groups, cut anywhere; stage 3: of an equal part of every parameter, padded). A `_Shard` says
-which run of which parameter lies where in which flat tensor; giving and taking the state is common from there on.
+DeepSpeed keeps what a rank updates in flat fp32 tensors: in stages 1 and 2 its part of a parameter group, cut
+anywhere; in stage 3 its part of each parameter, padded. A `_Shard` says which run of which parameter lies
+where in which flat tensor; giving and taking the state needs no more.
 
-DeepSpeed 0.19.8's private names are used in `_split_group_shards`, `_split_parameter_shards` and
-`_copy_masters_to_model` only.
+DeepSpeed 0.19.8's private names are used in the functions at the end only.
 """
 
 from __future__ import annotations
 
 import gc
+import io
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import redirect_stdout
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
@@ -37,14 +37,11 @@ if TYPE_CHECKING:
 
 REDUCE_BUCKET = 50_000_000  # most elements in DeepSpeed's gradient buffer, which it allocates whole
 
-# Names that DeepSpeed 0.19.8 calls and torch 2.13 renames; nothing that a user can act on.
-warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-
 
 class ZeroEngine:
     """ZeRO stage 1, 2 or 3; implements `contract.Engine`.
 
-    Master weights, moments, gradient accumulation and gradient reduction are fp32 in every stage and precision.
+    Master weights, moments, gradient accumulation and reduction are fp32 in every stage and precision.
     A step whose gradient is not finite changes nothing and is not counted in `updates`.
     """
 
@@ -64,29 +61,27 @@ class ZeroEngine:
 
         Raises ValueError when DeepSpeed would run on another kind of device, or a parameter is frozen.
         """
-        if get_accelerator().device_name() != device.type:
-            raise ValueError(
-                f"DeepSpeed runs on {get_accelerator().device_name()}, not on {device.type}: "
-                f"set the environment variable DS_ACCELERATOR={'cuda' if device.type == 'cuda' else 'cpu'}"
-            )
+        deepspeed = _import_deepspeed(device)
         self._stage = stage
         self._precision = precision
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._device = device
         self._updates = 0
-        self._linear = F.linear
-        config = _config(stage, precision, optimizer.max_grad_norm)
-        with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext():
-            self._model = build_model()
+        self._linear = functional.linear
+        dtype = contract.PRECISIONS[precision]
+        self._model = _build_partitioned(deepspeed, build_model, dtype) if stage == 3 else build_model()
         frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
         if frozen:
-            raise ValueError(f"ZeRO trains whole models only; frozen: {', '.join(frozen[:3])} ({len(frozen)} in all)")
+            raise ValueError(f"ZeRO trains whole models; {len(frozen)} parameters are frozen: {frozen[:3]}")
+        config = _config(stage, precision, optimizer.max_grad_norm)
         config["zero_optimization"]["reduce_bucket_size"] = min(_elements(self._model), REDUCE_BUCKET)
         self._optimizer = build_optimizer(self._model, optimizer)
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=TaskModule(self._model, task), optimizer=self._optimizer, config=config
-        )
+        module = TaskModule(self._model, task)
+        with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
+            self._engine, self._zero, *_ = deepspeed.initialize(
+                model=module, optimizer=self._optimizer, config=config
+            )
         self._engine.train()
         parameters = list(self._model.named_parameters())
         self._shards = list(
@@ -96,7 +91,7 @@ class ZeroEngine:
         )
 
     def step(self, batch: Batch, lr: float) -> Outcome:
-        """One optimizer update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
+        """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
         targets = contract.count_targets(batch, self._device)
         contract.seed_dropout(self._seed, batch.step, dist.get_rank())
         for group in self._optimizer.param_groups:
@@ -105,14 +100,14 @@ class ZeroEngine:
         weight = (dist.get_world_size() if self._stage == 3 else 1) / targets.clamp(min=1).float()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in contract.micro_batches(batch, self._micro_batch_size, dist.get_world_size()):
-            sums = self._engine({key: value.to(self._device, non_blocking=True) for key, value in micro.items()})
+            there = {key: value.to(self._device, non_blocking=True) for key, value in micro.items()}
+            sums = self._engine(there)
             self._engine.backward(sums["loss"] * weight, scale_wrt_gas=False)
             loss += sums["loss"].detach()
         self._engine.step()
         self._updates += self._engine.was_step_applied()
-        grad_norm = torch.as_tensor(
-            self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device
-        )
+        norm = self._engine.get_global_grad_norm()
+        grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
         loss = contract.sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
         return Outcome(loss, targets, grad_norm)
 
@@ -155,7 +150,7 @@ class ZeroEngine:
     def close(self) -> None:
         """Let go of the model and of what DeepSpeed patched; the engine is of no use afterwards."""
         self._engine.destroy()
-        F.linear = self._linear  # type: ignore[assignment]  # zero.Init replaces it for the whole process
+        functional.linear = self._linear  # zero.Init replaces it for the whole process
         del self._engine, self._zero, self._model, self._optimizer, self._shards
         gc.collect()
 
@@ -179,16 +174,16 @@ class ZeroEngine:
                 yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
     def _prepare_optimizer_state(self, moments: Sequence[str]) -> None:
-        """Make each of `moments` where it is missing, zero what there is, and set the optimizer's step count."""
+        """Make each of `moments` where it is missing, zero all there are, and set the step count."""
         for flat in {id(shard.flat): shard.flat for shard in self._shards}.values():
             state = self._optimizer.state[flat]
             for slot in moments:
                 if slot not in state:
                     state[slot] = torch.empty_like(flat)
-            if state:
-                state["step"] = torch.empty(())
             for value in state.values():
-                value.fill_(self._updates if value is state["step"] else 0)
+                value.zero_()
+            if state:
+                state["step"] = torch.tensor(float(self._updates))
 
 
 class _Shard(NamedTuple):
@@ -203,26 +198,40 @@ class _Shard(NamedTuple):
 
 
 def _split_group_shards(
-    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+    parameters: Iterable[tuple[str, Any]], optimizer: torch.optim.Optimizer
 ) -> Iterator[_Shard]:
     """Stages 1 and 2: a parameter group is one flat tensor, cut evenly over the ranks."""
     for name, parameter in parameters:
-        mapping = parameter._hp_mapping  # private: the only record of where a parameter lies; None on other ranks
-        if mapping is not None:
+        mapping = parameter._hp_mapping  # private: the only record of where a parameter lies
+        if mapping is not None:  # some of it lies on this rank
             (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield _Shard(name, tuple(parameter.shape), here.start, here.numel, flat, there.start)
 
 
-def _split_parameter_shards(parameters: Iterable[tuple[str, nn.Parameter]], zero: Any) -> Iterator[_Shard]:
-    """Stage 3: each parameter is cut evenly over the ranks; the last parts are padded, or nothing but padding."""
+def _split_parameter_shards(parameters: Iterable[tuple[str, Any]], zero: Any) -> Iterator[_Shard]:
+    """Stage 3: each parameter is cut evenly over the ranks; the last parts are padded, or padding only."""
     for name, parameter in parameters:
-        group, at, padded = zero.grad_position[parameter.ds_id]  # private: as safe_get_local_fp32_param finds it
+        group, at, padded = zero.grad_position[parameter.ds_id]  # private: where safe_get_local_* look
         start = dist.get_rank() * padded
         length = min(padded, parameter.ds_numel - start)
         if length > 0:
             flat = zero.fp32_partitioned_groups_flat[group]  # private: the key of the optimizer's state
             yield _Shard(name, tuple(parameter.ds_shape), start, length, flat, at)
+
+
+def _build_partitioned(
+    deepspeed: ModuleType, build_model: Callable[[], PreTrainedModel], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Stage 3: a model of which each rank holds a part, parameters in `dtype`, buffers as they were built."""
+    # zero.Init in fp32, as it rounds every tensor made within it: rotary frequencies too.
+    with deepspeed.zero.Init(config_dict_or_path=_config(3, "fp32", None)):
+        model = build_model()
+    parameter: Any
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)  # private: this rank's part
+    return model
 
 
 def _copy_masters_to_model(zero: Any, stage: int) -> None:
@@ -233,6 +242,27 @@ def _copy_masters_to_model(zero: Any, stage: int) -> None:
     zero._partition_all_parameters()  # private: forgets the small parameters that stay gathered between steps
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)  # private: what its own step ends with
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed on `device`'s kind of device, which it chooses once and for all when it is imported.
+
+    Raises ValueError when it has chosen another.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != device.type:
+        raise ValueError(
+            f"DeepSpeed runs on {get_accelerator().device_name()}, not on {device.type}: "
+            f"start with the environment variable DS_ACCELERATOR={device.type}"
+        )
+    # Private: on a CPU this op is compiled at start, for 5 to 40 s, and serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Names that DeepSpeed calls and torch 2.13 renames; nothing that a user can act on.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    return deepspeed
 
 
 def _elements(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""What a batch means: the model's inputs, the loss as sums, the metrics."""
+"""What a batch means: how documents become samples, the model's inputs, the loss as sums, the metrics."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bigtrain.data.prepare import Encoder
+from bigtrain.tasks.pretrain import Pretrain
+from bigtrain.tasks.sft import Sft
 
-class Task(Protocol):
+
+class Task(Encoder, Protocol):
     """A task never calls the model; the engine does, with what `inputs` gives."""
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -17,3 +21,6 @@ class Task(Protocol):
     def sums(self, output: Any, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
         """Scalars that add up over rows and ranks: `loss` (differentiable), `targets`, and metrics."""
         ...
+
+
+TASKS: dict[str, type[Task]] = {"pretrain": Pretrain, "sft": Sft}

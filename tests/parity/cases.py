@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from bigtrain.checkpoint import Checkpoint, complete, save
 from bigtrain.config.schema import Optimizer
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
@@ -28,8 +29,8 @@ LLAMA = {
 }
 
 
-def model_builder(tied=True, activation_checkpointing="none", config=None):
-    values = {**(config or LLAMA), "tie_word_embeddings": tied}
+def model_builder(tied=True, activation_checkpointing="none"):
+    values = {**LLAMA, "tie_word_embeddings": tied}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     return partial(empty_model, config, attention="sdpa", activation_checkpointing=activation_checkpointing)
 
@@ -62,14 +63,16 @@ def learning_rate(step):
     return 1e-2 * (step + 1) / 10
 
 
-def make(layout, *, micro=2, precision="fp32", tied=True, checkpointing="none", reader=None, progress=None, config=None):
+def make(
+    layout, *, micro=2, precision="fp32", tied=True, checkpointing="none", replicate=1, reader=None, progress=None
+):
     """An engine of the named layout with random weights, or those of `reader`."""
-    build_model = model_builder(tied, checkpointing, config)
+    build_model = model_builder(tied, checkpointing)
     engine = build_engine(
         layout,
         build_model,
         CausalLM(),
-        replicate=1,
+        replicate=replicate,
         precision=precision,
         micro_batch_size=micro,
         optimizer=OPTIMIZER,
@@ -103,3 +106,30 @@ def trained(layout, steps=10, rows=7, **kwargs):
     state = collect(engine)
     engine.close()
     return [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state
+
+
+def evaluated(layout):
+    """The sums of an evaluation of three batches, with random weights."""
+    engine = make(layout)
+    sums = engine.evaluate(share(step, rows) for step, rows in ((0, 7), (1, 2), (2, 5)))
+    engine.close()
+    return sums
+
+
+def segment(layout, folder, first, count, precision="fp32"):
+    """Continue from the newest checkpoint in `folder` for some steps and save.
+
+    Returns (state as loaded, losses, state at the end).
+    """
+    found = complete(folder)
+    checkpoint = Checkpoint(found[-1]) if found else None
+    assert (checkpoint.step if checkpoint else 0) == first
+    engine = make(
+        layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress
+    )
+    loaded = collect(engine)
+    losses = [engine.step(share(s), learning_rate(s)).loss.item() for s in range(first, first + count)]
+    save(folder, first + count, engine.boxes(), engine.progress(), keep=1)
+    state = collect(engine)
+    engine.close()
+    return loaded, losses, state

@@ -1,0 +1,130 @@
+"""Start the ranks of a run on this machine, wait for them, and say what went wrong when one fails."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FAILURE_FILE = "BIGTRAIN_FAILURE_FILE"  # environment: where a rank writes why it failed
+GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
+
+
+def spawn(command: list[str], processes: int) -> int:
+    """Run `command` as `processes` ranks; returns the exit code of the one that failed first, or 0."""
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
+        failures = [Path(folder) / f"rank-{rank}.json" for rank in range(processes)]
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), FAILURE_FILE: str(failures[r])},
+                preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509 - no threads here
+            )
+            for r in range(processes)
+        ]
+        try:
+            return _wait(ranks, failures)
+        finally:
+            _stop(ranks)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], failures: list[Path]) -> int:
+    """Wait until all ranks are done or one has failed; the others have nothing to wait for then."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if any(codes):
+            _stop(ranks)
+            return _explain([rank.returncode for rank in ranks], codes, failures)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _explain(final: list[int], codes: list[int | None], failures: list[Path]) -> int:
+    """Print the earliest failure, once; returns the exit code."""
+    told = [json.loads(file.read_text()) for file in failures if file.exists()]
+    killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
+    if killed:  # a rank that was killed tells nothing, and the others only tell of its loss
+        rank, number = killed[0]
+        why = "; the machine was probably out of memory" if number == signal.SIGKILL else ""
+        print(f"rank {rank} was killed by signal {number} ({signal.Signals(number).name}){why}.", file=sys.stderr)
+        return 1
+    if told:
+        first = min(told, key=lambda failure: failure["time"])
+        print(first["text"], file=sys.stderr)
+        return first["code"]
+    rank = next(rank for rank, code in enumerate(codes) if code)
+    print(f"rank {rank} ended with exit code {final[rank]} and told nothing.", file=sys.stderr)
+    return 1
+
+
+def tell(text: str, code: int) -> None:
+    """Say why this process ends: to the parent that spawned it, or to the terminal."""
+    file = os.environ.get(FAILURE_FILE)
+    if file is None:
+        print(text, file=sys.stderr)
+        return
+    partial = Path(file).with_suffix(".partial")
+    failure: dict[str, Any] = {"text": text, "code": code, "time": time.time()}
+    partial.write_text(json.dumps(failure))
+    partial.replace(file)
+
+
+def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """No rank outlives a launcher that was killed (Linux; prctl(2), PR_SET_PDEATHSIG)."""
+
+    def preexec() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return preexec
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def processes_here(asked: int | str, device: str) -> int:
+    """`parallel.processes` as a number: `auto` is one per GPU, else 2."""
+    if isinstance(asked, int):
+        return asked
+    if device != "cpu" and any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/dxg", "/dev/kfd")):
+        import torch  # only where there may be a GPU: it takes seconds
+
+        return torch.cuda.device_count() or 2
+    return 2

@@ -1,0 +1,108 @@
+"""The reader that shows a run to the person who started it: one line that renews itself, plain lines in a log."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from rich.console import Console
+
+from bigtrain.observability.stream import Event
+
+
+class Progress:
+    """Prints headings, steps and evaluations; on a terminal the step's line is renewed in place."""
+
+    def __init__(self, console: Console | None = None, log_seconds: float = 10.0):
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._seconds = 0.2 if self._console.is_terminal else log_seconds
+        self._shown = 0.0
+        self._steps_left_at: tuple[int, float] | None = None
+        self._held_out: dict[str, float] = {}
+        self._open_line = False
+
+    def __call__(self, event: Event) -> None:
+        show = getattr(self, f"_on_{event['kind']}", None)
+        if show is not None:
+            show(event)
+
+    def _print(self, text: str) -> None:
+        if self._open_line:
+            self._console.file.write("\n")
+            self._open_line = False
+        self._console.print(text, markup=False)
+
+    def _on_started(self, event: Event) -> None:
+        self._print(
+            f"bigtrain {event['version']} · {event['folder']} · {_plural(event['world_size'], 'process', 'processes')}"
+            f" · {event['engine']} · {event['precision']} · {event['device']}"
+        )
+
+    def _on_preparing(self, event: Event) -> None:
+        self._print(f"{'prepare':<10} {event['what']}")
+
+    def _on_stage_started(self, event: Event) -> None:
+        resumed = f", resumed at step {event['done']}" if event["done"] else ""
+        self._print(
+            f"{event['stage']:<10} {event['model']} {_count(event['parameters'])}, {event['weights']} · "
+            f"{event['global_batch_size']} x {event['sequence_length']} tokens a step, {event['steps']} steps{resumed}"
+        )
+        self._steps_left_at = None
+
+    def _on_stage_skipped(self, event: Event) -> None:
+        self._print(f"{event['stage']:<10} is finished ({event['steps']} steps)")
+
+    def _on_step(self, event: Event) -> None:
+        now = time.monotonic()
+        done, steps = event["step"], event["steps"]
+        if self._steps_left_at is None:
+            self._steps_left_at = (done, now)
+        if now - self._shown < self._seconds and done < steps:
+            return
+        self._shown = now
+        first, since = self._steps_left_at
+        left = _duration((now - since) / (done - first) * (steps - done)) if done > first else "?"
+        line = (
+            f"  step {done}/{steps}  loss {event['loss']:.4f}  grad {event['grad_norm']:.3f}  lr {event['lr']:.2e}  "
+            f"{_count(event['tokens_per_second'])} tok/s  {event['memory_bytes'] / 2**30:.2f} GiB  {left} left"
+        )
+        if self._console.is_terminal:
+            self._console.file.write(f"\r\x1b[K{line[: self._console.width - 1]}")
+            self._console.file.flush()
+            self._open_line = True
+        else:
+            self._print(line)
+
+    def _on_evaluation(self, event: Event) -> None:
+        stage, loss = event["stage"], event["loss"]
+        start = self._held_out.setdefault(stage, loss)
+        both = (f"{start:.4f} -> {loss:.4f}", f"{_perplexity(start)} -> {_perplexity(loss)}")
+        if event["step"] == 0 or start == loss:
+            both = (f"{loss:.4f}", _perplexity(loss))
+        self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event['step']})")
+
+    def _on_finished(self, event: Event) -> None:
+        self._print(f"done in {_duration(event['seconds'])}   {event['folder']}")
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 700.0)):.4g}"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _plural(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+

@@ -1,0 +1,57 @@
+"""The one stream of events: the loop emits, readers listen; the loop does not know them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Reader = Callable[[Event], None]
+
+METRICS = ("step", "evaluation")  # the kinds that are rows of metrics.jsonl; all others are events
+
+
+class Stream:
+    """What happens in a run, in order. Ranks other than 0 have no readers."""
+
+    def __init__(self, readers: Iterable[Reader] = (), **common: Any):
+        self._readers = list(readers)
+        self._common = common
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Tell every reader; `fields` are plain numbers, strings, lists and dicts."""
+        event = {"kind": kind, "time": time.time(), **self._common, **fields}
+        for reader in self._readers:
+            reader(event)
+
+
+class Files:
+    """The reader that writes metrics.jsonl and events.jsonl, a line an event, as it happens."""
+
+    def __init__(self, folder: Path):
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._events = (folder / "events.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: Event) -> None:
+        file = self._metrics if event["kind"] in METRICS else self._events
+        file.write(json.dumps(event) + "\n")
+
+
+def read_metrics(folder: Path) -> list[Event]:
+    """The rows of metrics.jsonl that count: of each (stage, step, kind) the last one written, in order of steps.
+
+    A half-written last line, left by a killed run, is passed over.
+    """
+    rows: dict[tuple[str, int, str], Event] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        row = json.loads(line)
+        key = (row["stage"], row["step"], row["kind"])
+        rows.pop(key, None)
+        rows[key] = row
+    stages = list(dict.fromkeys(stage for stage, _, _ in rows))
+    return sorted(rows.values(), key=lambda row: (stages.index(row["stage"]), row["step"]))

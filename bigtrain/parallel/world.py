@@ -1,0 +1,60 @@
+"""The processes of a run: who this one is, and the group it talks in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bigtrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank and size over all nodes; local_rank on this node; device is the one that this process computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@contextmanager
+def joined(device: str, precision: str) -> Iterator[World]:
+    """Join the process group that the launcher's environment names; without one, be a world of one.
+
+    `device` is auto, cpu or cuda. Raises ConfigError for a device that is not there, or cannot do `precision`.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _device(device, precision, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    store = dist.HashStore() if size == 1 else None  # a world of one needs no address
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store)
+    try:
+        yield World(rank, size, local_rank, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: str, precision: str, local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and not gpus:
+        raise ConfigError("parallel.device: cuda was asked for, but this machine shows no GPU; use auto or cpu.")
+    if device == "cpu" or not gpus:
+        if precision == "fp16":
+            raise ConfigError("precision: fp16 needs a GPU, and this run computes on the CPU; use bf16 or fp32.")
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"parallel.processes: process {local_rank} of this machine has no GPU of its own; "
+            f"there are {gpus}. Start {gpus}, or set parallel.device: cpu."
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,130 @@
+"""A stage while it is trained: how far it is, what is due after a step, what is reported of it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bigtrain.config.schema import Stage
+from bigtrain.observability.stream import Stream
+from bigtrain.parallel.contract import Outcome
+from bigtrain.training.schedules import learning_rate
+
+
+class Due(NamedTuple):
+    """What is to be done after a step; the same answer on every rank."""
+
+    evaluate: bool
+    save: bool
+
+
+class StageRun:
+    """`done` counts the finished steps of `steps`; everything else follows from it."""
+
+    def __init__(self, stage: Stage, sequences: int, done: int, stream: Stream):
+        self.steps = -(-sequences // stage.global_batch_size)
+        self.done = done
+        self.evaluates = stage.evaluate is not None
+        self._stage = stage
+        self._sequences = sequences
+        self._stream = stream
+        self._pending: tuple[dict[str, Any], _HostCopy] | None = None
+        self._since = time.perf_counter()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        return learning_rate(self.done, self.steps, self._stage.optimizer.lr, self._stage.schedule)
+
+    def completed(self, outcome: Outcome) -> Due:
+        """Count a step. On a GPU its numbers are reported after the next one, so that the host never waits for it."""
+        self._report()
+        sequences = min(self._stage.global_batch_size, self._sequences - self.done * self._stage.global_batch_size)
+        row = {"lr": self.learning_rate, "tokens": sequences * self._stage.sequence_length}
+        self.done += 1
+        row |= {"stage": self._stage.name, "step": self.done, "steps": self.steps}
+        values = _HostCopy(outcome)
+        self._pending = (row, values)
+        last = self.done == self.steps
+        evaluate, checkpoint = self._stage.evaluate, self._stage.checkpoint
+        due = Due(
+            evaluate=evaluate is not None and (last or _every(self.done, evaluate.every)),
+            save=last or _every(self.done, checkpoint.every),
+        )
+        if any(due) or values.here:
+            self._report()
+        return due
+
+    def _report(self) -> None:
+        if self._pending is None:
+            return
+        row, values = self._pending
+        self._pending = None
+        loss, targets, grad_norm = values.read()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._stream.emit(
+            "step",
+            **row,
+            loss=loss,
+            grad_norm=grad_norm,
+            targets=int(targets),
+            step_seconds=seconds,
+            tokens_per_second=row["tokens"] / seconds,
+            memory_bytes=_memory_bytes(),
+        )
+
+    def evaluated(self, sums: dict[str, float]) -> None:
+        """Report an evaluation from the task's sums over all held-out targets."""
+        loss = sums["loss"] / sums["targets"]
+        self._stream.emit(
+            "evaluation",
+            stage=self._stage.name,
+            step=self.done,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            accuracy=sums["correct"] / sums["targets"],
+            targets=int(sums["targets"]),
+        )
+        self._since = time.perf_counter()  # no part of the next step's time
+
+    def saved(self, folder: Path) -> None:
+        """Report a checkpoint."""
+        self._stream.emit("checkpoint_saved", stage=self._stage.name, step=self.done, folder=str(folder))
+        self._since = time.perf_counter()
+
+
+class _HostCopy:
+    """An outcome on its way to the host: on a GPU the copy runs behind the next step."""
+
+    def __init__(self, outcome: Outcome):
+        values = torch.stack([value.detach().double() for value in outcome])
+        self.here = not values.is_cuda
+        if values.is_cuda:
+            self._values = torch.empty(len(outcome), dtype=torch.float64, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._values = values
+
+    def read(self) -> list[float]:
+        if not self.here:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+def _every(done: int, period: int | None) -> bool:
+    return period is not None and done % period == 0
+
+
+def _memory_bytes() -> int:
+    """Peak memory: of the GPU's allocator, or resident in this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,49 @@
+"""The state moves between engines and world sizes, and training goes on as if nothing had happened."""
+
+import pytest
+import torch
+
+from tests.parity import cases
+
+TOUR = [("zero3", 3), ("fsdp", 2), ("ddp", 1), ("zero2", 2), ("ddp", 3), ("zero1", 3), ("zero3", 2)]
+STEPS = 2  # on each layout
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_state_goes_from_engine_to_engine(pools, tmp_path, precision):
+    total = STEPS * len(TOUR)
+    uninterrupted, _, _ = pools(1)(cases.trained, "ddp", total, micro=1, precision=precision)[0]
+    losses, before = [], None
+    for i, (layout, size) in enumerate(TOUR):
+        answers = pools(size)(cases.segment, layout, tmp_path, i * STEPS, STEPS, precision=precision)
+        loaded, here, after = answers[0]
+        if before is not None:
+            assert set(loaded) == set(before)
+            assert {slot for _, slot in loaded} == {"weight", "exp_avg", "exp_avg_sq"}
+            for key, tensor in before.items():
+                assert torch.equal(loaded[key], tensor), key
+        losses += here
+        before = after
+    tolerance = 1e-6 if precision == "fp32" else 2e-3
+    assert losses == pytest.approx(uninterrupted, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_resuming_on_the_same_layout_is_exact(pools, tmp_path, layout, precision):
+    """Losses, gradient norms and the final state are equal to the last bit."""
+    losses, norms, state = pools(2)(cases.trained, layout, 6, micro=1, precision=precision)[0]
+    _, first, _ = pools(2)(cases.segment, layout, tmp_path, 0, 3, precision=precision)[0]
+    _, second, resumed = pools(2)(cases.segment, layout, tmp_path, 3, 3, precision=precision)[0]
+    assert first + second == losses
+    assert norms
+    for key, tensor in state.items():
+        assert torch.equal(resumed[key], tensor), key
+
+
+def test_no_rank_holds_the_whole_state(pools, tmp_path):
+    """Of a sharded layout each rank writes its share: no file of the checkpoint is much larger than another."""
+    pools(3)(cases.segment, "zero3", tmp_path, 0, 1)
+    sizes = [file.stat().st_size for file in tmp_path.glob("step-*/rank-*.safetensors")]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.2 * min(sizes)

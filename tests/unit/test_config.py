@@ -1,0 +1,140 @@
+"""The run's file is read strictly, and every mistake is answered with its key and line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bigtrain.config import differences, load, load_config, to_yaml
+from bigtrain.config.schema import Run, Section, mark_of
+from bigtrain.errors import ConfigError
+
+GOOD = """\
+name: test
+model: {from_config: {model_type: llama, max_position_embeddings: 256}}
+tokenizer: {train: {vocab_size: 4096}}
+stages:
+  - name: pretrain
+    task: pretrain
+    data: [{source: stdlib}]
+    sequence_length: 256
+    global_batch_size: 32
+    steps: 10
+    optimizer: {lr: 3e-4}
+  - name: finetune
+    task: sft
+    from: pretrain
+    data: [{source: stdlib-functions}]
+    sequence_length: 128
+    global_batch_size: 8
+    epochs: 1
+    optimizer: {lr: 1e-4}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text=GOOD, *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return write
+
+
+def test_reads_values_and_overrides(config):
+    run = config(GOOD, "stages.finetune.optimizer.lr=5e-5", "parallel.engine=zero3", "seed=7")
+    assert run.stages[0].optimizer.lr == 3e-4
+    assert run.stages[1].optimizer.lr == 5e-5
+    assert run.stages[1].from_stage == "pretrain"
+    assert (run.parallel.engine, run.seed) == ("zero3", 7)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{lr: 3e-4}", "{lrr: 3e-4}", "run.yaml:11: stages.pretrain.optimizer.lrr: unknown key; did you mean `lr`?"),
+        ("name: test", "name: test\nprecison: bf16", "run.yaml:2: precison: unknown key; did you mean `precision`?"),
+        ("steps: 10", "steps: '10'", "run.yaml:10: stages.pretrain.steps: input should be a valid integer"),
+        ("lr: 3e-4", "lr: -1", "stages.pretrain.optimizer.lr: input should be greater than 0, got -1"),
+        ("task: sft", "task: stf", "run.yaml:13: stages.finetune.task: 'stf' is not one of 'pretrain' or 'sft'"),
+        ("    steps: 10\n", "", "stages.pretrain: give one of steps, tokens and epochs; found none"),
+        ("from: pretrain", "from: pretrian", "stages.finetune.from: 'pretrian' is no earlier stage"),
+        ("sequence_length: 256", "sequence_length: 512", "run.yaml:8: stages.pretrain.sequence_length: 512 is longer"),
+        ("{train: {vocab_size: 4096}}", "{}", "run.yaml:3: tokenizer: give either train or from_pretrained"),
+        ("name: test", "name: test\nname: again", "run.yaml:2: name is given twice"),
+        ("name: test", "name: [", "not valid YAML"),
+        ("{source: stdlib}", "{source: stdlib, weight: 0}", "stages.pretrain.data.0.weight: input should be greater"),
+        ("name: test", "name: test\nparallel: {engine: zero4}", "'zero4' is not one of"),
+        ("name: test", "name: test\nparallel: {replicate: 2}", "parallel.replicate: needs parallel.engine: fsdp"),
+    ],
+)
+def test_names_key_line_and_remedy(config, old, new, message):
+    with pytest.raises(ConfigError) as error:
+        config(GOOD.replace(old, new, 1))
+    assert message in str(error.value)
+
+
+def test_wrong_overrides(config):
+    for override, message in [
+        ("stages.pretrian.steps=1", "there is no 'pretrian' here; did you mean `pretrain`?"),
+        ("stages.pretrain.stepz=1", "command line: stages.pretrain.stepz: unknown key; did you mean `steps`?"),
+        ("stages.pretrain.steps", "expected KEY=VALUE"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            config(GOOD, override)
+        assert message in str(error.value)
+
+
+def test_missing_file_names_its_neighbours(tmp_path):
+    (tmp_path / "right.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"wrong\.yaml: there is no such file.*right\.yaml"):
+        load_config(tmp_path / "wrong.yaml")
+
+
+def test_resolved_yaml_reads_to_the_same_run(config, tmp_path):
+    run = config()
+    (tmp_path / "resolved.yaml").write_text(to_yaml(run))
+    assert load_config(tmp_path / "resolved.yaml") == run
+
+
+def test_origins(tmp_path):
+    (tmp_path / "run.yaml").write_text(GOOD)
+    loaded = load(tmp_path / "run.yaml", ["seed=3"])
+    assert loaded.origin(("seed",)) == "command line"
+    assert loaded.origin(("stages", 0, "steps")).endswith("run.yaml:10")
+    assert loaded.origin(("precision",)) == "default"
+
+
+def test_differences_follow_the_marks(config):
+    old, new = config(), config(GOOD, "stages.pretrain.optimizer.lr=1", "parallel.engine=fsdp")
+    assert differences(old, new, "mathematics") == [("stages.pretrain.optimizer.lr", 3e-4, 1.0)]
+    assert differences(old, new, "execution") == [("parallel.engine", "ddp", "fsdp")]
+
+
+def sections(section=Run, seen=None):
+    seen = {} if seen is None else seen
+    seen[section.__name__] = section
+    for info in section.model_fields.values():
+        for candidate in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, Section) and candidate.__name__ not in seen:
+                sections(candidate, seen)
+    return seen
+
+
+def test_every_field_is_documented_and_marked():
+    found = sections()
+    assert {"Run", "Stage", "Optimizer", "Parallel", "Evaluate", "Source"} <= set(found)
+    for section in found.values():
+        for name, info in section.model_fields.items():
+            assert info.description and len(info.description) > 10, f"{section.__name__}.{name}"
+            assert mark_of(info) in ("mathematics", "execution", "reporting")
+
+
+def test_reading_imports_nothing_heavy(tmp_path):
+    (tmp_path / "run.yaml").write_text(GOOD)
+    code = (
+        "import sys; from bigtrain.config import load_config; load_config(sys.argv[1]);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numpy')))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True)

@@ -1,0 +1,362 @@
+"""Token stores against a slow reference; made once, by whoever comes first."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.config.schema import (
+    Evaluate,
+    Model,
+    Optimizer,
+    Run,
+    Source,
+    Stage,
+    Tokenizer,
+    TrainTokenizer,
+)
+from bigtrain.data.batches import IGNORE
+from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
+from bigtrain.data.store import Store, open_store
+from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.writing import Document, Layout, write_store
+from bigtrain.errors import DataError
+from bigtrain.tasks import TASKS
+
+PAD = 9999
+FACTS = {"source": "test", "documents_are": "all"}
+
+
+def make_store(
+    folder: Path, documents: list[Document], layout: str, length: int, vocabulary: int = 10_000
+) -> Store:
+    folder.mkdir()
+    chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
+    write_store(folder, iter(documents), chosen, vocabulary_size=vocabulary, seed=3, facts=FACTS)
+    return open_store(folder, length)
+
+
+def numbered(lengths: list[int], trained: list[list[bool]] | None = None) -> list[Document]:
+    """Documents whose tokens are all different, so that each can be recognised anywhere."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    masks = trained or [None] * len(lengths)
+    return [(list(range(s, s + n)), mask) for s, n, mask in zip(starts, lengths, masks, strict=False)]
+
+
+def owners(documents: list[Document]) -> dict[int, tuple[int, int, bool]]:
+    """token -> (document, position in it, trained)."""
+    return {
+        token: (number, position, trained is None or trained[position])
+        for number, (ids, trained) in enumerate(documents)
+        for position, token in enumerate(ids)
+    }
+
+
+LENGTHS = st.lists(st.integers(1, 25), min_size=1, max_size=40)
+
+
+@given(lengths=LENGTHS, length=st.integers(1, 16), masked=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_windows_against_a_slow_reference(tmp_path_factory, lengths, length, masked, data) -> None:
+    trained = None
+    if masked:
+        trained = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    documents = numbered(lengths, trained)
+    folder = tmp_path_factory.mktemp("windows") / "store"
+    if sum(lengths) <= length:
+        with pytest.raises(DataError, match="fewer than one sequence"):
+            make_store(folder, documents, "windows", length)
+        return
+    store = make_store(folder, documents, "windows", length)
+    assert store.samples == (sum(lengths) - 1) // length
+    owner = owners(documents)
+    stream = np.fromfile(folder / "tokens.bin", dtype=np.uint16).tolist()
+    assert sorted(stream) == sorted(owner)
+    for i in range(store.samples):
+        inputs, targets, positions = store.sample(i)
+        assert inputs.dtype == targets.dtype == positions.dtype == np.int64
+        assert inputs.tolist() == stream[i * length : (i + 1) * length]
+        for j in range(length):
+            following = stream[i * length + j + 1]
+            is_learned = owner[following][1] > 0 and owner[following][2]
+            assert targets[j] == (following if is_learned else IGNORE)
+            begins = j == 0 or owner[stream[i * length + j]][1] == 0
+            assert positions[j] == (0 if begins else positions[j - 1] + 1)
+
+
+@given(lengths=LENGTHS, length=st.integers(1, 16), masked=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_bins_against_a_slow_reference(tmp_path_factory, lengths, length, masked, data) -> None:
+    trained = None
+    if masked:
+        trained = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    documents = numbered(lengths, trained)
+    wanted: dict[int, list[tuple[int, int, int]]] = {}  # document -> its (input, target, position)
+    dropped = {"empty": 0, "without a trained target within sequence_length": 0}
+    for number, (ids, mask) in enumerate(documents):
+        pairs = [
+            (ids[k], ids[k + 1] if mask is None or mask[k + 1] else IGNORE, k)
+            for k in range(min(len(ids) - 1, length))
+        ]
+        if not pairs:
+            dropped["empty"] += 1
+        elif all(target == IGNORE for _, target, _ in pairs):
+            dropped["without a trained target within sequence_length"] += 1
+        else:
+            wanted[number] = pairs
+    folder = tmp_path_factory.mktemp("bins") / "store"
+    if not wanted:
+        with pytest.raises(DataError, match="no document is left"):
+            make_store(folder, documents, "bins", length)
+        return
+    store = make_store(folder, documents, "bins", length)
+    owner = owners(documents)
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for i in range(store.samples):
+        rows = list(zip(*(array.tolist() for array in store.sample(i)), strict=True))
+        assert len(rows) == length
+        used = [row for row in rows if row[0] != PAD]
+        assert rows[len(used) :] == [(PAD, IGNORE, k) for k in range(length - len(used))]
+        for row in used:
+            found.setdefault(owner[row[0]][0], []).append(row)
+    assert found == wanted
+    manifest = store.manifest
+    pairs = sum(map(len, wanted.values()))
+    assert manifest["documents"] == len(wanted)
+    assert manifest["tokens"] == pairs + len(wanted)
+    assert manifest["targets"] == sum(t != IGNORE for rows in wanted.values() for _, t, _ in rows)
+    assert manifest["dropped"] == {reason: count for reason, count in dropped.items() if count}
+    assert manifest["cut"] == sum(lengths[number] > length + 1 for number in wanted)
+    assert manifest["fill"] == pytest.approx(pairs / (store.samples * length))
+
+
+def test_packing_wastes_little(tmp_path: Path) -> None:
+    lengths = (np.random.default_rng(0).lognormal(3.5, 0.8, size=3000).astype(int) + 2).tolist()
+    documents = [([1] * n, None) for n in lengths]
+    store = make_store(tmp_path / "s", documents, "bins", 256)
+    assert store.manifest["fill"] > 0.99
+
+
+def test_documents_are_shuffled_but_always_alike(tmp_path: Path) -> None:
+    documents = numbered([5] * 200)
+    orders = []
+    for name in ("a", "b"):
+        make_store(tmp_path / name, documents, "windows", 8)
+        orders.append((tmp_path / name / "tokens.bin").read_bytes())
+    assert orders[0] == orders[1]
+    firsts = np.frombuffer(orders[0], dtype=np.uint16)[::5]
+    assert (np.diff(firsts.astype(int)) == 5).mean() < 0.1
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    documents: list[Document] = [([70_000 + i for i in range(20)], None)]
+    store = make_store(tmp_path / "s", documents, "windows", 4, vocabulary=2**16 + 1)
+    assert store.sample(1)[0].tolist() == [70_004, 70_005, 70_006, 70_007]
+    small = make_store(tmp_path / "t", [(list(range(20)), None)], "windows", 4, vocabulary=2**16)
+    assert (small.manifest["dtype"], store.manifest["dtype"]) == ("uint16", "uint32")
+
+
+@pytest.mark.parametrize("i", [-1, 4])
+def test_a_sample_that_is_not_there(tmp_path: Path, i: int) -> None:
+    store = make_store(tmp_path / "s", numbered([20]), "windows", 4)
+    assert store.samples == 4
+    with pytest.raises(IndexError):
+        store.sample(i)
+
+
+def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    make_store(folder, numbered([20]), "windows", 4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tokens = (folder / "tokens.bin").read_bytes()
+
+    (folder / "tokens.bin").write_bytes(tokens[:-2])
+    with pytest.raises(DataError, match=r"tokens\.bin has 38 bytes instead of 40"):
+        open_store(folder, 4)
+    (folder / "tokens.bin").unlink()
+    with pytest.raises(DataError, match=r"tokens\.bin is missing"):
+        open_store(folder, 4)
+    (folder / "tokens.bin").write_bytes(tokens)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
+    with pytest.raises(DataError, match="has format 0, this bigtrain reads 1"):
+        open_store(folder, 4)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        open_store(folder, 4)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        open_store(folder, 4)
+
+
+# Preparing a run's stores.
+
+MODULE = """
+import os, pathlib
+folder = pathlib.Path({folder!r})
+with (folder / "arrivals").open("a") as arrivals:
+    arrivals.write(f"{{os.getpid()}}\\n")
+
+def rows():
+    with (folder / "calls").open("a") as calls:
+        calls.write("called\\n")
+    for i in range(60):
+        if i == 30 and (folder / "kill").exists():
+            (folder / "kill").unlink()
+            os.kill(os.getpid(), 9)
+        if i == 30 and (folder / "gate").exists():
+            (folder / "gate").read_text()  # a FIFO: waits until the test writes
+            (folder / "gate").unlink()
+        yield dict(key=f"k{{i}}", text=f"document {{i}} " + "words and words " * (i % 7 + 2),
+                   prompt=f"question {{i}}", completion=f"answer {{i}}")
+"""
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A source whose readings are counted in the file `calls`."""
+    name = f"source_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE.format(folder=str(tmp_path)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return f"{name}:rows"
+
+
+def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Run:
+    stage = Stage(
+        name="s",
+        task=task,
+        data=[Source(source=source)],
+        **{"held_out": 0.2, "sequence_length": 16, "evaluate": Evaluate()} | changes.pop("stage", {}),
+        global_batch_size=2,
+        steps=1,
+        optimizer=Optimizer(lr=1e-3),
+    )
+    return Run(
+        name="r",
+        output=str(folder / "out"),
+        model=Model(from_config={"model_type": "llama"}),
+        tokenizer=Tokenizer(train=TrainTokenizer(vocab_size=changes.pop("vocab_size", 300))),
+        stages=[stage],
+        **changes,
+    )
+
+
+def prepare(run: Run) -> StageData:
+    tokenizer = load_tokenizer(prepare_tokenizer(run))
+    return prepare_stage(run, run.stages[0], TASKS[run.stages[0].task](), tokenizer)
+
+
+def prepare_folders(run: Run) -> list[str]:
+    data = prepare(run)
+    return [str(store.folder) for store in data.train + data.held_out]
+
+
+def calls(folder: Path) -> int:
+    return len(lines(folder / "calls"))
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_unchanged_ingredients_are_not_prepared_again(tmp_path: Path, rows: str, task: str) -> None:
+    run = make_run(tmp_path, rows, task)
+    first = prepare(run)
+    times = [(store.folder / "manifest.json").stat().st_mtime_ns for store in first.train + first.held_out]
+    assert calls(tmp_path) == 3  # tokenizer, training side, held-out side
+    again = prepare(run)
+    assert [s.folder for s in again.train] == [s.folder for s in first.train]
+    assert [(s.folder / "manifest.json").stat().st_mtime_ns for s in again.train + again.held_out] == times
+    assert calls(tmp_path) == 3
+    assert first.train[0].manifest["documents"] + first.held_out[0].manifest["documents"] == 60
+    assert first.weights is None
+
+
+def test_a_changed_ingredient_makes_new_stores(tmp_path: Path, rows: str) -> None:
+    runs = {
+        "first": make_run(tmp_path, rows, "sft"),
+        "seed": make_run(tmp_path, rows, "sft", seed=1),
+        "tokenizer": make_run(tmp_path, rows, "sft", vocab_size=301),
+        "held_out": make_run(tmp_path, rows, "sft", stage={"held_out": 0.3}),
+        "length": make_run(tmp_path, rows, "sft", stage={"sequence_length": 24}),
+        "task": make_run(tmp_path, rows, "pretrain"),
+    }
+    stores = {name: prepare_folders(run)[0] for name, run in runs.items()}
+    assert len(set(stores.values())) == len(runs), stores
+    module = tmp_path / f"{rows.split(':')[0]}.py"
+    module.write_text(module.read_text() + "\n# changed\n")
+    assert prepare_folders(runs["first"])[0] not in stores.values()
+
+
+def test_windows_of_another_length_share_the_store(tmp_path: Path, rows: str) -> None:
+    short, long = (prepare(make_run(tmp_path, rows, stage={"sequence_length": n})).train[0] for n in (8, 32))
+    assert short.folder == long.folder
+    assert short.samples > 3 * long.samples > 0
+
+
+def test_changed_files_make_a_new_store(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("some words " * 50)
+    run = make_run(tmp_path, str(file), stage={"held_out": 0.0, "evaluate": None})
+    first = prepare_folders(run)
+    assert prepare_folders(run) == first
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    assert prepare_folders(run) != first
+
+
+def test_evaluation_data_of_its_own_is_taken_whole(tmp_path: Path, rows: str) -> None:
+    evaluate = Evaluate(data=[Source(source=rows)])
+    data = prepare(make_run(tmp_path, rows, stage={"held_out": 0.0, "evaluate": evaluate}))
+    assert [store.manifest["documents"] for store in data.held_out] == [60]
+
+
+def test_two_processes_prepare_once(tmp_path: Path, rows: str) -> None:
+    """A FIFO holds the builder of the tokenizer inside the source until the other process has come too."""
+    run = make_run(tmp_path, rows)
+    os.mkfifo(tmp_path / "gate")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = [pool.apply_async(prepare_folders, (run,)) for _ in range(2)]
+        gate = None
+        while gate is None:
+            results[0].wait(0.1)
+            assert not any(result.ready() for result in results)
+            if len(lines(tmp_path / "arrivals")) == 2:
+                with suppress(OSError):  # until the builder has opened its end
+                    gate = os.open(tmp_path / "gate", os.O_WRONLY | os.O_NONBLOCK)
+        results[0].wait(0.3)  # for the other one to reach the lock
+        os.write(gate, b"go")
+        os.close(gate)
+        first, second = (result.get(timeout=60) for result in results)
+    assert first == second
+    assert len(set(lines(tmp_path / "arrivals"))) == 2
+    assert calls(tmp_path) == 3  # tokenizer, training side, held-out side
+
+
+def test_what_a_killed_preparation_left_is_cleared_away(tmp_path: Path, rows: str) -> None:
+    run = make_run(tmp_path, rows)
+    prepare_tokenizer(run)
+    (tmp_path / "kill").touch()
+    process = multiprocessing.get_context("spawn").Process(target=prepare_folders, args=(run,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    stores = tmp_path / "out" / "stores"
+    assert [path.name for path in stores.glob("windows-*.partial")]
+    data = prepare(run)
+    assert not list(stores.glob("*.partial"))
+    assert data.train[0].manifest["documents"] > 30
+
+
+def test_too_little_data_says_whose(tmp_path: Path, rows: str) -> None:
+    with pytest.raises(DataError, match=rf"{rows} \(training side\).*fewer than one sequence of 100000"):
+        prepare(make_run(tmp_path, rows, stage={"sequence_length": 100_000}))
