@@ -53,9 +53,7 @@ def plain(model):
 
     def step(number):
         tensors = batch(number, model.config.vocab_size)
-        logits = model(
-            input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False
-        ).logits
+        logits = model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), tensors["targets"].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
@@ -123,7 +121,9 @@ def main():
     parser.add_argument("--steps", type=int, default=60, help="counted pairs of steps for each size")
     arguments = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, fp32, ddp, one process")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, fp32, ddp, one process"
+    )
     for size in SIZES:
         ratios = compare(size, arguments.steps)
         low, high = interval(ratios)

@@ -28,12 +28,12 @@ from bigtrain.parallel import build_engine
 from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
 from bigtrain.state import Reader
-from bigtrain.tasks import TASKS
+from bigtrain.tasks import TASKS, Task
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 
 def run_here(config: Run) -> None:
@@ -107,10 +107,14 @@ class _Pipeline:
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = {s.name: prepare_stage(self.config, s, tasks[s.name], tokenizer) for s in self.config.stages}
         for stage in self.config.stages:
-            self._stage(stage, tasks[stage.name], data[stage.name], model, tokenizer)
+            self._stage(stage, tasks[stage.name], data[stage.name], model)
 
     def _stage(
-        self, stage: Stage, task: Any, data: StageData, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+        self,
+        stage: Stage,
+        task: Task,
+        data: StageData,
+        model: PreTrainedConfig,
     ) -> None:
         sequences = _sequences(stage, sum(store.samples for store in data.train))
         checkpoints = self.folder / stage.name / "checkpoints"

@@ -61,14 +61,14 @@ class Ranks:
             pipe.send((function, args, kwargs))
         results: dict[int, Any] = {}
         while len(results) < self.size:
-            ready = wait([p for i, p in enumerate(self._pipes) if i not in results], self.timeout)
+            ready: list[Any] = wait([p for i, p in enumerate(self._pipes) if i not in results], self.timeout)
             if not ready:
                 self._kill()
                 raise RankFailed(f"ranks {sorted(set(range(self.size)) - set(results))} gave no answer")
             for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                rank = self._pipes.index(pipe)
                 try:
-                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                    failed, value = pipe.recv()
                 except EOFError:
                     failed, value = True, f"died with exit code {self._processes[rank].exitcode}"
                 if failed:

@@ -31,9 +31,7 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder} holds no complete checkpoint: {error}") from None
         if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}."
-            )
+            raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
         self.step: int = manifest["step"]
         self._state: dict[str, dict[str, Any]] = manifest["state"]
         self._files: dict[str, Any] = {}
@@ -46,9 +44,7 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder} has no {slot} of {name}: it is another model's.") from None
         shape = entry["shape"]
-        if len(shape) != len(offsets) or any(
-            o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)
-        ):
+        if len(shape) != len(offsets) or any(o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
             raise CheckpointError(f"{self.folder}: {name} has shape {shape}; the model's is another.")
         result: Tensor | None = None
         filled = 0
@@ -84,7 +80,6 @@ def _overlap(
 ) -> list[tuple[int, int]] | None:
     """[begin, end) in each dimension of what two boxes share, or None."""
     shared = [
-        (max(a, b), min(a + n, b + m))
-        for a, n, b, m in zip(offsets, lengths, box_offsets, box_lengths, strict=True)
+        (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offsets, lengths, box_offsets, box_lengths, strict=True)
     ]
     return shared if all(begin < end for begin, end in shared) else None

@@ -1,9 +1,9 @@
 """Write the logical state: each rank its own boxes, rank 0 the manifest, last.
 
-    step-00000100/
-        rank-00000.safetensors ...  the boxes of one rank, under the keys that the manifest names
-        progress.json               the scalars that stand beside the weights
-        manifest.json               written last: without it the checkpoint does not exist
+step-00000100/
+    rank-00000.safetensors ...  the boxes of one rank, under the keys that the manifest names
+    progress.json               the scalars that stand beside the weights
+    manifest.json               written last: without it the checkpoint does not exist
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def _write_boxes(path: Path, boxes: Iterable[Box]) -> list[dict[str, Any]]:
 def _write_manifest(folder: Path, step: int, entries: list[dict[str, Any]]) -> None:
     state: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda e: (e["name"], e["slot"], e["offsets"])):
-        slot = state.setdefault(entry["name"], {}).setdefault(
-            entry["slot"], {"shape": entry["shape"], "boxes": []}
-        )
+        slot = state.setdefault(entry["name"], {}).setdefault(entry["slot"], {"shape": entry["shape"], "boxes": []})
         slot["boxes"].append({k: entry[k] for k in ("offsets", "lengths", "file", "key")})
     _write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "state": state})
 

@@ -20,11 +20,13 @@ class Loader(yaml.SafeLoader):
 
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*(\.[\d_]*)?([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 # The resolver above also matches integers: those must be tried before it.
-for first, resolvers in Loader.yaml_implicit_resolvers.items():
+for resolvers in Loader.yaml_implicit_resolvers.values():
     resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
 
 

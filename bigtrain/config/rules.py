@@ -10,7 +10,11 @@ from bigtrain.config.schema import Run, Source, Stage
 
 def broken_rules(run: Run) -> list[tuple[KeyPath, str]]:
     """(path of the key to change, message) for every rule that the run breaks."""
-    return [*_top(run), *_parallel(run), *(broken for i in range(len(run.stages)) for broken in _stage(run, i))]
+    return [
+        *_top(run),
+        *_parallel(run),
+        *(broken for i in range(len(run.stages)) for broken in _stage(run, i)),
+    ]
 
 
 def _top(run: Run) -> Iterator[tuple[KeyPath, str]]:
@@ -18,9 +22,15 @@ def _top(run: Run) -> Iterator[tuple[KeyPath, str]]:
     if (model.from_config is None) == (model.from_pretrained is None):
         yield ("model",), "give either from_config or from_pretrained."
     if model.from_config is not None and not isinstance(model.from_config.get("model_type"), str):
-        yield ("model", "from_config"), "needs model_type, the architecture's name in transformers, like `llama`."
+        yield (
+            ("model", "from_config"),
+            "needs model_type, the architecture's name in transformers, like `llama`.",
+        )
     if tokenizer is None and model.from_pretrained is None:
-        yield ("tokenizer",), "is required with model.from_config: {train: {vocab_size: ...}} or {from_pretrained: ...}."
+        yield (
+            ("tokenizer",),
+            "is required with model.from_config: {train: {vocab_size: ...}} or {from_pretrained: ...}.",
+        )
     if tokenizer is not None and (tokenizer.train is None) == (tokenizer.from_pretrained is None):
         yield ("tokenizer",), "give either train or from_pretrained."
     if run.name == "stores":
@@ -34,7 +44,10 @@ def _parallel(run: Run) -> Iterator[tuple[KeyPath, str]]:
     if parallel.processes != "auto" and parallel.processes < 1:
         yield ("parallel", "processes"), f"must be at least 1 or `auto`, got {parallel.processes}."
     if parallel.replicate > 1 and parallel.engine != "fsdp":
-        yield ("parallel", "replicate"), f"needs parallel.engine: fsdp; {parallel.engine} has no replicas of shards."
+        yield (
+            ("parallel", "replicate"),
+            f"needs parallel.engine: fsdp; {parallel.engine} has no replicas of shards.",
+        )
     if isinstance(parallel.processes, int) and parallel.processes % parallel.replicate:
         yield (
             ("parallel", "replicate"),
@@ -61,7 +74,10 @@ def _stage(run: Run, i: int) -> Iterator[tuple[KeyPath, str]]:
             f"{stage.sequence_length} is longer than model.from_config.max_position_embeddings ({positions}).",
         )
     if any(not 0 <= beta < 1 for beta in stage.optimizer.betas):
-        yield (*at, "optimizer", "betas"), f"each must be at least 0 and below 1, got {stage.optimizer.betas}."
+        yield (
+            (*at, "optimizer", "betas"),
+            f"each must be at least 0 and below 1, got {stage.optimizer.betas}.",
+        )
     yield from _weights(stage.data, (*at, "data"))
     if stage.epochs is not None and any(source.weight is not None for source in stage.data):
         yield (*at, "epochs"), "weighted sources have no common epoch; use steps or tokens."

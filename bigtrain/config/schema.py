@@ -68,9 +68,13 @@ class Parallel(Section):
         "Another launcher decides itself.",
         "auto",
     )
-    device: Literal["auto", "cpu", "cuda"] = execution("Where the processes compute; auto: cuda if there is any.", "auto")
+    device: Literal["auto", "cpu", "cuda"] = execution(
+        "Where the processes compute; auto: cuda if there is any.", "auto"
+    )
     replicate: int = execution(
-        "With fsdp: number of replicas of the sharded model (HSDP). The processes of one replica share it.", 1, ge=1
+        "With fsdp: number of replicas of the sharded model (HSDP). The processes of one replica share it.",
+        1,
+        ge=1,
     )
     micro_batch_size: int = execution("Sequences that a process runs through the model at once.", 8, ge=1)
     activation_checkpointing: Literal["none", "full"] = execution(
@@ -114,9 +118,15 @@ class Schedule(Section):
 
 
 class Evaluate(Section):
-    every: int | None = mathematics("Steps between evaluations; null: only before the first and after the last.", None, ge=1)
-    data: list[Source] | None = mathematics("Held-out documents, instead of the stage's `held_out`.", None, min_length=1)
-    sequences: int | None = mathematics("Sequences of an evaluation, the first of the held-out store; null: all.", None, ge=1)
+    every: int | None = mathematics(
+        "Steps between evaluations; null: only before the first and after the last.", None, ge=1
+    )
+    data: list[Source] | None = mathematics(
+        "Held-out documents, instead of the stage's `held_out`.", None, min_length=1
+    )
+    sequences: int | None = mathematics(
+        "Sequences of an evaluation, the first of the held-out store; null: all.", None, ge=1
+    )
 
 
 class Checkpoint(Section):
@@ -131,7 +141,9 @@ class Stage(Section):
         "(columns `prompt` and `completion`), with the loss on the completion alone."
     )
     from_stage: str | None = mathematics(
-        "The earlier stage whose weights this one starts from; optimizer and step start anew.", None, alias="from"
+        "The earlier stage whose weights this one starts from; optimizer and step start anew.",
+        None,
+        alias="from",
     )
     data: list[Source] = mathematics("Sources of documents.", min_length=1)
     held_out: float = mathematics(
@@ -158,7 +170,8 @@ class Run(Section):
     model: Model = mathematics("What is trained.")
     tokenizer: Tokenizer | None = mathematics("Text to tokens; null: that of `model.from_pretrained`.", None)
     precision: Literal["fp32", "bf16", "fp16"] = mathematics(
-        "Of parameters in forward and backward; masters, moments, accumulation and loss are always fp32. fp16 needs a GPU.",
+        "Of parameters in forward and backward; masters, moments, accumulation and loss are always fp32. "
+        "fp16 needs a GPU.",
         "bf16",
     )
     attention: Literal["sdpa", "eager"] = execution("Attention implementation of transformers.", "sdpa")

@@ -104,9 +104,7 @@ def _text(row: dict[str, Any], ours: str, theirs: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text."
-        ) from error
+        raise DataError(f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text.") from error
     return value
 
 

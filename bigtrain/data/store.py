@@ -87,9 +87,7 @@ class Store(ABC):
         """
 
     def _map(self, name: str, dtype: str) -> NDArray[Any]:
-        return np.memmap(self.folder / name, dtype=dtype, mode="r").view(
-            np.ndarray
-        )  # slices of a memmap are slow
+        return np.memmap(self.folder / name, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap are slow
 
 
 class Windows(Store):
@@ -109,9 +107,7 @@ class Windows(Store):
         if self._trained is not None:
             targets[~self._trained[first + 1 : first + length + 1]] = IGNORE
         borders = self._documents[
-            np.searchsorted(self._documents, first, "right") : np.searchsorted(
-                self._documents, first + length, "right"
-            )
+            np.searchsorted(self._documents, first, "right") : np.searchsorted(self._documents, first + length, "right")
         ]
         starts = borders - first  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
@@ -124,9 +120,7 @@ class Bins(Store):
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         super().__init__(folder, manifest, sequence_length)
         if manifest["sequence_length"] != sequence_length:
-            raise DataError(
-                f"{folder}: packed for sequences of {manifest['sequence_length']}, not {sequence_length}."
-            )
+            raise DataError(f"{folder}: packed for sequences of {manifest['sequence_length']}, not {sequence_length}.")
         self._bins = self._map("bins.bin", "int64")
         self.samples = len(self._bins) - 1
 
@@ -149,9 +143,7 @@ class Bins(Store):
         padded_targets = np.full(length, IGNORE, dtype=np.int64)
         input_ids[:used] = tokens[is_input]
         padded_targets[:used] = targets[is_target]
-        starts = (
-            borders[1:] - first - np.arange(1, len(borders))
-        )  # of the second document on, and of the tail
+        starts = borders[1:] - first - np.arange(1, len(borders))  # of the second document on, and of the tail
         return input_ids, padded_targets, _positions(starts[starts < length], length)
 
 

@@ -51,9 +51,7 @@ def write_store(
         arrived.add(ids, trained)
     arrived.close()
     if not arrived.lengths:
-        dropped = (
-            ", ".join(f"{count} {reason}" for reason, count in arrived.dropped.items()) or "there were none"
-        )
+        dropped = ", ".join(f"{count} {reason}" for reason, count in arrived.dropped.items()) or "there were none"
         raise DataError(f"{facts['source']} ({facts['documents_are']}): no document is left: {dropped}.")
 
     lengths = np.asarray(arrived.lengths, dtype=np.int64)

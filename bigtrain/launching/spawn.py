@@ -35,7 +35,7 @@ def spawn(command: list[str], processes: int) -> int:
             subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), FAILURE_FILE: str(failures[r])},
-                preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509 - no threads here
+                preexec_fn=_die_with_parent(os.getpid()),
             )
             for r in range(processes)
         ]
@@ -64,7 +64,10 @@ def _explain(final: list[int], codes: list[int | None], failures: list[Path]) ->
     if killed:  # a rank that was killed tells nothing, and the others only tell of its loss
         rank, number = killed[0]
         why = "; the machine was probably out of memory" if number == signal.SIGKILL else ""
-        print(f"rank {rank} was killed by signal {number} ({signal.Signals(number).name}){why}.", file=sys.stderr)
+        print(
+            f"rank {rank} was killed by signal {number} ({signal.Signals(number).name}){why}.",
+            file=sys.stderr,
+        )
         return 1
     if told:
         first = min(told, key=lambda failure: failure["time"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,7 +96,7 @@ def cut(tensor: Tensor, offsets: Shape, lengths: Shape) -> Tensor:
     return tensor
 
 
-def _ancestors(model: PreTrainedModel, name: str) -> list[tuple[str, object]]:
+def _ancestors(model: PreTrainedModel, name: str) -> list[tuple[str, Callable[[nn.Module], None]]]:
     """(module name, its initialising function) from the module itself up to the root; the function is that
     of the nearest PreTrainedModel at or above it, as transformers dispatches it."""
     from transformers import PreTrainedModel

@@ -104,5 +104,3 @@ def _duration(seconds: float) -> str:
 
 def _plural(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ def build_engine(
 
     `build_model(meta=...)` gives the model; `replicate` is the number of copies of a sharded model (fsdp only).
     """
-    common = {
+    common: dict[str, Any] = {
         "precision": precision,
         "micro_batch_size": micro_batch_size,
         "optimizer": optimizer,

@@ -30,7 +30,8 @@ class LossScale:
         self._good_steps = 0
         if self.value < 1:
             raise BigtrainError(
-                "fp16: the gradients overflow even with a loss scale of 1. Use precision: bf16, or a lower learning rate."
+                "fp16: the gradients overflow even with a loss scale of 1. "
+                "Use precision: bf16, or a lower learning rate."
             )
         return False
 

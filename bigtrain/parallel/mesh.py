@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -60,19 +60,20 @@ class MeshEngine:
         self._updates = 0
         self._loss_scale = LossScale() if precision == "fp16" else None
 
-        self._module = TaskModule(build_model(), task)
+        model = build_model()
+        self._module: Any = TaskModule(model, task)
         self._wrapped = self._world_size > 1 or precision != "fp32"
         if self._wrapped:
             _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-        self._module.model.tie_weights()  # making parameters real one by one has untied them
-        self._parameters = dict(self._module.model.named_parameters())
-        self._optimizer = build_optimizer(self._module.model, optimizer)
+        model.tie_weights()  # making parameters real one by one has untied them
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = build_optimizer(model, optimizer)
 
     def step(self, batch: Batch, lr: float) -> Outcome:
         seed_dropout(self._seed, batch.step, self._rank)
         targets = contract.count_targets(batch, self._device)
-        weight = 1.0 / targets
+        weight = 1.0 / targets.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -85,7 +86,7 @@ class MeshEngine:
             loss += sums["loss"].detach()
         grad_norm = self._update(lr)
         loss = contract.sum_over_ranks({"loss": loss})["loss"]
-        return Outcome(loss / targets, targets, grad_norm)
+        return Outcome(loss / targets.clamp(min=1), targets, grad_norm)
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
@@ -163,8 +164,9 @@ def _lay_over_mesh(module: TaskModule, copies: int, shard: int, dtype: torch.dty
     mesh = init_device_mesh(device.type, (copies, shard), mesh_dim_names=("replicate", "shard"))
     cast = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = module.model._no_split_modules or ()
-    for child in list(module.model.modules()):
+    model: Any = module.model
+    layers = set(model._no_split_modules or ())
+    for child in list(model.modules()):
         if type(child).__name__ in layers:
             fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=shard > 1)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

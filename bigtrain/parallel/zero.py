@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from bigtrain.optim import build_optimizer
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bigtrain.tasks import Task
 
 REDUCE_BUCKET = 50_000_000  # most elements in DeepSpeed's gradient buffer, which it allocates whole
+KEPT_WHOLE = 100_000  # stage 3 never partitions parameters with fewer elements, or it would wait for each norm
 
 
 class ZeroEngine:
@@ -75,13 +76,15 @@ class ZeroEngine:
         if frozen:
             raise ValueError(f"ZeRO trains whole models; {len(frozen)} parameters are frozen: {frozen[:3]}")
         config = _config(stage, precision, optimizer.max_grad_norm)
-        config["zero_optimization"]["reduce_bucket_size"] = min(_elements(self._model), REDUCE_BUCKET)
+        elements = sum(getattr(p, "ds_numel", p.numel()) for p in self._model.parameters())
+        config["zero_optimization"] |= {
+            "reduce_bucket_size": min(elements, REDUCE_BUCKET),
+            "stage3_param_persistence_threshold": min(elements // 100, KEPT_WHOLE),
+        }
         self._optimizer = build_optimizer(self._model, optimizer)
         module = TaskModule(self._model, task)
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
-            self._engine, self._zero, *_ = deepspeed.initialize(
-                model=module, optimizer=self._optimizer, config=config
-            )
+            self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._engine.train()
         parameters = list(self._model.named_parameters())
         self._shards = list(
@@ -168,10 +171,8 @@ class ZeroEngine:
                     yield Box(shard.name, slot, shard.shape, part.offsets, tensor)
 
     def _buffer_boxes(self) -> Iterator[Box]:
-        persistent = self._model.state_dict().keys()
-        for name, buffer in self._model.named_buffers():
-            if name in persistent:
-                yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+        for name, buffer in contract.persistent_buffers(self._model):
+            yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
     def _prepare_optimizer_state(self, moments: Sequence[str]) -> None:
         """Make each of `moments` where it is missing, zero all there are, and set the step count."""
@@ -197,9 +198,7 @@ class _Shard(NamedTuple):
     at: int  # of the run, in `flat`
 
 
-def _split_group_shards(
-    parameters: Iterable[tuple[str, Any]], optimizer: torch.optim.Optimizer
-) -> Iterator[_Shard]:
+def _split_group_shards(parameters: Iterable[tuple[str, Any]], optimizer: torch.optim.Optimizer) -> Iterator[_Shard]:
     """Stages 1 and 2: a parameter group is one flat tensor, cut evenly over the ranks."""
     for name, parameter in parameters:
         mapping = parameter._hp_mapping  # private: the only record of where a parameter lies
@@ -263,10 +262,6 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     # Names that DeepSpeed calls and torch 2.13 renames; nothing that a user can act on.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     return deepspeed
-
-
-def _elements(model: nn.Module) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str, Any]:

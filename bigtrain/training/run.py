@@ -45,7 +45,7 @@ class StageRun:
         """Count a step. On a GPU its numbers are reported after the next one, so that the host never waits for it."""
         self._report()
         sequences = min(self._stage.global_batch_size, self._sequences - self.done * self._stage.global_batch_size)
-        row = {"lr": self.learning_rate, "tokens": sequences * self._stage.sequence_length}
+        row: dict[str, Any] = {"lr": self.learning_rate, "tokens": sequences * self._stage.sequence_length}
         self.done += 1
         row |= {"stage": self._stage.name, "step": self.done, "steps": self.steps}
         values = _HostCopy(outcome)

@@ -64,7 +64,15 @@ def learning_rate(step):
 
 
 def make(
-    layout, *, micro=2, precision="fp32", tied=True, checkpointing="none", replicate=1, reader=None, progress=None
+    layout,
+    *,
+    micro=2,
+    precision="fp32",
+    tied=True,
+    checkpointing="none",
+    replicate=1,
+    reader=None,
+    progress=None,
 ):
     """An engine of the named layout with random weights, or those of `reader`."""
     build_model = model_builder(tied, checkpointing)
@@ -124,9 +132,7 @@ def segment(layout, folder, first, count, precision="fp32"):
     found = complete(folder)
     checkpoint = Checkpoint(found[-1]) if found else None
     assert (checkpoint.step if checkpoint else 0) == first
-    engine = make(
-        layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress
-    )
+    engine = make(layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress)
     loaded = collect(engine)
     losses = [engine.step(share(s), learning_rate(s)).loss.item() for s in range(first, first + count)]
     save(folder, first + count, engine.boxes(), engine.progress(), keep=1)

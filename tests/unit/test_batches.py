@@ -38,9 +38,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
 
 def ranks(stores, weights, size, total, world) -> list[Batches]:
     return [
-        Batches(
-            stores, weights, seed=5, global_batch_size=size, total_samples=total, rank=rank, world_size=world
-        )
+        Batches(stores, weights, seed=5, global_batch_size=size, total_samples=total, rank=rank, world_size=world)
         for rank in range(world)
     ]
 
@@ -115,9 +113,7 @@ def test_held_out_has_each_sample_once_in_natural_order(stores, world, sequences
     natural = [stores[0].sample(i) for i in range(37)] + [stores[1].sample(i) for i in range(11)]
     natural = natural[:sequences]
     shares = [list(held_out_batches(stores, 10, sequences, rank, world)) for rank in range(world)]
-    assert [batch.rows for batch in shares[0]] == [
-        len(natural[i : i + 10]) for i in range(0, len(natural), 10)
-    ]
+    assert [batch.rows for batch in shares[0]] == [len(natural[i : i + 10]) for i in range(0, len(natural), 10)]
     rows = rows_of([batch for step in zip(*shares, strict=True) for batch in step])
     for column, name in enumerate(NAMES):
         assert torch.equal(rows[name], torch.from_numpy(np.stack([sample[column] for sample in natural])))

@@ -53,20 +53,44 @@ def test_reads_values_and_overrides(config):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{lr: 3e-4}", "{lrr: 3e-4}", "run.yaml:11: stages.pretrain.optimizer.lrr: unknown key; did you mean `lr`?"),
-        ("name: test", "name: test\nprecison: bf16", "run.yaml:2: precison: unknown key; did you mean `precision`?"),
+        (
+            "{lr: 3e-4}",
+            "{lrr: 3e-4}",
+            "run.yaml:11: stages.pretrain.optimizer.lrr: unknown key; did you mean `lr`?",
+        ),
+        (
+            "name: test",
+            "name: test\nprecison: bf16",
+            "run.yaml:2: precison: unknown key; did you mean `precision`?",
+        ),
         ("steps: 10", "steps: '10'", "run.yaml:10: stages.pretrain.steps: input should be a valid integer"),
         ("lr: 3e-4", "lr: -1", "stages.pretrain.optimizer.lr: input should be greater than 0, got -1"),
-        ("task: sft", "task: stf", "run.yaml:13: stages.finetune.task: 'stf' is not one of 'pretrain' or 'sft'"),
+        (
+            "task: sft",
+            "task: stf",
+            "run.yaml:13: stages.finetune.task: 'stf' is not one of 'pretrain' or 'sft'",
+        ),
         ("    steps: 10\n", "", "stages.pretrain: give one of steps, tokens and epochs; found none"),
         ("from: pretrain", "from: pretrian", "stages.finetune.from: 'pretrian' is no earlier stage"),
-        ("sequence_length: 256", "sequence_length: 512", "run.yaml:8: stages.pretrain.sequence_length: 512 is longer"),
+        (
+            "sequence_length: 256",
+            "sequence_length: 512",
+            "run.yaml:8: stages.pretrain.sequence_length: 512 is longer",
+        ),
         ("{train: {vocab_size: 4096}}", "{}", "run.yaml:3: tokenizer: give either train or from_pretrained"),
         ("name: test", "name: test\nname: again", "run.yaml:2: name is given twice"),
         ("name: test", "name: [", "not valid YAML"),
-        ("{source: stdlib}", "{source: stdlib, weight: 0}", "stages.pretrain.data.0.weight: input should be greater"),
+        (
+            "{source: stdlib}",
+            "{source: stdlib, weight: 0}",
+            "stages.pretrain.data.0.weight: input should be greater",
+        ),
         ("name: test", "name: test\nparallel: {engine: zero4}", "'zero4' is not one of"),
-        ("name: test", "name: test\nparallel: {replicate: 2}", "parallel.replicate: needs parallel.engine: fsdp"),
+        (
+            "name: test",
+            "name: test\nparallel: {replicate: 2}",
+            "parallel.replicate: needs parallel.engine: fsdp",
+        ),
     ],
 )
 def test_names_key_line_and_remedy(config, old, new, message):
@@ -78,7 +102,10 @@ def test_names_key_line_and_remedy(config, old, new, message):
 def test_wrong_overrides(config):
     for override, message in [
         ("stages.pretrian.steps=1", "there is no 'pretrian' here; did you mean `pretrain`?"),
-        ("stages.pretrain.stepz=1", "command line: stages.pretrain.stepz: unknown key; did you mean `steps`?"),
+        (
+            "stages.pretrain.stepz=1",
+            "command line: stages.pretrain.stepz: unknown key; did you mean `steps`?",
+        ),
         ("stages.pretrain.steps", "expected KEY=VALUE"),
     ]:
         with pytest.raises(ConfigError) as error:

@@ -21,9 +21,7 @@ def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
-@pytest.mark.parametrize(
-    "size", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 255, 256, 257, 65535, 65536, 65537, 99991]
-)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 255, 256, 257, 65535, 65536, 65537, 99991])
 def test_permute_is_a_bijection_around_squares_and_powers(size: int) -> None:
     seen = np.zeros(size, dtype=int)
     np.add.at(seen, permute(np.arange(size), size, key=7), 1)

@@ -38,9 +38,7 @@ def test_each_file_is_one_document_in_the_order_of_paths(tmp_path: Path) -> None
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"one\n\ntwo {name}\n")
     (tmp_path / ".hidden").write_text("no")
-    assert texts(tmp_path) == [
-        f"one\n\ntwo {name}\n" for name in ("a.py", "b.txt", "sub/[x]*.txt", "sub/c.md")
-    ]
+    assert texts(tmp_path) == [f"one\n\ntwo {name}\n" for name in ("a.py", "b.txt", "sub/[x]*.txt", "sub/c.md")]
     assert texts(tmp_path / "*.py") == ["one\n\ntwo a.py\n"]
     assert texts(tmp_path / "**" / "*.md") == ["one\n\ntwo sub/c.md\n"]
     assert texts(tmp_path / "sub" / "[x]*.txt") == ["one\n\ntwo sub/[x]*.txt\n"]
@@ -77,9 +75,7 @@ def test_columns_are_mapped_and_others_left_out(tmp_path: Path) -> None:
 
 
 def test_keys_are_those_of_the_content(tmp_path: Path) -> None:
-    file = write_rows(
-        tmp_path / "a.jsonl", *({"text": text} for text in ("x", "y", "x")), {"text": "x", "key": "k"}
-    )
+    file = write_rows(tmp_path / "a.jsonl", *({"text": text} for text in ("x", "y", "x")), {"text": "x", "key": "k"})
     keys = [row["key"] for row in read(file)]
     assert keys[0] == keys[2] != keys[1]
     assert keys[3] == "k"
@@ -118,9 +114,7 @@ def test_an_empty_source(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"id": 1, "txt": "x"})
-    with pytest.raises(
-        DataError, match=r"a\.jsonl, row 0: no column `text`.*`id`, `txt`.*columns: \{text: txt\}"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl, row 0: no column `text`.*`id`, `txt`.*columns: \{text: txt\}"):
         texts(tmp_path)
     with pytest.raises(DataError, match=r"no column `tx`.*nearest is `txt`"):
         texts(file, text="tx")
@@ -266,14 +260,10 @@ def test_stdlib_functions_are_their_prompt_and_completion() -> None:
 
 def test_a_known_function() -> None:
     [row] = [r for r in stdlib.functions() if r["key"] == "bisect.py" and "def insort_right" in r["prompt"]]
-    assert row["prompt"].startswith(
-        'def insort_right(a, x, lo=0, hi=None, *, key=None):\n    """Insert item x'
-    )
+    assert row["prompt"].startswith('def insort_right(a, x, lo=0, hi=None, *, key=None):\n    """Insert item x')
     assert row["prompt"].endswith('"""\n')
     assert row["completion"].startswith("    if key is None:\n        lo = bisect_right(a, x, lo, hi)\n")
-    [method] = [
-        r for r in stdlib.functions() if r["key"] == "fractions.py" and "def limit_denominator" in r["prompt"]
-    ]
+    [method] = [r for r in stdlib.functions() if r["key"] == "fractions.py" and "def limit_denominator" in r["prompt"]]
     assert method["prompt"].startswith('def limit_denominator(self, max_denominator=1000000):\n    """')
 
 
@@ -308,8 +298,7 @@ def test_a_held_out_file_is_held_out_with_its_functions() -> None:
 def test_renaming_a_file_moves_it_and_its_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = (stdlib.root() / "fractions.py").read_text()
     held_out, trained = (
-        next(name for i in range(99) if is_held_out(name := f"m{i}.py", 0.3) is side)
-        for side in (True, False)
+        next(name for i in range(99) if is_held_out(name := f"m{i}.py", 0.3) is side) for side in (True, False)
     )
     monkeypatch.setattr(stdlib, "root", lambda: tmp_path)
     try:

@@ -36,9 +36,7 @@ PAD = 9999
 FACTS = {"source": "test", "documents_are": "all"}
 
 
-def make_store(
-    folder: Path, documents: list[Document], layout: str, length: int, vocabulary: int = 10_000
-) -> Store:
+def make_store(folder: Path, documents: list[Document], layout: str, length: int, vocabulary: int = 10_000) -> Store:
     folder.mkdir()
     chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
     write_store(folder, iter(documents), chosen, vocabulary_size=vocabulary, seed=3, facts=FACTS)
@@ -104,8 +102,7 @@ def test_bins_against_a_slow_reference(tmp_path_factory, lengths, length, masked
     dropped = {"empty": 0, "without a trained target within sequence_length": 0}
     for number, (ids, mask) in enumerate(documents):
         pairs = [
-            (ids[k], ids[k + 1] if mask is None or mask[k + 1] else IGNORE, k)
-            for k in range(min(len(ids) - 1, length))
+            (ids[k], ids[k + 1] if mask is None or mask[k + 1] else IGNORE, k) for k in range(min(len(ids) - 1, length))
         ]
         if not pairs:
             dropped["empty"] += 1

@@ -23,7 +23,14 @@ FAMILIES = {
     "llama": SMALL | {"tie_word_embeddings": True},
     "qwen2": SMALL,
     "gemma3_text": SMALL | {"head_dim": 16},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 211, "bos_token_id": 0, "eos_token_id": 1},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 211,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
     "phi3": SMALL,
     "qwen3_moe": SMALL | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
 }

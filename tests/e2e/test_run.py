@@ -1,0 +1,98 @@
+"""The command, as a user types it."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from bigtrain.observability.stream import read_metrics
+from tests.support import bigtrain, small_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two stages: (config, run folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_config(folder, steps=20, every=10)
+    process = bigtrain("run", config)
+    assert process.returncode == 0, process.stderr
+    return config, folder / "runs" / "small", process.stdout
+
+
+def test_the_loss_falls_in_both_stages(finished):
+    _, folder, _ = finished
+    for stage in ("pretrain", "finetune"):
+        losses = [r["loss"] for r in read_metrics(folder) if r["stage"] == stage and r["kind"] == "evaluation"]
+        assert len(losses) == 3  # before, in the middle, after
+        assert losses[-1] < losses[0] - 0.05
+    first = next(r for r in read_metrics(folder) if r["kind"] == "evaluation")
+    assert first["loss"] == pytest.approx(math.log(400), rel=0.05)  # of random weights: the vocabulary's entropy
+
+
+def test_every_step_has_a_row(finished):
+    _, folder, _ = finished
+    rows = [r for r in read_metrics(folder) if r["kind"] == "step" and r["stage"] == "pretrain"]
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    for row in rows:
+        assert row["tokens"] == 5 * 64
+        assert 0 < row["targets"] <= row["tokens"]
+        assert row["step_seconds"] > 0
+        assert row["memory_bytes"] > 50e6
+        assert row["tokens_per_second"] == row["tokens"] / row["step_seconds"]
+
+
+def test_the_run_folder(finished):
+    _, folder, _ = finished
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["stages"][0]["optimizer"]["betas"] == [0.9, 0.95]
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["world_size"] == 2
+    kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "finished"
+    assert kinds.count("checkpoint_saved") == 4
+    for stage in ("pretrain", "finetune"):
+        saved = sorted(p.name for p in (folder / stage / "checkpoints").iterdir())
+        assert saved == ["step-00000010", "step-00000020"]
+
+
+def test_running_it_again_says_that_it_is_finished(finished):
+    config, folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    again = bigtrain("run", config)
+    assert again.returncode == 0
+    assert "pretrain   is finished (20 steps)" in again.stdout
+    assert "finetune   is finished (20 steps)" in again.stdout
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_what_decides_the_mathematics_cannot_change(finished):
+    config, _, _ = finished
+    refused = bigtrain("run", config, "stages.pretrain.optimizer.lr=1e-2")
+    assert refused.returncode == 2
+    assert "stages.pretrain.optimizer.lr: 0.003 in the run, 0.01 now" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_wrong_key_is_answered_before_anything_is_written(tmp_path):
+    config = small_config(tmp_path, precison="bf16")
+    refused = bigtrain("run", config)
+    assert refused.returncode == 2
+    assert "precison: unknown key; did you mean `precision`?" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fp16_is_refused_without_a_gpu(tmp_path):
+    refused = bigtrain("run", small_config(tmp_path, precision="fp16"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("precision: fp16 needs a GPU") == 1
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    config = small_config(tmp_path)
+    refused = bigtrain("run", config, f"stages.pretrain.data.0.source={tmp_path}/nothing.jsonl")
+    assert refused.returncode == 2
+    assert "nothing.jsonl" in refused.stderr
+    assert "Traceback" not in refused.stderr

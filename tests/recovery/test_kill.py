@@ -1,0 +1,98 @@
+"""A run that is killed and started again ends where an uninterrupted one ends, to the last bit."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bigtrain.checkpoint import Checkpoint, complete
+from bigtrain.observability.stream import read_metrics
+from tests.support import bigtrain, small_config
+
+STEPS = 30
+
+
+def run(config, *overrides):
+    finished = bigtrain("run", config, *overrides)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def kill_after_step(command, folder, stage, step):
+    """SIGKILL the launcher as soon as its run has reported a step; its ranks must end with it."""
+    process = subprocess.Popen([sys.executable, "-m", "bigtrain", *command], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not reported(folder, stage, step):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() < 0, "the run ended before it could be killed"
+    process.stdout.read()  # ends when the last rank has ended, for they hold the pipe
+
+
+def reported(folder, stage, step):
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    rows = [r for r in read_metrics(folder) if r["stage"] == stage and r["kind"] == "step"]
+    return bool(rows) and rows[-1]["step"] >= step
+
+
+def final_state(folder, stage):
+    checkpoint = Checkpoint(complete(folder / stage / "checkpoints")[-1])
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
+    return checkpoint.step, {
+        (name, slot): checkpoint.read(name, slot, (0,) * len(entry["shape"]), tuple(entry["shape"]))
+        for name, slots in manifest["state"].items()
+        for slot, entry in slots.items()
+    }
+
+
+def numbers(folder):
+    keys = ("kind", "stage", "step", "loss", "targets")
+    rows = read_metrics(folder)
+    return [[row[key] for key in keys] + [row.get("grad_norm"), row.get("lr")] for row in rows]
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_killed_in_each_stage_and_started_again(tmp_path, engine):
+    config = small_config(tmp_path, steps=STEPS, every=4)
+    overrides = [f"parallel.engine={engine}"]
+    run(config, *overrides, "name=whole")
+    whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
+    for stage, step in (("pretrain", 6), ("finetune", 5)):
+        kill_after_step(["run", str(config), *overrides, "name=broken"], broken, stage, step)
+    output = run(config, *overrides, "name=broken")
+    assert "pretrain   is finished" in output
+    assert "resumed at step" in output
+    assert numbers(broken) == numbers(whole)
+    for stage in ("pretrain", "finetune"):
+        (step, state), (expected_step, expected) = final_state(broken, stage), final_state(whole, stage)
+        assert step == expected_step == STEPS
+        assert state.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(state[key], tensor), key
+
+
+def test_a_checkpoint_without_its_manifest_does_not_exist(tmp_path):
+    """What an interrupted save leaves is passed over and written again."""
+    config = small_config(tmp_path, steps=8, every=4)
+    run(config)
+    checkpoints = tmp_path / "runs" / "small" / "finetune" / "checkpoints"
+    expected = numbers(tmp_path / "runs" / "small")
+    (checkpoints / "step-00000008" / "manifest.json").unlink()
+    assert "resumed at step 4" in run(config)
+    assert (checkpoints / "step-00000008" / "manifest.json").exists()
+    assert numbers(tmp_path / "runs" / "small") == expected
+
+
+def test_another_engine_and_world_size_take_over(tmp_path):
+    config = small_config(tmp_path, steps=12, every=4)
+    run(config, "name=whole")
+    kill_after_step(["run", str(config), "name=moved"], tmp_path / "runs" / "moved", "pretrain", 5)
+    run(config, "name=moved", "parallel.engine=fsdp", "parallel.processes=3")
+    moved, whole = numbers(tmp_path / "runs" / "moved"), numbers(tmp_path / "runs" / "whole")
+    assert [row[:3] for row in moved] == [row[:3] for row in whole]
+    for row, expected in zip(moved, whole, strict=True):
+        assert row[3] == pytest.approx(expected[3], rel=1e-6)
+        assert row[4] == expected[4]
