@@ -1,5 +1,6 @@
 """Small runs on real text for the tests that start the real command."""
 
+import asyncio
 import inspect
 import json
 import statistics
@@ -39,15 +40,15 @@ def small_config(folder, steps=6, every=None, **changes):
     """A run's file in `folder`: two stages of a tiny Llama on a few modules of the standard library, two processes."""
     instructions(folder / "functions.jsonl")
     stage = {
-        "held_out": 0.2,
+        "held_out": 0.25,
         "sequence_length": 64,
         "global_batch_size": 5,  # uneven on two processes
         "steps": steps,
         "optimizer": {"lr": 3e-3, "eps": 1e-4},
-        "evaluate": {"every": every, "sequences": 7},
+        "evaluate": {"every": every, "sequences": 17},
         "checkpoint": {"every": every},
     }
-    json_package = Path(inspect.getfile(json)).parent
+    package = Path(asyncio.__file__).parent
     config = {
         "name": "small",
         "output": str(folder / "runs"),
@@ -56,13 +57,14 @@ def small_config(folder, steps=6, every=None, **changes):
         "precision": "fp32",
         "parallel": {"engine": "zero2", "processes": 2, "micro_batch_size": 2},
         "stages": [
-            {"name": "pretrain", "task": "pretrain", "data": [{"source": f"{json_package}/*.py"}], **stage},
+            {"name": "pretrain", "task": "pretrain", "data": [{"source": f"{package}/*.py"}], **stage},
             {
                 "name": "finetune",
                 "task": "sft",
                 "from": "pretrain",
                 "data": [{"source": str(folder / "functions.jsonl")}],
                 **stage,
+                "optimizer": {"lr": 1e-3, "eps": 1e-4},
             },
         ],
         **changes,

@@ -52,7 +52,8 @@ def write_store(
     arrived.close()
     if not arrived.lengths:
         dropped = ", ".join(f"{count} {reason}" for reason, count in arrived.dropped.items()) or "there were none"
-        raise DataError(f"{facts['source']} ({facts['documents_are']}): no document is left: {dropped}.")
+        hint = " Raise held_out, or give more documents." if facts["documents_are"] == "held-out side" else ""
+        raise DataError(f"{facts['source']} ({facts['documents_are']}): no document is left: {dropped}.{hint}")
 
     lengths = np.asarray(arrived.lengths, dtype=np.int64)
     order = permute(np.arange(len(lengths)), len(lengths), make_key(seed, "documents"))

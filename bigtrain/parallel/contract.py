@@ -144,6 +144,11 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to the state: those that the model's state dict has."""
-    kept = model.state_dict(keep_vars=True).keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    """The buffers that belong to the state: those that the model's state dict has.
+
+    Found without asking for that dict, which would make FSDP reshard on the rank that asks.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), buffer
