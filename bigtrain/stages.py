@@ -124,7 +124,7 @@ class _Pipeline:
         if run.done == run.steps:
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             return
-        parallel = self.config.parallel
+        parallel = self.config.parallel_of(stage)
         build = partial(
             empty_model,
             model,

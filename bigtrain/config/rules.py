@@ -40,19 +40,17 @@ def _top(run: Run) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _parallel(run: Run) -> Iterator[tuple[KeyPath, str]]:
-    parallel = run.parallel
-    if parallel.processes != "auto" and parallel.processes < 1:
-        yield ("parallel", "processes"), f"must be at least 1 or `auto`, got {parallel.processes}."
-    if parallel.replicate > 1 and parallel.engine != "fsdp":
-        yield (
-            ("parallel", "replicate"),
-            f"needs parallel.engine: fsdp; {parallel.engine} has no replicas of shards.",
-        )
-    if isinstance(parallel.processes, int) and parallel.processes % parallel.replicate:
-        yield (
-            ("parallel", "replicate"),
-            f"parallel.processes ({parallel.processes}) is not a multiple of replicate ({parallel.replicate}).",
-        )
+    processes = run.parallel.processes
+    if processes != "auto" and processes < 1:
+        yield ("parallel", "processes"), f"must be at least 1 or `auto`, got {processes}."
+    for at, parallel in [((), run.parallel), *((("stages", i), run.parallel_of(s)) for i, s in enumerate(run.stages))]:
+        if parallel.replicate > 1 and parallel.engine != "fsdp":
+            yield (*at, "parallel", "replicate"), f"needs engine: fsdp; {parallel.engine} has no replicas of shards."
+        if isinstance(processes, int) and processes % parallel.replicate:
+            yield (
+                (*at, "parallel", "replicate"),
+                f"parallel.processes ({processes}) is no multiple of {parallel.replicate}.",
+            )
 
 
 def _stage(run: Run, i: int) -> Iterator[tuple[KeyPath, str]]:

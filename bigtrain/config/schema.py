@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Mark = Literal["mathematics", "execution", "reporting"]
+Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 class Section(BaseModel):
@@ -40,7 +41,9 @@ class Model(Section):
         "`vocab_size` and special token ids are taken from the tokenizer where absent.",
         None,
     )
-    from_pretrained: str | None = mathematics("A folder or a Hub id of a pretrained causal language model.", None)
+    from_pretrained: str | None = mathematics(
+        "A pretrained causal language model: a folder, a Hub id, or a .gguf file (its weights are made dense).", None
+    )
 
 
 class TrainTokenizer(Section):
@@ -54,11 +57,14 @@ class TrainTokenizer(Section):
 
 class Tokenizer(Section):
     train: TrainTokenizer | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
-    from_pretrained: str | None = mathematics("A folder or a Hub id of a tokenizer.", None)
+    from_pretrained: str | None = mathematics("A folder, a Hub id or a .gguf file of a tokenizer.", None)
+    add_tokens: list[str] = mathematics(
+        "Special tokens to add; a pretrained model's embedding grows by as many rows where it has to.", []
+    )
 
 
 class Parallel(Section):
-    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = execution(
+    engine: Engine = execution(
         "ddp and fsdp: PyTorch, parameters replicated or sharded (FSDP2). zero1, zero2, zero3: DeepSpeed; optimizer "
         "state, then gradients, then parameters sharded.",
         "ddp",
@@ -81,6 +87,15 @@ class Parallel(Section):
         "full: keep only the input of each layer for the backward pass and compute the rest again; "
         "about a third more compute, much less memory.",
         "none",
+    )
+
+
+class StageParallel(Section):
+    engine: Engine | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
+    replicate: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
+    micro_batch_size: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
+    activation_checkpointing: Literal["none", "full"] | None = execution(
+        "As in `parallel`, for this stage alone; null: as there.", None
     )
 
 
@@ -161,6 +176,17 @@ class Stage(Section):
     schedule: Schedule = mathematics("The learning rate as a function of the step.", Schedule())
     evaluate: Evaluate | None = mathematics("Loss on documents that are not trained on; null: none.", None)
     checkpoint: Checkpoint = reporting("When the state is saved.", Checkpoint())
+    parallel: StageParallel = execution("What this stage does differently from `parallel`.", StageParallel())
+    export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the stage's end.", True)
+    prompts: list[str] = reporting("Prompts that the exported model answers at the stage's end, to be read.", [])
+
+
+class Profile(Section):
+    steps: list[int] = reporting(
+        "[first, last] step of a stage of which a trace (and on a GPU a memory snapshot) is written.",
+        min_length=2,
+        max_length=2,
+    )
 
 
 class Run(Section):
@@ -176,7 +202,15 @@ class Run(Section):
     )
     attention: Literal["sdpa", "eager"] = execution("Attention implementation of transformers.", "sdpa")
     parallel: Parallel = execution("How it is executed, never what is trained.", Parallel())
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = reporting(
+        "Experiment trackers that get the metrics as well; they must be installed.", []
+    )
+    profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
+
+    def parallel_of(self, stage: Stage) -> Parallel:
+        """How a stage is executed: `parallel` with what the stage says differently."""
+        return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
 
 
 def mark_of(field: Any) -> Mark:

@@ -89,7 +89,7 @@ def test_reads_values_and_overrides(config):
         (
             "name: test",
             "name: test\nparallel: {replicate: 2}",
-            "parallel.replicate: needs parallel.engine: fsdp",
+            "parallel.replicate: needs engine: fsdp",
         ),
     ],
 )
