@@ -17,8 +17,7 @@ from bigtrain.checkpoint import Checkpoint, complete, save
 from bigtrain.config import Run, differences, load_config, to_yaml
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, held_out_batches
-from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
-from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
 from bigtrain.errors import ConfigError
 from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights, pretrained_weights
@@ -101,9 +100,9 @@ class _Pipeline:
 
     def run(self) -> None:
         """Prepare all data first, so that what is wrong with it shows before anything is trained; then train."""
-        where = prepare_tokenizer(self.config)
-        tokenizer = load_tokenizer(where)
-        model = model_config(self.config.model, tokenizer)
+        tokenizer = open_tokenizer(self.config)
+        added = bool(self.config.tokenizer and self.config.tokenizer.add_tokens)
+        model = model_config(self.config.model, tokenizer, added)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = {s.name: prepare_stage(self.config, s, tasks[s.name], tokenizer) for s in self.config.stages}
         for stage in self.config.stages:
@@ -142,7 +141,9 @@ class _Pipeline:
             seed=self.config.seed,
             device=self.world.device,
         )
-        reader, weights = (resumed, f"resumed from {found[-1].name}") if resumed else self._first_weights(stage, build)
+        reader, weights = (
+            (resumed, f"resumed from {found[-1].name}") if resumed else self._first_weights(stage, model, build)
+        )
         engine.load(reader, resumed.progress if resumed else {"updates": 0})
         self.stream.emit(
             "stage_started",
@@ -180,12 +181,13 @@ class _Pipeline:
             save=lambda: save(checkpoints, run.done, engine.boxes(), engine.progress(), stage.checkpoint.keep),
         )
 
-    def _first_weights(self, stage: Stage, build: Any) -> tuple[Reader, str]:
+    def _first_weights(self, stage: Stage, model: PreTrainedConfig, build: Any) -> tuple[Reader, str]:
         if stage.from_stage is not None:
             checkpoints = complete(self.folder / stage.from_stage / "checkpoints")
             return Checkpoint(checkpoints[-1], weights_only=True), f"from {stage.from_stage}"
         if self.config.model.from_pretrained is not None:
-            return pretrained_weights(self.config.model.from_pretrained), f"from {self.config.model.from_pretrained}"
+            source = self.config.model.from_pretrained
+            return pretrained_weights(source, model.vocab_size, self.config.seed), f"from {source}"
         return RandomWeights(build(meta=True), self.config.seed), "random weights"
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
-from bigtrain.data.sources import COLUMNS, Row, documents, fingerprint, is_held_out
+from bigtrain.data.sources import COLUMNS, Columns, Row, documents, fingerprint, is_held_out
 from bigtrain.data.store import FORMAT, Store, make_once, open_store
-from bigtrain.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from bigtrain.data.writing import Document, Layout, write_store
 from bigtrain.errors import ConfigError, DataError
 
@@ -25,7 +25,7 @@ class Encoder(Protocol):
 
     layout: str  # of the store: `windows` or `bins`
     encoding: str  # name and version of what `encode` does; a new version makes new stores
-    columns: tuple[str, ...]  # that a source must have
+    columns: Columns  # the sets of columns that it can read
 
     def encode(self, rows: list[Row], tokenizer: Any) -> list[Document]:
         """(ids, which of them are trained or None for all) of each row; empty if there is nothing to learn.
@@ -54,17 +54,17 @@ class Part:
     fraction: float = 0.0
     held_out: bool = False
 
-    def documents(self, columns: Sequence[str]) -> Iterator[Row]:
+    def documents(self, columns: Columns) -> Iterator[Row]:
         rows = documents(self.source, columns)
         return (row for row in rows if is_held_out(row["key"], self.fraction) == self.held_out)
 
-    def facts(self, columns: Sequence[str]) -> dict[str, Any]:
+    def facts(self, columns: Columns) -> dict[str, Any]:
         """What decides which documents these are, in words; `source_fingerprint` stands for their content."""
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
             "source": self.source.source,
             "source_fingerprint": fingerprint(self.source.source),
-            "columns": {ours: self.source.columns.get(ours, ours) for ours in (*columns, "key")},
+            "columns": {ours: self.source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")},
             "held_out": self.fraction,
             "documents_are": side,
         }
@@ -95,11 +95,16 @@ def prepare_tokenizer(run: Run) -> str:
     def build(folder: Path) -> None:
         turns = itertools.zip_longest(*(part.documents(columns) for part in parts))
         rows = (row for turn in turns for row in turn if row is not None)
-        texts = ("".join(row[column] for column in columns) for row in rows)
+        texts = (_text(row) for row in rows)
         train_tokenizer(texts, train.vocab_size, train.sample_bytes, folder)
         (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     return str(make_once(_folder(run, "tokenizer", facts), build))
+
+
+def open_tokenizer(run: Run) -> Any:
+    """The run's tokenizer, with the tokens that it adds; trained first where that is due."""
+    return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens if run.tokenizer else ())
 
 
 def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any) -> StageData:
@@ -133,7 +138,7 @@ def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any) ->
     ingredients = facts | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
 
     def build(folder: Path) -> None:
-        batches = _batched(part.documents(task.columns), task.columns)
+        batches = _batched(part.documents(task.columns))
         write_store(
             folder,
             itertools.chain.from_iterable(task.encode(rows, tokenizer) for rows in batches),
@@ -154,12 +159,19 @@ def _pad_id(tokenizer: Any) -> int:
     raise DataError("the tokenizer has neither a pad nor an end token, which finetuning needs.")
 
 
-def _batched(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[list[Row]]:
+def _text(row: Row) -> str:
+    """All that a row says, for training a tokenizer."""
+    if "messages" in row:
+        return "\n".join(message["content"] for message in row["messages"])
+    return "".join(value for name, value in row.items() if name != "key")
+
+
+def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch: list[Row] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += sum(len(row[column]) for column in columns)
+        characters += len(_text(row))
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

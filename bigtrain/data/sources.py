@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ from bigtrain.config.schema import Source
 from bigtrain.data import stdlib
 from bigtrain.errors import DataError
 
-Row = dict[str, str]
+Row = dict[str, Any]
+Columns = tuple[tuple[str, ...], ...]
 Located = tuple[str, dict[str, Any]]  # where the row stands, for messages; the row
 
 ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("text",),
-    "sft": ("prompt", "completion"),
-}  # that each task reads
+# What each task reads: the first set of columns that a row has all of.
+COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": (("messages",), ("prompt", "completion"))}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-def documents(source: Source, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a source, in the same order every time: `key` and the named columns, all of them str.
+def documents(source: Source, columns: Columns) -> Iterator[Row]:
+    """The rows of a source, in the same order every time: `key` and the first of the sets of columns that the row has.
+
+    All values are str, but for `messages`: a list of dicts of str with `role` and `content`.
 
     The key decides on which side of a split a document falls (`is_held_out`); without a `key` column it is a
     hash of the row's texts, so that exact duplicates share it. Files are read in the order of their paths.
@@ -40,7 +41,7 @@ def documents(source: Source, columns: Sequence[str]) -> Iterator[Row]:
     Raises DataError for a source that is missing, empty or unreadable, a column that is missing, a value that
     is no text.
     """
-    theirs = {ours: source.columns.get(ours, ours) for ours in (*columns, "key")}
+    theirs = {ours: source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")}
     for ours in source.columns:
         if ours not in theirs:
             raise DataError(
@@ -50,7 +51,8 @@ def documents(source: Source, columns: Sequence[str]) -> Iterator[Row]:
     empty = True
     for where, row in _rows(source.source):
         empty = False
-        texts = {ours: _text(row, ours, theirs[ours], where) for ours in columns}
+        chosen = next((names for names in columns if all(theirs[name] in row for name in names)), columns[-1])
+        texts = {ours: _value(row, ours, theirs[ours], where) for ours in chosen}
         key = row.get(theirs["key"])
         yield {"key": content_key(texts) if key is None else str(key), **texts}
     if empty:
@@ -89,6 +91,17 @@ def _rows(source: str) -> Iterator[Located]:
     if _is_function(source):
         return _function_rows(source)
     return _file_rows(source)
+
+
+def _value(row: dict[str, Any], ours: str, theirs: str, where: str) -> Any:
+    if ours != "messages":
+        return _text(row, ours, theirs, where)
+    messages = row[theirs]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise DataError(f"{where}: column `{theirs}` must be a list of {{role, content}}, both of them text.")
+    return messages
 
 
 def _text(row: dict[str, Any], ours: str, theirs: str, where: str) -> str:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigtrain.errors import DataError
+from bigtrain.errors import ConfigError
+from bigtrain.pretrained import arguments, opening
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+
+# Of tokenizers that are trained here: whoever is not the assistant is read as the user.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}<|user|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, sample_bytes: int, folder: Path) -> None:
@@ -44,29 +59,43 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, sample_bytes: int, fo
         pad_token=PAD,
         extra_special_tokens=[USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 
-def load_tokenizer(folder_or_id: str | Path) -> Any:
-    """Open a transformers PreTrainedTokenizerFast. Raises DataError if there is none."""
+def load_tokenizer(source: str | Path, add_tokens: Sequence[str] = ()) -> Any:
+    """Open a transformers PreTrainedTokenizerFast and add special tokens to it.
+
+    Raises ConfigError if there is none, or none of the `tokenizers` library.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder_or_id))
-    except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer {folder_or_id} cannot be opened: {error}") from error
+    name, options = arguments(str(source))
+    with opening(str(source), "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if not tokenizer.is_fast:
-        raise DataError(f"tokenizer {folder_or_id} has no fast (tokenizers) version, which bigtrain needs.")
+        raise ConfigError(f"tokenizer: {source} has no fast (tokenizers) version, which bigtrain needs.")
+    if add_tokens:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(add_tokens)}, replace_extra_special_tokens=False)
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of what turns text into ids: the content of tokenizer.json and the ids of the special tokens."""
+    """A hash of what turns text into ids: tokenizer.json, the ids of the special tokens, the chat template."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for left_by_calls in ("truncation", "padding"):
         content.pop(left_by_calls, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
+
+
+def encode_rendered(tokenizer: Any, texts: list[str]) -> list[Encoding]:
+    """Ids and character offsets of what a chat template made: special tokens in it are obeyed, none is added."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend.encode_batch(texts, add_special_tokens=False)
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import Model
 from bigtrain.errors import ConfigError, nearest
+from bigtrain.pretrained import arguments, opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def model_config(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The transformers configuration that the run's file asks for.
+def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False) -> PreTrainedConfig:
+    """The transformers configuration that the run's file asks for; with `added_tokens` a pretrained model's
+    vocabulary grows to the tokenizer's.
 
     Raises ConfigError for an unknown architecture or key, and when the tokenizer has ids that the embedding lacks.
     """
     from transformers import AutoConfig
 
     if model.from_pretrained is not None:
-        config = AutoConfig.from_pretrained(model.from_pretrained)
+        name, options = arguments(model.from_pretrained)
+        with opening(model.from_pretrained, "model.from_pretrained"):
+            config = AutoConfig.from_pretrained(name, **options)
+        if added_tokens:
+            config.vocab_size = max(config.vocab_size, len(tokenizer))
     else:
         config = _from_dict(model.from_config or {}, tokenizer)
     if len(tokenizer) > config.vocab_size:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bigtrain.errors import CheckpointError
+from bigtrain.pretrained import arguments, opening
 from bigtrain.state import WEIGHT, Shape
 
 if TYPE_CHECKING:
@@ -117,8 +118,20 @@ def _hash(seed: int, *names: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def pretrained_weights(source: str) -> ModelWeights:
-    """The weights of a folder or Hub id, read by transformers into host memory in fp32."""
-    from transformers import AutoModelForCausalLM
+def pretrained_weights(source: str, vocab_size: int, seed: int) -> ModelWeights:
+    """The weights of a folder, Hub id or .gguf file, read by transformers into host memory in fp32.
 
-    return ModelWeights(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    An embedding with fewer than `vocab_size` rows grows; the new rows are drawn around the mean of the old ones
+    (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021).
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    name, options = arguments(source)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with opening(source, "model.from_pretrained"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_hash(seed, "added tokens"))
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        if model.get_input_embeddings().num_embeddings < vocab_size:
+            model.resize_token_embeddings(vocab_size)
+    return ModelWeights(model)

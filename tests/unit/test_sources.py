@@ -18,7 +18,7 @@ from bigtrain.errors import DataError
 
 
 def read(source: object, *columns: str, **mapping: str) -> list[dict[str, str]]:
-    return list(documents(Source(source=str(source), columns=mapping), columns or ("text",)))
+    return list(documents(Source(source=str(source), columns=mapping), (columns or ("text",),)))
 
 
 def texts(source: object, **mapping: str) -> list[str]:
@@ -287,7 +287,7 @@ def test_held_out_is_the_same_for_ever() -> None:
 def test_a_held_out_file_is_held_out_with_its_functions() -> None:
     sides = defaultdict(set)
     for source, columns in (("stdlib", ("text",)), ("stdlib-functions", ("prompt", "completion"))):
-        for row in documents(Source(source=source), columns):
+        for row in documents(Source(source=source), (columns,)):
             sides[row["key"]].add((source, is_held_out(row["key"], 0.1)))
     both = {key: {side for _, side in seen} for key, seen in sides.items() if len({s for s, _ in seen}) == 2}
     assert len(both) > 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from bigtrain.data import stdlib
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from bigtrain.errors import DataError
+from bigtrain.errors import ConfigError, DataError
 from bigtrain.tasks import TASKS
 
 
@@ -98,7 +99,7 @@ def test_only_the_sample_is_read(tmp_path: Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=str(tmp_path)):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
 
 
@@ -111,21 +112,83 @@ def test_pretrain_encoding(tokenizer) -> None:
     assert empty == ([], None)
 
 
-def test_sft_encoding_trains_the_completion_alone(tokenizer) -> None:
+CHATML = (
+    "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+)
+
+
+def parts(tokenizer, document):
+    """(what is only read, what is learned) as text, run after run."""
+    ids, trained = document
+    runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+    return [(learned, tokenizer.decode([i for i, _ in run])) for learned, run in runs]
+
+
+def test_sft_learns_the_completion_and_its_end(tokenizer) -> None:
     rows = [{"prompt": "def f():\n  ", "completion": "  return 1\n"}, {"prompt": "x", "completion": ""}]
-    (ids, trained), (empty, _) = TASKS["sft"]().encode(rows, tokenizer)
-    border = trained.index(True)
-    assert trained == [False] * border + [True] * (len(ids) - border)
-    assert ids[0] == 0 and ids[-1] == 1
-    assert tokenizer.decode(ids[1:border]) == rows[0]["prompt"]
-    assert tokenizer.decode(ids[border:-1]) == rows[0]["completion"]
+    document, (empty, _) = TASKS["sft"]().encode(rows, tokenizer)
+    assert parts(tokenizer, document) == [
+        (False, "<|begin|><|user|>def f():\n  <|assistant|>"),
+        (True, "  return 1\n<|end|>"),
+    ]
     assert empty == []
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_sft_learns_every_answer_of_a_conversation(tokenizer, template) -> None:
+    messages = [
+        {"role": "system", "content": "short"},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "One é."},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    original, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
+    try:
+        [document] = TASKS["sft"]().encode([{"messages": messages}], tokenizer)
+        assert tokenizer.decode(document[0]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    finally:
+        tokenizer.chat_template = original
+    learned = [text for is_learned, text in parts(tokenizer, document) if is_learned]
+    newline = "\n" if template else ""
+    assert learned == [f"One é.<|end|>{newline}", f"Two.<|end|>{newline}"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "learn to stop"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}", "differently"),
+    ],
+)
+def test_sft_refuses_templates_that_it_cannot_mark(folder: Path, template, message) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message):
+        TASKS["sft"]().encode([{"prompt": "a", "completion": "b"}], tokenizer)
+
+
+def test_sft_without_a_template_joins_prompt_and_completion(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    [document] = TASKS["sft"]().encode([{"prompt": "def f():\n", "completion": "  return 1"}], tokenizer)
+    assert parts(tokenizer, document) == [(False, "<|begin|>def f():\n"), (True, "  return 1<|end|>")]
+    with pytest.raises(DataError, match="chat template"):
+        TASKS["sft"]().encode([{"messages": []}], tokenizer)
 
 
 def test_sft_needs_an_end_token(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    tokenizer.eos_token = None
+    tokenizer.chat_template, tokenizer.eos_token = None, None
     with pytest.raises(DataError, match="eos_token"):
         TASKS["sft"]().encode([{"prompt": "a", "completion": "b"}], tokenizer)
     [(ids, _)] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
     assert ids == [0, *encode_texts(tokenizer, ["a"])[0]]
+
+
+def test_added_tokens_are_special_and_change_the_fingerprint(folder: Path) -> None:
+    plain, added = load_tokenizer(folder), load_tokenizer(folder, ["<|tool|>"])
+    assert len(added) == len(plain) + 1
+    assert added.convert_tokens_to_ids(["<|user|>", "<|tool|>"]) == [3, len(plain)]
+    assert tokenizer_fingerprint(added) != tokenizer_fingerprint(plain)
