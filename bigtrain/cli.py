@@ -27,20 +27,87 @@ def run(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Like stages.pretrain.optimizer.lr=1e-4", show_default=False),
     ] = None,
+    restart: Annotated[
+        str | None, typer.Option(help="Begin this stage anew, and those that follow from it; the old is set aside.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print resolved values, where each came from, and what they amount to.")
+    ] = False,
 ) -> None:
     """Run all stages of CONFIG; started again, it continues where it was."""
-    from bigtrain.config import load_config
-    from bigtrain.launching.spawn import processes_here, spawn
+    from bigtrain.config import load
 
-    loaded = load_config(config, overrides or [])
-    if "RANK" not in os.environ:
-        processes = processes_here(loaded.parallel.processes, loaded.parallel.device)
-        if processes > 1:
-            command = [sys.executable, "-m", "bigtrain", "run", str(config), *(overrides or [])]
-            raise typer.Exit(spawn(command, processes))
-    from bigtrain.stages import run_here
+    loaded = load(config, overrides or [], here=True)
+    if dry_run:
+        from bigtrain.launching.dry_run import dry_run as show
 
-    run_here(loaded)
+        return show(loaded)
+    from bigtrain.launching.start import start
+
+    raise typer.Exit(start(loaded.run, restart))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder, or RUN_DIR/STAGE.")],
+    to: Annotated[Path | None, typer.Option(help="The folder to write; default RUN_DIR/STAGE/export.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the run's precision.")] = None,
+) -> None:
+    """Write a folder that transformers' from_pretrained opens."""
+    from bigtrain.inference.export import export as write
+    from bigtrain.pretrained import quiet
+
+    quiet()
+    print(write(run_dir, to=to, dtype=dtype))
+
+
+@app.command()
+def generate(
+    where: Annotated[str, typer.Argument(help="A run's folder, RUN_DIR/STAGE, a Hugging Face folder or a Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="What to answer or to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer in tokens, at most.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool | None, typer.Option(help="Speak through the chat template; default: for finetuned stages.")
+    ] = None,
+) -> None:
+    """Answer PROMPT with a trained model."""
+    from bigtrain.inference.generate import generate as answer
+    from bigtrain.inference.opening import open_model
+    from bigtrain.pretrained import quiet
+
+    quiet()
+    answer(
+        open_model(where),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        show=lambda piece: print(piece, end="", flush=True),
+    )
+    print()
+
+
+@app.command(name="eval")
+def evaluate(
+    where: Annotated[str, typer.Argument(help="A run's folder, RUN_DIR/STAGE, a Hugging Face folder or a Hub id.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Sources of documents, instead of the run's held-out ones.")
+    ] = None,
+) -> None:
+    """Held-out loss, perplexity and token accuracy."""
+    from bigtrain.config.schema import Source
+    from bigtrain.inference.evaluate import evaluate as measure
+    from bigtrain.pretrained import quiet
+
+    quiet()
+    found = measure(where, [Source(source=source) for source in data] if data else None)
+    print(f"{found.what}: {found.targets} targets")
+    print(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
 
 
 def main() -> None:

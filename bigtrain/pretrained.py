@@ -18,6 +18,15 @@ def arguments(source: str) -> tuple[str, dict[str, Any]]:
     return (str(path) if path.exists() else source), {"trust_remote_code": False}
 
 
+def quiet() -> None:
+    """Keep the progress bars of transformers and datasets out of what bigtrain prints."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 @contextmanager
 def opening(source: str, key: str) -> Iterator[None]:
     """Turn what transformers raises for a checkpoint that cannot be had into one sentence about `key`."""

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 import bigtrain
 from bigtrain.checkpoint import Checkpoint, complete, save
-from bigtrain.config import Run, differences, load_config, to_yaml
+from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, held_out_batches
 from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
-from bigtrain.errors import ConfigError
+from bigtrain.data.store import Store
+from bigtrain.errors import CheckpointError
+from bigtrain.inference.export import export
+from bigtrain.inference.generate import generate
+from bigtrain.inference.opening import open_model
 from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights, pretrained_weights
+from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
+from bigtrain.observability.summary import summary
+from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
+from bigtrain.pretrained import quiet
+from bigtrain.run_folder import RunFolder
 from bigtrain.state import Reader
 from bigtrain.tasks import TASKS, Task
 from bigtrain.training.loop import train
@@ -34,92 +39,95 @@ from bigtrain.training.run import StageRun
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+ANSWER_TOKENS = 64  # of an answer to one of a stage's `prompts`
 
-def run_here(config: Run) -> None:
+
+def run_here(config: Run, restart: str | None = None) -> None:
     """Run all stages with this process as one rank: that of the launcher's environment, or the only one."""
+    quiet()
     begun = time.monotonic()
+    folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision) as world:
-        folder = Path(config.output) / config.name
-        if world.rank == 0:
-            _open_folder(folder, config, world)
-        dist.barrier()
-        stream = Stream([Files(folder), Progress()] if world.rank == 0 else [])
-        stream.emit(
-            "started",
-            version=bigtrain.__version__,
-            folder=str(folder),
-            world_size=world.size,
-            engine=config.parallel.engine,
-            precision=config.precision,
-            device=str(world.device),
-        )
+        stream = _open(config, folder, world, restart)
         _Pipeline(config, world, folder, stream).run()
-        stream.emit("finished", folder=str(folder), seconds=time.monotonic() - begun)
+    if world.rank == 0:  # on its own: nobody waits in a collective for it
+        _finish(config, folder, stream)
+        stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
+        stream.close()
+        print(summary(config, folder))
 
 
-def _open_folder(folder: Path, config: Run, world: World) -> None:
-    """Make the run's folder, or check that this is the run that lives there.
-
-    Raises ConfigError when a field that decides what is trained differs from the run's.
-    """
-    written = folder / "config.yaml"
-    if written.exists():
-        changed = differences(load_config(written), config, "mathematics")
-        if changed:
-            lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in changed]
-            raise ConfigError(
-                f"{folder} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
-                "Give this one another `name`, or set the values back to continue that run."
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no run; choose another `name` or `output`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    written.write_text(to_yaml(config))
-    facts = {
-        "versions": {name: _version(name) for name in ("bigtrain", "torch", "transformers", "deepspeed", "datasets")},
-        "python": platform.python_version(),
-        "machine": platform.node(),
+def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> Stream:
+    if world.rank != 0:
+        dist.barrier()
+        return Stream()
+    execution = {
         "world_size": world.size,
-        "seed": config.seed,
+        "engine": config.parallel.engine,
+        "precision": config.precision,
+        "device": str(world.device),
     }
-    (folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    attempt = folder.begin(config, restart, **execution)
+    dist.barrier()
+    stream = Stream([Files(folder.path), Progress(), *trackers(config, folder.path)], attempt=attempt)
+    stream.emit(
+        "started",
+        version=bigtrain.__version__,
+        folder=str(folder.path),
+        attention=config.attention,
+        chosen=world.chosen,
+        **execution,
+    )
+    return stream
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
+def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
+    """Export each stage that asks for it and let it answer its prompts."""
+    for stage in config.stages:
+        if not stage.export or folder.export(stage.name).exists():
+            continue
+        stream.emit("exporting", stage=stage.name, folder=str(folder.export(stage.name)))
+        where = export(folder.path, stage.name)
+        answers = []
+        if stage.prompts:
+            opened = open_model(str(folder.stage(stage.name)))
+            for prompt in stage.prompts:
+                answer = generate(opened, prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+                answers.append({"prompt": prompt, "answer": answer})
+        folder.record(stage.name, export=str(where), answers=answers)
 
-    return version(package)
 
-
-@dataclass
 class _Pipeline:
-    config: Run
-    world: World
-    folder: Path
-    stream: Stream
+    """One rank's way through the stages."""
+
+    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream):
+        self.config = config
+        self.world = world
+        self.folder = folder
+        self.stream = stream
 
     def run(self) -> None:
         """Prepare all data first, so that what is wrong with it shows before anything is trained; then train."""
+        self.stream.emit("preparing", what="tokenizer")
         tokenizer = open_tokenizer(self.config)
         added = bool(self.config.tokenizer and self.config.tokenizer.add_tokens)
         model = model_config(self.config.model, tokenizer, added)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
-        data = {s.name: prepare_stage(self.config, s, tasks[s.name], tokenizer) for s in self.config.stages}
+        data = {}
+        for stage in self.config.stages:
+            self.stream.emit("preparing", what=f"data of {stage.name}")
+            data[stage.name] = prepare_stage(self.config, stage, tasks[stage.name], tokenizer)
+            for store in (*data[stage.name].train, *data[stage.name].held_out):
+                self.stream.emit("prepared", stage=stage.name, folder=str(store.folder), **_counts(store))
         for stage in self.config.stages:
             self._stage(stage, tasks[stage.name], data[stage.name], model)
 
-    def _stage(
-        self,
-        stage: Stage,
-        task: Task,
-        data: StageData,
-        model: PreTrainedConfig,
-    ) -> None:
+    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> None:
         sequences = _sequences(stage, sum(store.samples for store in data.train))
-        checkpoints = self.folder / stage.name / "checkpoints"
-        found = complete(checkpoints)
+        found = complete(self.folder.checkpoints(stage.name))
         resumed = Checkpoint(found[-1]) if found else None
-        run = StageRun(stage, sequences, resumed.step if resumed else 0, self.stream)
+        profiler = Profiler.of(self.config.profile, self.folder.stage(stage.name), self.world.rank)
+        run = StageRun(stage, sequences, resumed.step if resumed else 0, self.stream, profiler)
         if run.done == run.steps:
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             return
@@ -141,27 +149,26 @@ class _Pipeline:
             seed=self.config.seed,
             device=self.world.device,
         )
-        reader, weights = (
-            (resumed, f"resumed from {found[-1].name}") if resumed else self._first_weights(stage, model, build)
-        )
+        origin, reader = (found[-1].name, resumed) if resumed else self._first_weights(stage, model, build)
         engine.load(reader, resumed.progress if resumed else {"updates": 0})
-        self.stream.emit(
-            "stage_started",
-            stage=stage.name,
-            model=model.model_type,
-            parameters=sum(p.numel() for p in build(meta=True).parameters()),
-            weights=weights,
-            done=run.done,
-            steps=run.steps,
-            global_batch_size=stage.global_batch_size,
-            sequence_length=stage.sequence_length,
-        )
-        self._train(stage, run, engine, data, checkpoints, sequences)
+        facts = {
+            "from": origin,
+            "model": model.model_type,
+            "parameters": sum(p.numel() for p in build(meta=True).parameters()),
+            "engine": parallel.engine,
+            "steps": run.steps,
+            "sequences": sequences,
+            "sequence_length": stage.sequence_length,
+        }
+        self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
+        if self.world.rank == 0 and not resumed:
+            self.folder.record(stage.name, **facts, data=_lineage(data.train), held_out=_lineage(data.held_out))
+        self._train(stage, run, engine, data, sequences)
         engine.close()
+        if self.world.rank == 0:
+            self.folder.record(stage.name, finished=True)
 
-    def _train(
-        self, stage: Stage, run: StageRun, engine: Engine, data: StageData, checkpoints: Path, sequences: int
-    ) -> None:
+    def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> None:
         rank, size = self.world.rank, self.world.size
         batches = Batches(
             data.train,
@@ -173,22 +180,38 @@ class _Pipeline:
             world_size=size,
         )
         limit = stage.evaluate.sequences if stage.evaluate else None
+        root, keep = self.folder.checkpoints(stage.name), stage.checkpoint.keep
         train(
             run,
             engine,
             batches,
             held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
-            save=lambda: save(checkpoints, run.done, engine.boxes(), engine.progress(), stage.checkpoint.keep),
+            save=lambda: save(root, run.done, engine.boxes(), engine.progress(), keep),
         )
 
-    def _first_weights(self, stage: Stage, model: PreTrainedConfig, build: Any) -> tuple[Reader, str]:
+    def _first_weights(self, stage: Stage, model: PreTrainedConfig, build: Any) -> tuple[str, Reader]:
         if stage.from_stage is not None:
-            checkpoints = complete(self.folder / stage.from_stage / "checkpoints")
-            return Checkpoint(checkpoints[-1], weights_only=True), f"from {stage.from_stage}"
-        if self.config.model.from_pretrained is not None:
-            source = self.config.model.from_pretrained
-            return pretrained_weights(source, model.vocab_size, self.config.seed), f"from {source}"
-        return RandomWeights(build(meta=True), self.config.seed), "random weights"
+            found = complete(self.folder.checkpoints(stage.from_stage))
+            if not found:
+                raise CheckpointError(
+                    f"stages.{stage.name}.from: stage {stage.from_stage} has no checkpoint in "
+                    f"{self.folder.checkpoints(stage.from_stage)} any more."
+                )
+            return f"{stage.from_stage}, {found[-1].name}", Checkpoint(found[-1], weights_only=True)
+        source = self.config.model.from_pretrained
+        if source is not None:
+            return source, pretrained_weights(source, model.vocab_size, self.config.seed)
+        return "random weights", RandomWeights(build(meta=True), self.config.seed)
+
+
+def _lineage(stores: list[Store]) -> list[dict[str, Any]]:
+    """What of a store is worth remembering when it is gone."""
+    return [{"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], **_counts(s)} for s in stores]
+
+
+def _counts(store: Store) -> dict[str, Any]:
+    names = ("source", "documents_are", "documents", "tokens", "targets", "dropped", "cut")
+    return {"sequences": store.samples} | {name: store.manifest[name] for name in names}
 
 
 def _sequences(stage: Stage, samples: int) -> int:

@@ -24,14 +24,14 @@ MODEL = {
 
 
 def instructions(path):
-    """Write the functions of two standard modules as prompt (signature, docstring) and completion (body)."""
+    """Write the functions of two standard modules as prompt (signature) and completion (body)."""
     rows = []
     for module in (statistics, textwrap):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             source, doc = inspect.getsource(function), function.__doc__
             if function.__module__ == module.__name__ and doc and doc in source:
                 cut = source.index(doc) + len(doc) + 3
-                rows.append({"prompt": source[:cut], "completion": source[cut:]})
+                rows.append({"prompt": source[: source.index(doc)], "completion": source[cut:]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(rows) > 30
 
@@ -64,6 +64,7 @@ def small_config(folder, steps=6, every=None, **changes):
                 "from": "pretrain",
                 "data": [{"source": str(folder / "functions.jsonl")}],
                 **stage,
+                "sequence_length": 128,
                 "optimizer": {"lr": 1e-3, "eps": 1e-4},
             },
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from bigtrain.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
+MAX_DEPTH = 32  # of keys in keys; the schema needs 6
+MAX_VALUES = 100_000  # anchors and aliases can make billions of a few lines
+MERGE = "tag:yaml.org,2002:merge"
+
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number, as YAML 1.2 does."""
+    """SafeLoader that reads 3e-4 as a number, as YAML 1.2 does, and a date as text."""
 
 
 Loader.add_implicit_resolver(
@@ -25,9 +30,10 @@ Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
-# The resolver above also matches integers: those must be tried before it.
-for resolvers in Loader.yaml_implicit_resolvers.values():
-    resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+for first, resolvers in Loader.yaml_implicit_resolvers.items():
+    kept = [pair for pair in resolvers if pair[0] != "tag:yaml.org,2002:timestamp"]
+    # The resolver above also matches integers: those must be tried before it.
+    Loader.yaml_implicit_resolvers[first] = sorted(kept, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
 
 
 @dataclass
@@ -47,51 +53,122 @@ class Document:
 def read_yaml(path: Path) -> Document:
     """Raises ConfigError for a missing or unreadable file, bad YAML, a key given twice, or no mapping at the top."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))[:8]) if path.parent.is_dir() else ""
-        hint = f" In {path.parent}: {near}." if near else ""
-        raise ConfigError(f"{path}: there is no such file.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    loader = Loader(text)
+        raise ConfigError(f"{path}: there is no such file.{_neighbours(path.parent)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give the run's file.{_neighbours(path)}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    document = Document({}, {(): str(path)})
+    values = parse(text, (), lambda line: f"{path}:{line}", document.origins)
+    if not isinstance(values, dict):
+        found = "the file is empty" if values is None else f"found {_kind(values)}"
+        raise ConfigError(f"{path}: expected keys and values (like `name: my-run`) at the top of the file; {found}.")
+    document.values = values
+    return document
+
+
+def parse(text: str, at: KeyPath, origin: Callable[[int], str], origins: dict[KeyPath, str]) -> Any:
+    """The value of a YAML text that stands at path `at`; notes `origin(line)` of each value in `origins`.
+
+    Raises ConfigError for bad YAML and for a key given twice.
+    """
+    key = f"{_dotted(at)}: " if at else ""
     try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: expected keys and values (like `name: my-run`) at the top of the file.")
-        document = Document({}, {(): str(path)})
-        document.values = _value(node, loader, (), path, document.origins)
-        return document
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _Values(loader, origin, origins).of(node, at)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+        raise ConfigError(f"{origin(line)}: {key}not valid YAML: {_problem(error)}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{origin(line)}: {key}not valid YAML: the character #x{error.character:02x}.") from None
+    except RecursionError:
+        raise ConfigError(f"{origin(1)}: {key}keys are nested too deeply, or an anchor contains itself.") from None
 
 
-def _value(node: yaml.Node, loader: Loader, at: KeyPath, file: Path, origins: dict[KeyPath, str]) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        loader.flatten_mapping(node)
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
+@dataclass
+class _Values:
+    """Turns nodes into values and notes where each stands."""
+
+    loader: Loader
+    origin: Callable[[int], str]
+    origins: dict[KeyPath, str]
+
+    def of(self, node: yaml.Node, at: KeyPath) -> Any:
+        where = self._where(node)
+        if len(at) > MAX_DEPTH:
+            raise ConfigError(f"{where}: {_dotted(at[:4])}: keys are nested too deeply, or an anchor contains itself.")
+        if len(self.origins) > MAX_VALUES:
+            raise ConfigError(f"{where}: more than {MAX_VALUES:,} values; is an alias used inside other anchors?")
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for key, (key_node, value_node) in self._pairs(node, at).items():
+                self.origins[(*at, key)] = self._where(key_node)
+                mapping[key] = self.of(value_node, (*at, key))
+            return mapping
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.origins[(*at, index)] = self._where(item)
+                items.append(self.of(item, (*at, index)))
+            return items
+        try:
+            return self.loader.construct_object(node, deep=True)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {_dotted(at)}: cannot be read as a value: {error}.") from None
+
+    def _pairs(self, node: yaml.MappingNode, at: KeyPath) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """The keys of a mapping, those merged with `<<` first; its own keys replace them."""
+        own = self._named([pair for pair in node.value if pair[0].tag != MERGE], at, once=True)
+        if len(own) < len(node.value):
+            self.loader.flatten_mapping(node)
+            own = self._named(node.value, at, once=False) | own
+            node.value = list(own.values())  # an alias may lead here again
+        return own
+
+    def _named(
+        self, pairs: list[tuple[yaml.Node, yaml.Node]], at: KeyPath, once: bool
+    ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        named: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value_node in pairs:
+            key = self.of(key_node, (*at, "?"))
             if not isinstance(key, str):
-                raise ConfigError(f"{file}:{line}: the key {key!r} is not text; put it in quotes.")
-            if key in mapping:
-                raise ConfigError(f"{file}:{line}: {_dotted((*at, key))} is given twice.")
-            origins[(*at, key)] = f"{file}:{line}"
-            mapping[key] = _value(value_node, loader, (*at, key), file, origins)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        items = []
-        for index, item in enumerate(node.value):
-            origins[(*at, index)] = f"{file}:{item.start_mark.line + 1}"
-            items.append(_value(item, loader, (*at, index), file, origins))
-        return items
-    return loader.construct_object(node, deep=True)
+                name = _dotted((*at, str(key)))
+                raise ConfigError(f"{self._where(key_node)}: {name}: a key must be text; put it in quotes.")
+            if once and key in named:
+                raise ConfigError(f"{self._where(key_node)}: {_dotted((*at, key))} is given twice.")
+            named[key] = (key_node, value_node)
+        return named
+
+    def _where(self, node: yaml.Node) -> str:
+        return self.origin(node.start_mark.line + 1)
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or error.context or "it cannot be parsed"
+    if "'\\t'" in problem:
+        problem += "; indent with spaces, not with tabs"
+    if error.problem and error.context and error.context_mark:
+        problem += f" ({error.context} that begins in line {error.context_mark.line + 1})"
+    return problem
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"the single value {str(value)[:40]!r}"
+
+
+def _neighbours(folder: Path) -> str:
+    near = ", ".join(sorted(p.name for p in folder.glob("*.y*ml"))[:8]) if folder.is_dir() else ""
+    return f" In {folder}: {near}." if near else ""
 
 
 def _dotted(path: KeyPath) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from bigtrain.config.files import Document, KeyPath, Loader, read_yaml
-from bigtrain.config.rules import broken_rules
+from bigtrain.config.files import Document, KeyPath, parse, read_yaml
+from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import Run, Section, mark_of
 from bigtrain.errors import ConfigError, nearest
 
@@ -34,8 +35,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return load(path, overrides).run
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Loaded:
-    """As load_config, keeping the origin of every value."""
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here: bool = False) -> Loaded:
+    """As load_config, keeping the origin of every value.
+
+    here: the run is to be started on this machine: what it names must be on its disk.
+    """
     document = read_yaml(Path(path))
     for override in overrides:
         _override(document, override)
@@ -43,7 +47,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Loade
         run = Run.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(_explain(error, document)) from None
-    broken = broken_rules(run)
+    broken = broken_rules(run) or (broken_here(run) if here else [])
     if broken:
         raise ConfigError("\n".join(_line(document, at, message) for at, message in broken))
     return Loaded(run, document)
@@ -81,10 +85,8 @@ def _override(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected KEY=VALUE, like stages.pretrain.optimizer.lr=1e-4")
-    try:
-        value = yaml.load(text, Loader)  # noqa: S506 - Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    origins: dict[KeyPath, str] = {}
+    value = parse(text, tuple(key.split(".")), lambda _line: "command line", origins)
     at: Any = document.values
     path: KeyPath = ()
     parts = key.split(".")
@@ -109,26 +111,40 @@ def _override(document: Document, override: str) -> None:
     for p in stale:
         del document.origins[p]
     document.origins[path] = "command line"
+    for below in origins:
+        document.origins[(*path, *below[len(parts) :])] = "command line"
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
     names = [item.get("name") for item in items if isinstance(item, dict)]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     known = [str(name) for name in names if name] or [str(i) for i in range(len(items))]
     raise ConfigError(f"override {override!r}: there is no {part!r} here; {nearest(part, known)}")
 
 
 def _explain(error: ValidationError, document: Document) -> str:
-    lines: list[str] = []
-    for detail in error.errors(include_url=False):
+    messages: dict[KeyPath, list[str]] = {}
+    details = error.errors(include_url=False)
+    misspelt = {
+        (*detail["loc"][:-1], meant)
+        for detail in details
+        if detail["type"] == "extra_forbidden" and (meant := _meant(detail["loc"]))
+    }
+    for detail in details:
+        if detail["type"] == "missing" and detail["loc"] in misspelt:
+            continue
         path = tuple(p for p in detail["loc"] if not _is_union_branch(p))
-        line = _line(document, path, _message(detail, path))
-        if line not in lines:
-            lines.append(line)
-    return "\n".join(lines)
+        messages.setdefault(path, []).append(_message(detail, path))
+    return "\n".join(_line(document, path, "; or: ".join(told)) for path, told in messages.items())
+
+
+def _meant(unknown: KeyPath) -> str | None:
+    """The known key that an unknown one probably is."""
+    close = difflib.get_close_matches(str(unknown[-1]), _keys_at(unknown[:-1]), 1, 0.6)
+    return close[0] if close else None
 
 
 def _is_union_branch(part: str | int) -> bool:
@@ -147,8 +163,37 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
             return f"{value!r} is not one of {detail['ctx']['expected']}."
         case "string_pattern_mismatch":
             return f"{value!r} may hold only letters, digits, '-' and '_', and begins with a letter or digit."
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"expected keys and values below it, got {_shown(value)}."
         case _:
-            return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(value)}."
+            return (
+                f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(value)}{_remedy(detail['type'], value)}."
+            )
+
+
+def _remedy(kind: str, value: Any) -> str:
+    """How a value of the wrong type may have come about."""
+    if value is None:
+        return ": nothing is written after the key; give a value or remove the key"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
+        return "; write it without quotes"
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "string_type" and isinstance(value, bool):
+        return " (YAML reads yes, no, on and off as true and false); put it in quotes"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if kind == "list_type" and not isinstance(value, dict):
+        return f"; write [{_shown(value)}]"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
@@ -160,7 +205,7 @@ def _line(document: Document, path: KeyPath, message: str) -> str:
     named: list[str] = []
     at: Any = document.values
     for part in path:
-        at = at[part] if isinstance(at, dict) and part in at else at[part] if isinstance(part, int) else None
+        at = at[part] if isinstance(part, int) or (isinstance(at, dict) and part in at) else None
         named.append(str(at.get("name", part)) if isinstance(part, int) and isinstance(at, dict) else str(part))
     return f"{document.origin(path)}: {'.'.join(named)}: {message}"
 

@@ -1,23 +1,68 @@
-"""What single fields cannot say: rules between fields, each naming the key to change."""
+"""What single fields cannot say: rules between fields and rules about this disk, each naming the key to change."""
 
 from __future__ import annotations
 
+import glob
+import json
+import math
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Source, Stage
 
+STANDARD_LIBRARY = ("stdlib", "stdlib-functions")
+NAMED = re.compile(r"[A-Za-z_][\w.+-]*:.+")  # module:name, or an address: no path
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)  # of an architecture; every family that has one of them means the same by it
+
+Broken = Iterator[tuple[KeyPath, str]]
+
 
 def broken_rules(run: Run) -> list[tuple[KeyPath, str]]:
-    """(path of the key to change, message) for every rule that the run breaks."""
+    """(path of the key to change, message) for every rule between fields that the run breaks."""
     return [
+        *_finite(run.model_dump(by_alias=True), ()),
         *_top(run),
+        *_architecture(run),
+        *_reporting(run),
         *_parallel(run),
         *(broken for i in range(len(run.stages)) for broken in _stage(run, i)),
     ]
 
 
-def _top(run: Run) -> Iterator[tuple[KeyPath, str]]:
+def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
+    """The same for what the run needs on the disk of this machine: data, checkpoints, a folder of its own."""
+    return [
+        *_run_folder(run),
+        *_pretrained(run),
+        *(broken for i in range(len(run.stages)) for broken in _sources(run.stages[i], ("stages", i))),
+    ]
+
+
+def _finite(value: Any, at: KeyPath) -> Broken:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield at, f"must be a finite number, got {value}."
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            yield from _finite(below, (*at, key))
+    elif isinstance(value, list):
+        for i, below in enumerate(value):
+            yield from _finite(below, (*at, i))
+
+
+def _top(run: Run) -> Broken:
     model, tokenizer = run.model, run.tokenizer
     if (model.from_config is None) == (model.from_pretrained is None):
         yield ("model",), "give either from_config or from_pretrained."
@@ -39,7 +84,41 @@ def _top(run: Run) -> Iterator[tuple[KeyPath, str]]:
         yield ("precision",), "fp16 needs a GPU; use bf16 or fp32 with parallel.device: cpu."
 
 
-def _parallel(run: Run) -> Iterator[tuple[KeyPath, str]]:
+def _architecture(run: Run) -> Broken:
+    values, at = run.model.from_config or {}, ("model", "from_config")
+    wrong = [
+        key
+        for key in SIZES
+        if values.get(key) is not None and (type(values[key]) is not int or values[key] < 1)  # bool is an int
+    ]
+    for key in wrong:
+        yield (*at, key), f"must be a whole number of at least 1, got {values[key]!r}."
+    if wrong:
+        return
+    entries, train = values.get("vocab_size"), run.tokenizer.train if run.tokenizer else None
+    if entries and train and train.vocab_size > entries:
+        yield (
+            ("tokenizer", "train", "vocab_size"),
+            f"{train.vocab_size} is more than the model's vocab_size ({entries}).",
+        )
+    heads, groups, width = (values.get(key) for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads and groups and heads % groups:
+        yield (*at, "num_key_value_heads"), f"num_attention_heads ({heads}) is no multiple of {groups}."
+    if heads and width and width % heads and not values.get("head_dim"):
+        yield (*at, "num_attention_heads"), f"hidden_size ({width}) is no multiple of {heads}; change one of them."
+
+
+def _reporting(run: Run) -> Broken:
+    if run.profile is not None:
+        first, last = run.profile.steps
+        if first < 1 or last < first:
+            yield ("profile", "steps"), f"[first, last] count from 1 and do not decrease, got [{first}, {last}]."
+    for i, tracker in enumerate(run.trackers):
+        if tracker in run.trackers[:i]:
+            yield ("trackers", i), f"{tracker} is there twice; remove one."
+
+
+def _parallel(run: Run) -> Broken:
     processes = run.parallel.processes
     if processes != "auto" and processes < 1:
         yield ("parallel", "processes"), f"must be at least 1 or `auto`, got {processes}."
@@ -53,7 +132,7 @@ def _parallel(run: Run) -> Iterator[tuple[KeyPath, str]]:
             )
 
 
-def _stage(run: Run, i: int) -> Iterator[tuple[KeyPath, str]]:
+def _stage(run: Run, i: int) -> Broken:
     stage, at = run.stages[i], ("stages", i)
     earlier = [other.name for other in run.stages[:i]]
     if stage.name in earlier:
@@ -71,6 +150,9 @@ def _stage(run: Run, i: int) -> Iterator[tuple[KeyPath, str]]:
             (*at, "sequence_length"),
             f"{stage.sequence_length} is longer than model.from_config.max_position_embeddings ({positions}).",
         )
+    warmup = stage.schedule.warmup_steps
+    if warmup is not None and stage.steps is not None and warmup > stage.steps:
+        yield (*at, "schedule", "warmup_steps"), f"{warmup} is longer than the whole stage ({stage.steps} steps)."
     if any(not 0 <= beta < 1 for beta in stage.optimizer.betas):
         yield (
             (*at, "optimizer", "betas"),
@@ -82,7 +164,7 @@ def _stage(run: Run, i: int) -> Iterator[tuple[KeyPath, str]]:
     yield from _evaluation(stage, at)
 
 
-def _evaluation(stage: Stage, at: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+def _evaluation(stage: Stage, at: KeyPath) -> Broken:
     if stage.evaluate is None:
         if stage.held_out:
             yield (*at, "held_out"), "documents are held out but never evaluated; add `evaluate:`."
@@ -94,7 +176,86 @@ def _evaluation(stage: Stage, at: KeyPath) -> Iterator[tuple[KeyPath, str]]:
         yield (*at, "evaluate", "data"), "held-out sources are evaluated whole; leave weight out."
 
 
-def _weights(sources: list[Source], at: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+def _weights(sources: list[Source], at: KeyPath) -> Broken:
     weighted = sum(source.weight is not None for source in sources)
     if 0 < weighted < len(sources):
         yield at, "give a weight to every source or to none."
+
+
+def _run_folder(run: Run) -> Broken:
+    output, folder = Path(run.output), Path(run.output) / run.name
+    if output.exists() and not output.is_dir():
+        yield ("output",), f"{output} is a file; name a folder."
+    elif folder.exists() and not folder.is_dir():
+        yield ("name",), f"{folder} is a file; choose another `name` or `output`."
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        yield ("name",), f"{folder} is not empty and holds no run; choose another `name` or `output`."
+
+
+def _pretrained(run: Run) -> Broken:
+    model = run.model.from_pretrained
+    at: KeyPath = ("model", "from_pretrained")
+    if model is not None and _looks_like_path(model):
+        missing = _missing_folder(model, "config.json")
+        if missing:
+            yield at, missing
+        elif Path(model).expanduser().is_dir():
+            yield from _positions(run, model)
+    tokenizer = run.tokenizer.from_pretrained if run.tokenizer else None
+    if tokenizer is not None and _looks_like_path(tokenizer):
+        missing = _missing_folder(tokenizer, "tokenizer*")
+        if missing:
+            yield ("tokenizer", "from_pretrained"), missing
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a `from_pretrained` is meant as a path; else it is a Hub id, `name` or `owner/name`."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf") or Path(name).exists()
+
+
+def _missing_folder(name: str, needed: str) -> str | None:
+    """What is wrong with a folder that must hold a file `needed` (a glob), or with a .gguf file."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return None if any(path.glob(needed)) else f"the folder {name} holds no {needed.replace('*', '.json')}."
+    if path.is_file():
+        return None if name.endswith(".gguf") else f"{name} is a file; give its folder, or a .gguf file."
+    return f"there is no folder {name} (looked in {Path.cwd()})."
+
+
+def _positions(run: Run, model: str) -> Broken:
+    """Of a checkpoint on disk; its config.json is enough to know them."""
+    file = Path(model).expanduser() / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield ("model", "from_pretrained"), f"{file} cannot be read: {error}."
+        return
+    positions = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    for i, stage in enumerate(run.stages):
+        if isinstance(positions, int) and stage.sequence_length > positions:
+            yield (
+                ("stages", i, "sequence_length"),
+                f"{stage.sequence_length} is longer than max_position_embeddings ({positions}) of {model}.",
+            )
+
+
+def _sources(stage: Stage, at: KeyPath) -> Broken:
+    held_out = stage.evaluate.data if stage.evaluate else None
+    for key, sources in (("data",), stage.data), (("evaluate", "data"), held_out or []):
+        for i, source in enumerate(sources):
+            if (wrong := _missing_source(source.source)) is not None:
+                yield (*at, *key, i, "source"), wrong
+
+
+def _missing_source(source: str) -> str | None:
+    path = Path(source)
+    if source in STANDARD_LIBRARY or path.is_file() or (NAMED.fullmatch(source) and not path.exists()):
+        return None
+    if path.is_dir():
+        return None if any(p.is_file() for p in path.rglob("*")) else f"the folder {source} holds no files."
+    if glob.has_magic(source):
+        found = glob.iglob(source, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+        return None if any(map(os.path.isfile, found)) else f"no file matches {source} (looked in {path.cwd()})."
+    home = f" `~` is not expanded in sources; write {path.expanduser()}." if source.startswith("~") else ""
+    return f"there is no file or folder {source!r} (looked in {path.cwd()}).{home}"

@@ -15,12 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FAILURE_FILE = "BIGTRAIN_FAILURE_FILE"  # environment: where a rank writes why it failed
+from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
 
 
-def spawn(command: list[str], processes: int) -> int:
-    """Run `command` as `processes` ranks; returns the exit code of the one that failed first, or 0."""
+def spawn(command: list[str], processes: int, why: str) -> int:
+    """Run `command` as `processes` ranks; returns the exit code of the one that failed first, or 0.
+
+    `why` says in words why there are as many; rank 0 shows it.
+    """
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
         failures = [Path(folder) / f"rank-{rank}.json" for rank in range(processes)]
         environment = {
@@ -29,6 +33,7 @@ def spawn(command: list[str], processes: int) -> int:
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
+            PROCESSES_WHY: why,
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         ranks = [
@@ -122,12 +127,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def processes_here(asked: int | str, device: str) -> int:
-    """`parallel.processes` as a number: `auto` is one per GPU, else 2."""
+def processes_here(asked: int | str, device: str) -> tuple[int, str]:
+    """`parallel.processes` as a number, and why it is that: `auto` is one per GPU, else 2."""
     if isinstance(asked, int):
-        return asked
+        return asked, "as parallel.processes says"
     if device != "cpu" and any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/dxg", "/dev/kfd")):
         import torch  # only where there may be a GPU: it takes seconds
 
-        return torch.cuda.device_count() or 2
-    return 2
+        if gpus := torch.cuda.device_count():
+            return gpus, "one per GPU, as parallel.processes is auto"
+    return 2, "as parallel.processes is auto and no GPU is used"

@@ -9,6 +9,13 @@ from rich.console import Console
 
 from bigtrain.observability.stream import Event
 
+MASTERS = "master weights, moments, gradient accumulation and reduction, loss: fp32"
+PRECISION_NOTES = {
+    "fp32": ["precision: everything in fp32"],
+    "bf16": [f"precision: forward and backward in bf16; {MASTERS}"],
+    "fp16": [f"precision: forward and backward in fp16 with dynamic loss scaling; {MASTERS}"],
+}
+
 
 class Progress:
     """Prints headings, steps and evaluations; on a terminal the step's line is renewed in place."""
@@ -37,15 +44,26 @@ class Progress:
             f"bigtrain {event['version']} · {event['folder']} · {_plural(event['world_size'], 'process', 'processes')}"
             f" · {event['engine']} · {event['precision']} · {event['device']}"
         )
+        for reason in (*event["chosen"], f"attention: {event['attention']}", *PRECISION_NOTES[event["precision"]]):
+            self._print(f"           {reason}")
 
     def _on_preparing(self, event: Event) -> None:
         self._print(f"{'prepare':<10} {event['what']}")
 
+    def _on_prepared(self, event: Event) -> None:
+        lost = [f"{number} {reason}" for reason, number in event["dropped"].items()]
+        lost += [f"{event['cut']} cut to sequence_length"] if event["cut"] else []
+        self._print(
+            f"  {event['source']} ({event['documents_are']}): {event['documents']} documents, "
+            f"{count(event['tokens'])} tokens, {event['sequences']} sequences"
+            + (f"; dropped or cut: {', '.join(lost)}" if lost else "")
+        )
+
     def _on_stage_started(self, event: Event) -> None:
         resumed = f", resumed at step {event['done']}" if event["done"] else ""
         self._print(
-            f"{event['stage']:<10} {event['model']} {_count(event['parameters'])}, {event['weights']} · "
-            f"{event['global_batch_size']} x {event['sequence_length']} tokens a step, {event['steps']} steps{resumed}"
+            f"{event['stage']:<10} {event['model']} {count(event['parameters'])}, from {event['from']} · "
+            f"{event['batch']} x {event['sequence_length']} tokens a step, {event['steps']} steps{resumed}"
         )
         self._steps_left_at = None
 
@@ -61,10 +79,10 @@ class Progress:
             return
         self._shown = now
         first, since = self._steps_left_at
-        left = _duration((now - since) / (done - first) * (steps - done)) if done > first else "?"
+        left = duration((now - since) / (done - first) * (steps - done)) if done > first else "?"
         line = (
             f"  step {done}/{steps}  loss {event['loss']:.4f}  grad {event['grad_norm']:.3f}  lr {event['lr']:.2e}  "
-            f"{_count(event['tokens_per_second'])} tok/s  {event['memory_bytes'] / 2**30:.2f} GiB  {left} left"
+            f"{count(event['tokens_per_second'])} tok/s  {event['memory_bytes'] / 2**30:.2f} GiB  {left} left"
         )
         if self._console.is_terminal:
             self._console.file.write(f"\r\x1b[K{line[: self._console.width - 1]}")
@@ -76,27 +94,33 @@ class Progress:
     def _on_evaluation(self, event: Event) -> None:
         stage, loss = event["stage"], event["loss"]
         start = self._held_out.setdefault(stage, loss)
-        both = (f"{start:.4f} -> {loss:.4f}", f"{_perplexity(start)} -> {_perplexity(loss)}")
+        both = (f"{start:.4f} -> {loss:.4f}", f"{perplexity(start)} -> {perplexity(loss)}")
         if event["step"] == 0 or start == loss:
-            both = (f"{loss:.4f}", _perplexity(loss))
+            both = (f"{loss:.4f}", perplexity(loss))
         self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event['step']})")
 
+    def _on_exporting(self, event: Event) -> None:
+        self._print(f"{'export':<10} {event['folder']}")
+
     def _on_finished(self, event: Event) -> None:
-        self._print(f"done in {_duration(event['seconds'])}   {event['folder']}")
+        self._print(f"done in {duration(event['seconds'])}   {event['folder']}")
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """For reading; `loss` in nats."""
     return f"{math.exp(min(loss, 700.0)):.4g}"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
+    """A number to be read: 1234567 -> 1.2M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """3723 -> 1h02m."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

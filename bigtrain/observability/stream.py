@@ -27,6 +27,12 @@ class Stream:
         for reader in self._readers:
             reader(event)
 
+    def close(self) -> None:
+        """Let the readers that hold something open finish it."""
+        for reader in self._readers:
+            if hasattr(reader, "close"):
+                reader.close()
+
 
 class Files:
     """The reader that writes metrics.jsonl and events.jsonl, a line an event, as it happens."""
@@ -39,9 +45,14 @@ class Files:
         file = self._metrics if event["kind"] in METRICS else self._events
         file.write(json.dumps(event) + "\n")
 
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
 
 def read_metrics(folder: Path) -> list[Event]:
-    """The rows of metrics.jsonl that count: of each (stage, step, kind) the last one written, in order of steps.
+    """The rows of metrics.jsonl that count: of each (stage, step, kind) the last one written, in order of steps,
+    and of a restarted stage only those since.
 
     A half-written last line, left by a killed run, is passed over.
     """
@@ -50,6 +61,9 @@ def read_metrics(folder: Path) -> list[Event]:
         if not line.endswith("\n"):
             continue
         row = json.loads(line)
+        if row["kind"] == "restarted":
+            rows = {key: other for key, other in rows.items() if key[0] != row["stage"]}
+            continue
         key = (row["stage"], row["step"], row["kind"])
         rows.pop(key, None)
         rows[key] = row

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from bigtrain.config.environment import PROCESSES_WHY
 from bigtrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class World:
-    """rank and size over all nodes; local_rank on this node; device is the one that this process computes on."""
+    """rank and size over all nodes; local_rank on this node; device is the one that this process computes on;
+    chosen says in words what was decided for the user, and why."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    chosen: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -39,9 +42,21 @@ def joined(device: str, precision: str) -> Iterator[World]:
     store = dist.HashStore() if size == 1 else None  # a world of one needs no address
     dist.init_process_group(backend, rank=rank, world_size=size, store=store)
     try:
-        yield World(rank, size, local_rank, chosen)
+        yield World(rank, size, local_rank, chosen, (_why_device(device, chosen), _why_processes(size)))
     finally:
         dist.destroy_process_group()
+
+
+def _why_device(asked: str, chosen: torch.device) -> str:
+    if asked != "auto":
+        return f"device: {chosen.type}, as parallel.device says"
+    return f"device: {chosen.type}, as this machine has {'a' if chosen.type == 'cuda' else 'no'} GPU"
+
+
+def _why_processes(size: int) -> str:
+    if PROCESSES_WHY in os.environ:
+        return f"processes: {size}, {os.environ[PROCESSES_WHY]}"
+    return f"processes: {size}, " + ("as the launcher says" if "RANK" in os.environ else "as parallel.processes says")
 
 
 def _device(device: str, precision: str, local_rank: int) -> torch.device:

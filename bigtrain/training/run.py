@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bigtrain.config.schema import Stage
+from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.contract import Outcome
 from bigtrain.training.schedules import learning_rate
@@ -26,14 +27,16 @@ class Due(NamedTuple):
 class StageRun:
     """`done` counts the finished steps of `steps`; everything else follows from it."""
 
-    def __init__(self, stage: Stage, sequences: int, done: int, stream: Stream):
+    def __init__(self, stage: Stage, sequences: int, done: int, stream: Stream, profiler: Profiler | None = None):
         self.steps = -(-sequences // stage.global_batch_size)
         self.done = done
         self.evaluates = stage.evaluate is not None
         self._stage = stage
         self._sequences = sequences
         self._stream = stream
+        self._profiler = profiler
         self._pending: tuple[dict[str, Any], _HostCopy] | None = None
+        self._profile()
         self._since = time.perf_counter()
 
     @property
@@ -58,7 +61,12 @@ class StageRun:
         )
         if any(due) or values.here:
             self._report()
+        self._profile()
         return due
+
+    def _profile(self) -> None:
+        if self._profiler is not None and (trace := self._profiler.between_steps(self.done)):
+            self._stream.emit("profiled", stage=self._stage.name, step=self.done, file=str(trace))
 
     def _report(self) -> None:
         if self._pending is None:

@@ -47,7 +47,10 @@ def test_the_run_folder(finished):
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert resolved["stages"][0]["optimizer"]["betas"] == [0.9, 0.95]
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["world_size"] == 2
+    assert [attempt["world_size"] for attempt in facts["attempts"]] == [2]
+    assert facts["stages"]["pretrain"]["from"] == "random weights"
+    assert facts["stages"]["finetune"]["from"] == "pretrain, step-00000020"
+    assert facts["stages"]["finetune"]["data"][0]["documents"] > 10
     kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert kinds[0] == "started"
     assert kinds[-1] == "finished"
@@ -62,8 +65,8 @@ def test_running_it_again_says_that_it_is_finished(finished):
     before = (folder / "metrics.jsonl").read_text()
     again = bigtrain("run", config)
     assert again.returncode == 0
-    assert "pretrain   is finished (20 steps)" in again.stdout
-    assert "finetune   is finished (20 steps)" in again.stdout
+    assert f"{folder} is finished: nothing to do." in again.stdout
+    assert "held-out   loss" in again.stdout
     assert (folder / "metrics.jsonl").read_text() == before
 
 
@@ -72,6 +75,7 @@ def test_what_decides_the_mathematics_cannot_change(finished):
     refused = bigtrain("run", config, "stages.pretrain.optimizer.lr=1e-2")
     assert refused.returncode == 2
     assert "stages.pretrain.optimizer.lr: 0.003 in the run, 0.01 now" in refused.stderr
+    assert "--restart pretrain" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -96,3 +100,20 @@ def test_a_source_that_is_not_there(tmp_path):
     assert refused.returncode == 2
     assert "nothing.jsonl" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_restarted_stage_is_trained_anew_and_the_old_one_kept(finished):
+    """Last in this file: it changes the run of the others."""
+    config, folder, _ = finished
+    before = [r for r in read_metrics(folder) if r["stage"] == "pretrain"]
+    again = bigtrain(
+        "run", config, "stages.finetune.steps=5", "stages.finetune.evaluate.every=5", "--restart", "finetune"
+    )
+    assert again.returncode == 0, again.stderr
+    assert "pretrain   is finished (20 steps)" in again.stdout
+    rows = read_metrics(folder)
+    assert [r for r in rows if r["stage"] == "pretrain"] == before
+    assert [r["step"] for r in rows if r["stage"] == "finetune" and r["kind"] == "step"] == [1, 2, 3, 4, 5]
+    assert {r["attempt"] for r in rows if r["stage"] == "finetune"} == {2}
+    assert (folder / "finetune.1" / "checkpoints" / "step-00000020" / "manifest.json").exists()
+    assert (folder / "finetune" / "export" / "model.safetensors").exists()

@@ -1,0 +1,156 @@
+"""How well a model predicts text that it was not trained on."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stage
+from bigtrain.data.batches import held_out_batches
+from bigtrain.data.prepare import prepare_stage
+from bigtrain.data.store import Store
+from bigtrain.errors import ConfigError
+from bigtrain.inference.generate import positions
+from bigtrain.inference.opening import Opened, open_model
+from bigtrain.inference.places import RunPlace, locate
+from bigtrain.parallel import contract
+from bigtrain.parallel.contract import TaskModule
+from bigtrain.parallel.world import World, joined
+from bigtrain.tasks import TASKS
+
+LONGEST_WINDOW = 4096  # tokens, of a model with more positions when nothing is said
+MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per target. accuracy: part of the targets that were the likeliest token. targets: their number.
+    what: which model on what, in words."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    targets: int
+    what: str
+
+
+def evaluate(
+    where: str | Path,
+    data: list[Source] | None = None,
+    *,
+    sequence_length: int | None = None,
+    sequences: int | None = None,
+    micro_batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluate what `where` names (see `locate`): in this process alone, or with all ranks of a group that is there.
+
+    Without `data`: a run's checkpoint on the held-out documents of its stage, as the run itself evaluates.
+    With `data`: every token of these documents, in windows.
+
+    sequence_length: of the windows, in tokens; None: the stage's, or the model's positions (at most 4096).
+    sequences: at most so many; None: the stage's `evaluate.sequences`, or all. micro_batch_size: sequences that go
+    through the model at once; dtype: fp32, bf16 or fp16; both as trained if None.
+
+    Raises ConfigError if there is nothing to evaluate on, DataError for data that cannot be read.
+    """
+    place = locate(where)
+    with _world(device) as world:
+        opened = open_model(
+            place.checkpoint if isinstance(place, RunPlace) else where, dtype=dtype, device=world.device
+        )
+        if data is None:
+            if not isinstance(place, RunPlace):
+                raise ConfigError(f"{place} is no run, so it has no held-out documents of its own; give data.")
+            if sequence_length is not None:
+                raise ConfigError("sequence_length: a run's held-out sequences are as long as its stage says.")
+            stage = _evaluating(place)
+            assert stage.evaluate is not None
+            stores = prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
+            limit = stage.evaluate.sequences if sequences is None else sequences
+            micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
+            return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents")
+        with tempfile.TemporaryDirectory(prefix="bigtrain-evaluate-") as folder:
+            run = _run_over(data, _length(opened, sequence_length), world.size, Path(folder))
+            stage = run.stages[0]
+            stores = prepare_stage(run, stage, TASKS[stage.task](), opened.tokenizer).held_out
+            micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)
+            names = ", ".join(source.source for source in data)
+            return _evaluated(opened, stage, stores, sequences, micro, world, names)
+
+
+def _evaluated(
+    opened: Opened, stage: Stage, stores: list[Store], sequences: int | None, micro: int, world: World, on: str
+) -> Evaluation:
+    module = TaskModule(opened.model, TASKS[stage.task]())
+    batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size)
+    sums = contract.evaluate(module, batches, micro, world.device)
+    if not sums["targets"]:
+        raise ConfigError(f"{on}: nothing in the first {sequences} sequences is to be predicted; take more.")
+    loss = sums["loss"] / sums["targets"]
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        accuracy=sums["correct"] / sums["targets"],
+        targets=int(sums["targets"]),
+        what=f"{opened.what}, on {on}",
+    )
+
+
+def _evaluating(place: RunPlace) -> Stage:
+    """The stage as it evaluates; one that holds documents out without looking at them does so now."""
+    stage = place.stage
+    if stage.evaluate is not None:
+        return stage
+    if not stage.held_out:
+        raise ConfigError(f"{place}: the stage has no held-out documents (`evaluate` or `held_out`); give data.")
+    return stage.model_copy(update={"evaluate": Evaluate()})
+
+
+def _length(opened: Opened, asked: int | None) -> int:
+    limit = positions(opened.model)
+    if asked is not None:
+        if limit is not None and asked > limit:
+            raise ConfigError(f"sequence_length: {asked} is more than the {limit} positions of {opened.what}.")
+        return asked
+    if opened.stage is not None:
+        return opened.stage.sequence_length
+    return min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+def _run_over(data: list[Source], sequence_length: int, world_size: int, folder: Path) -> Run:
+    """A run's file that says to evaluate on all documents of `data`, with its token stores in `folder`.
+
+    It would train on the same documents, so that each store is made once."""
+    stage = Stage(
+        name="evaluate",
+        task="pretrain",
+        data=data,
+        sequence_length=sequence_length,
+        global_batch_size=max(1, MICRO_BATCH_TOKENS // sequence_length) * world_size,
+        steps=1,
+        optimizer=Optimizer(lr=1.0),
+        evaluate=Evaluate(data=data),
+    )
+    return Run(name="evaluate", output=str(folder), model=Model(), stages=[stage])
+
+
+@contextmanager
+def _world(device: str) -> Iterator[World]:
+    """The process group that is there, or one of this process alone (or of what a launcher's environment names)."""
+    if not dist.is_initialized():
+        with joined(device, "fp32") as world:  # fp32: whatever the weights' dtype, any device can evaluate
+            yield world
+        return
+    nccl = dist.get_backend() == "nccl"
+    there = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), there)

@@ -1,0 +1,178 @@
+"""Write a run's model as a Hugging Face folder: it opens with transformers alone, without bigtrain."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from bigtrain.config.schema import Stage
+from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.inference.opening import Opened, open_model, shorten
+from bigtrain.inference.places import RunPlace, locate
+from bigtrain.observability.stream import read_metrics
+from bigtrain.parallel.contract import persistent_buffers
+
+MARK = "Exported by bigtrain"  # in the README.md of every export; a folder without it is never replaced
+
+
+def export(
+    run_dir: str | Path, stage: str | None = None, to: str | Path | None = None, dtype: str | None = None
+) -> Path:
+    """Write the newest checkpoint of a run (or of one stage; `run_dir` may also be a checkpoint); returns the folder.
+
+    to: RUN/STAGE/export by default; an older export there is replaced. dtype: fp32, bf16 or fp16; None: the run's
+    precision. The folder appears whole or not at all.
+
+    Raises CheckpointError for a tensor that is missing, empty, or was not written as it is; ConfigError for a place
+    that holds something else.
+    """
+    place = locate(run_dir if stage is None else Path(run_dir) / stage)
+    if not isinstance(place, RunPlace):
+        raise ConfigError(f"{place} is a Hugging Face model already; an export is made of a run.")
+    target = place.folder / place.stage.name / "export" if to is None else Path(to).expanduser()
+    _refuse_other(target)
+    opened = open_model(place.checkpoint, dtype=dtype, device="cpu")
+    return write_folder(opened, target, _card(place, opened))
+
+
+def write_folder(opened: Opened, target: Path, card: str) -> Path:
+    """Save model, tokenizer and `card` (README.md) beside `target`, check what was written, and move it there."""
+    _refuse_other(target)
+    _refuse_empty(opened.model, target)
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # left by an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        opened.model.save_pretrained(partial)
+        opened.tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _check_written(opened.model, partial)
+        _move(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _refuse_other(target: Path) -> None:
+    readme = target / "README.md"
+    ours = readme.is_file() and MARK in readme.read_text(encoding="utf-8")
+    vacant = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not ours and not vacant:
+        raise ConfigError(f"{target} holds something that is no export of bigtrain; give another folder.")
+
+
+def _move(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """What has to be written, each tied tensor once."""
+    tensors = dict(model.named_parameters()) | dict(persistent_buffers(model))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _refuse_empty(model: Any, target: Path) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"{target} is not written: the model has no values for {shorten(missing)}.")
+    empty = [name for name, shape in _shapes(model).items() if 0 in shape]
+    if empty:
+        raise CheckpointError(f"{target} is not written: {shorten(empty)} would be saved with no elements.")
+
+
+def _check_written(model: Any, folder: Path) -> None:
+    """Compare the headers of the files with the model. transformers writes some families under the names that their
+    publishers gave, fused or split; of these the elements are counted."""
+    written: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            written |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+    wanted = _shapes(model)
+    if written == wanted:
+        return
+    renamed = bool(written.keys() - wanted.keys())
+    lost = sorted(wanted.keys() - written.keys())
+    other = sorted(name for name in written.keys() & wanted.keys() if written[name] != wanted[name])
+    if renamed and not other and _elements(written) == _elements(wanted):
+        return
+    raise CheckpointError(f"the export was not written as the model is: {shorten([*other, *lost]) or 'other sizes'}.")
+
+
+def _elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _card(place: RunPlace, opened: Opened) -> str:
+    """The model card: what was trained on what, and how well it does."""
+    config = opened.model.config
+    parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+    base = place.run.model.from_pretrained
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {place.run.name}: {place.stage.name}",
+        "",
+        f"{MARK} from the run `{place.run.name}`, stage `{place.stage.name}`, step {opened.step}.",
+        "",
+        f"- model: {config.model_type}, {parameters:,} parameters, {str(config.dtype).removeprefix('torch.')}",
+        f"- first weights: {f'`{base}`' if base else 'random'}",
+        f"- precision of the training: {place.run.precision}",
+        *(_stage_line(stage) for stage in _lineage(place)),
+        *_held_out_line(place),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _lineage(place: RunPlace) -> list[Stage]:
+    """The stages that the weights went through, first to last."""
+    stages = {stage.name: stage for stage in place.run.stages}
+    path = [place.stage]
+    while path[0].from_stage is not None:
+        path.insert(0, stages[path[0].from_stage])
+    return path
+
+
+def _stage_line(stage: Stage) -> str:
+    sources = ", ".join(f"`{source.source}`" for source in stage.data)
+    return (
+        f"- stage `{stage.name}`: {stage.task} on {sources}, "
+        f"{stage.global_batch_size} sequences of {stage.sequence_length} tokens a step"
+    )
+
+
+def _held_out_line(place: RunPlace) -> list[str]:
+    if not (place.folder / "metrics.jsonl").is_file():
+        return []
+    rows = [row for row in read_metrics(place.folder) if row["kind"] == "evaluation"]
+    here = [row for row in rows if row["stage"] == place.stage.name and row["step"] <= place.step]
+    if not here:
+        return []
+    last = here[-1]
+    return [
+        f"- held-out loss after step {last['step']}: {last['loss']:.4f} nats per token "
+        f"(perplexity {last['perplexity']:.4g})"
+    ]

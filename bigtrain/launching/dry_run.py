@@ -1,0 +1,221 @@
+"""`bigtrain run CONFIG --dry-run`: the resolved file and what the run amounts to. Nothing is trained or written."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from bigtrain.config.load import Loaded
+from bigtrain.config.schema import Run, Stage
+from bigtrain.config.show import as_yaml, resolved
+from bigtrain.errors import ConfigError
+from bigtrain.launching.spawn import processes_here
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, those of the embedding included, and of the embedding alone."""
+
+    model_type: str
+    parameters: int
+    embedding: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a full global batch falls on the processes."""
+
+    processes: int
+    rows: tuple[int, int]  # of the emptiest and of the fullest process
+    micro_batches: int
+    micro_batch_size: int  # after it shrank to what the fullest process has
+    dummies: int  # rows without targets, over all processes, that make the micro-batches equal
+
+
+def dry_run(loaded: Loaded) -> None:
+    """Print every value with its origin, the model's size, and each stage's length and layout.
+
+    Raises ConfigError for what only shows when the architecture is built.
+    """
+    run, processes = loaded.run, _processes(loaded.run)
+    _check_replicas(run, processes)
+    console = Console(soft_wrap=True, highlight=False)
+    rows = [(key, as_yaml(value), origin) for key, value, origin in resolved(loaded)]
+    keys, values = (min(60, max(len(row[column]) for row in rows)) for column in (0, 1))
+    for key, value, origin in rows:
+        console.print(Text.assemble((f"{key:<{keys}}", "bold"), f"  {value:<{values}}  ", (origin, "dim")))
+    console.print()
+    size = model_size(run)  # takes seconds: the values above are there to be read meanwhile
+    for name, told in [_model_lines(size), *(_stage_lines(run, stage, size, processes) for stage in run.stages)]:
+        console.print(Text(name, "bold"))
+        for key, text in told:
+            console.print(Text(f"  {key:<24}{text}"))
+
+
+def model_size(run: Run) -> Size | str:
+    """The model's size, from its architecture on torch's meta device; or why it is not known here."""
+    model, tokenizer = run.model, run.tokenizer
+    if model.from_pretrained is not None and not (_folder(model.from_pretrained) / "config.json").is_file():
+        return f"not known without loading {model.from_pretrained}"
+    entries = _vocabulary(run)
+    if model.from_config is not None and entries is None:
+        name = tokenizer.from_pretrained if tokenizer else None
+        return f"not known without loading the tokenizer {name}; model.from_config.vocab_size would tell"
+    from bigtrain.models.causal_lm import empty_model, model_config
+
+    stands_in: Any = _Tokenizer(entries or 0)
+    config = model_config(model, stands_in, added_tokens=bool(tokenizer and tokenizer.add_tokens))
+    empty = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
+    embedding: Any = empty.get_input_embeddings()
+    return Size(config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
+
+
+def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Shares:
+    """The step contract's division of a full global batch."""
+    fullest = -(-global_batch_size // processes)
+    size = min(micro_batch_size, fullest)
+    count = -(-fullest // size)
+    dummies = processes * count * size - global_batch_size
+    return Shares(processes, (global_batch_size // processes, fullest), count, size, dummies)
+
+
+class _Tokenizer:
+    """As much of a tokenizer as an architecture asks for: its length."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __init__(self, entries: int):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
+
+
+def _vocabulary(run: Run) -> int | None:
+    """Entries of the tokenizer as far as they are known without the Hub; else those that the model is to have."""
+    from_config = (run.model.from_config or {}).get("vocab_size")
+    added = len(run.tokenizer.add_tokens) if run.tokenizer else 0
+    if run.tokenizer is not None and run.tokenizer.train is not None:
+        # A small sample of text can give fewer entries; a model with a size of its own has room for those.
+        return from_config or run.tokenizer.train.vocab_size + added
+    name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
+    file = _folder(name or "") / "tokenizer.json"
+    if not file.is_file():
+        return from_config
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(list(run.tokenizer.add_tokens) if run.tokenizer else [])
+    return tokenizer.get_vocab_size()
+
+
+def _folder(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def _processes(run: Run) -> int:
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return processes_here(run.parallel.processes, run.parallel.device)[0]
+
+
+def _check_replicas(run: Run, processes: int) -> None:
+    for stage in run.stages:
+        replicate = run.parallel_of(stage).replicate
+        if processes % replicate:
+            raise ConfigError(f"parallel.replicate: {processes} processes are no multiple of {replicate}.")
+
+
+def _model_lines(size: Size | str) -> tuple[str, list[tuple[str, str]]]:
+    if isinstance(size, str):
+        return "model", [("parameters", size)]
+    share = f"{size.embedding:,} of them in the embedding"
+    return f"model {size.model_type}", [("parameters", f"{size.parameters:,} ({share})")]
+
+
+def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tuple[str, list[tuple[str, str]]]:
+    batch, length = stage.global_batch_size, stage.sequence_length
+    told = [("global batch", f"{batch:,} sequences of {length:,} = {batch * length:,} tokens")]
+    sequences = _sequences(run, stage)
+    if sequences is None:
+        told.append(
+            (
+                "length",
+                f"{stage.epochs:g} x all data; how many steps that is, the token store will tell; it is not made yet",
+            )
+        )
+    else:
+        tokens = sequences * length
+        told.append(("length", f"{-(-sequences // batch):,} steps = {tokens:,} tokens"))
+        if isinstance(size, Size):
+            told.append(("tokens per parameter", f"{tokens / size.parameters:.3g}"))
+    parallel = run.parallel_of(stage)
+    shared = shares(batch, processes, parallel.micro_batch_size)
+    least, most = shared.rows
+    copies = f", {parallel.replicate} replicas of {processes // parallel.replicate}" if parallel.replicate > 1 else ""
+    told += [
+        ("processes", f"{processes} ({parallel.engine}{copies})"),
+        ("rows per process", f"{most}" if least == most else f"{least}-{most}"),
+        ("micro-batches per step", f"{shared.micro_batches} of {shared.micro_batch_size}"),
+    ]
+    if shared.dummies:
+        told.append(("dummy rows", f"{shared.dummies} per step, computed and not counted"))
+    return f"stage {stage.name}", told
+
+
+def _sequences(run: Run, stage: Stage) -> int | None:
+    """Sequences of a whole stage; None where they depend on a token store that nobody has made."""
+    if stage.steps is not None:
+        return stage.steps * stage.global_batch_size
+    if stage.tokens is not None:
+        return -(-stage.tokens // (stage.global_batch_size * stage.sequence_length)) * stage.global_batch_size
+    assert stage.epochs is not None
+    samples = _samples(run, stage) if (Path(run.output) / "stores").is_dir() else None
+    return None if samples is None else max(1, round(stage.epochs * samples))
+
+
+def _samples(run: Run, stage: Stage) -> int | None:
+    """Samples of an epoch, if all the stage's stores are there."""
+    from bigtrain.data.prepare import Part
+    from bigtrain.data.store import open_store
+    from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from bigtrain.tasks import TASKS
+
+    where = _tokenizer_folder(run)
+    if where is None:
+        return None
+    task = TASKS[stage.task]
+    tokenizer = load_tokenizer(where, run.tokenizer.add_tokens if run.tokenizer else ())
+    same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
+    same |= {"layout": task.layout} | ({"sequence_length": stage.sequence_length} if task.layout == "bins" else {})
+    found = [_made(run, Part(s, stage.held_out).facts(task.columns) | same) for s in stage.data]
+    folders = [folder for folder in found if folder is not None]
+    if len(folders) < len(found):
+        return None
+    return sum(open_store(folder, stage.sequence_length).samples for folder in folders)
+
+
+def _tokenizer_folder(run: Run) -> Path | None:
+    if run.tokenizer is not None and run.tokenizer.train is not None:
+        from bigtrain.data.prepare import Part
+        from bigtrain.data.sources import COLUMNS
+
+        first = run.stages[0]
+        parts = [Part(source, first.held_out).facts(COLUMNS[first.task]) for source in first.data]
+        return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
+    name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
+    return _folder(name) if name is not None and _folder(name).exists() else None
+
+
+def _made(run: Run, facts: dict[str, Any]) -> Path | None:
+    """The folder below OUTPUT/stores that was made from these facts."""
+    for manifest in sorted((Path(run.output) / "stores").glob("*/manifest.json")):
+        if facts.items() <= json.loads(manifest.read_text(encoding="utf-8")).items():
+            return manifest.parent
+    return None

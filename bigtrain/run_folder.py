@@ -1,0 +1,128 @@
+"""The folder of a run: where things lie in it, whether this is the run that lives there, and its lineage in run.json.
+
+Free of torch, so that a launcher can answer before it starts anything.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Run, differences, load_config, to_yaml
+from bigtrain.errors import ConfigError, nearest
+
+VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
+
+
+class RunFolder:
+    """OUTPUT/NAME of a run's file. Only rank 0 writes to it through this class."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def of(cls, config: Run) -> RunFolder:
+        return cls(Path(config.output) / config.name)
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / stage / "checkpoints"
+
+    def export(self, stage: str) -> Path:
+        return self.path / stage / "export"
+
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json; empty for a run that has not begun."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def check(self, config: Run, restart: str | None = None) -> None:
+        """Raises ConfigError when something else lives in the folder, or a run that trains something else."""
+        written = self.path / "config.yaml"
+        if restart is not None and restart not in [stage.name for stage in config.stages]:
+            raise ConfigError(
+                f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
+            )
+        if not written.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
+            return
+        anew = tuple(f"stages.{stage}." for stage in _with_dependents(config, restart))
+        changed = [c for c in differences(load_config(written), config, "mathematics") if not c[0].startswith(anew)]
+        if not changed:
+            return
+        lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in changed]
+        stages = {key.split(".")[1] for key, _, _ in changed if key.startswith("stages.")}
+        choice = f", or begin the stage anew with `--restart {stages.pop()}`" if len(stages) == 1 else ""
+        raise ConfigError(
+            f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
+            f"Give this one another `name`{choice}, or set the values back to continue that run."
+        )
+
+    def is_finished(self, config: Run) -> bool:
+        """Whether every stage was trained to its end and exported where that was asked for."""
+        stages = self.facts().get("stages", {})
+        return all(
+            stages.get(stage.name, {}).get("finished") and (self.export(stage.name).exists() or not stage.export)
+            for stage in config.stages
+        )
+
+    def begin(self, config: Run, restart: str | None, **execution: Any) -> int:
+        """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number."""
+        self.check(config, restart)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stage in _with_dependents(config, restart):
+            self._set_aside(stage)
+        (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        facts = self.facts() or {"name": config.name, "seed": config.seed, "attempts": [], "stages": {}}
+        facts["attempts"].append(
+            {
+                "started": time.time(),
+                "machine": platform.node(),
+                "python": platform.python_version(),
+                "versions": {name: version(name) for name in VERSIONS},
+                **execution,
+            }
+        )
+        self._write(facts)
+        return len(facts["attempts"])
+
+    def record(self, stage: str, **facts: Any) -> None:
+        """Add to what run.json says of a stage."""
+        everything = self.facts()
+        everything["stages"].setdefault(stage, {}).update(facts)
+        self._write(everything)
+
+    def _set_aside(self, stage: str) -> None:
+        """Rename a stage's folder, so that nothing is lost, and let its rows of metrics.jsonl no longer count."""
+        folder = self.stage(stage)
+        if not folder.exists():
+            return
+        number = next(n for n in range(1, 10_000) if not self.stage(f"{stage}.{n}").exists())
+        folder.rename(self.stage(f"{stage}.{number}"))
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+            row = {"kind": "restarted", "time": time.time(), "stage": stage, "step": 0, "kept_as": f"{stage}.{number}"}
+            metrics.write(json.dumps(row) + "\n")
+        facts = self.facts()
+        facts["stages"][f"{stage}.{number}"] = facts["stages"].pop(stage, {})
+        self._write(facts)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        partial = self.path / "run.json.partial"
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path / "run.json")
+
+
+def _with_dependents(config: Run, stage: str | None) -> list[str]:
+    """A stage and all later ones whose weights come from it."""
+    names = [stage] if stage is not None else []
+    for later in config.stages:
+        if later.from_stage in names:
+            names.append(later.name)
+    return names

@@ -1,0 +1,218 @@
+"""What a finished run is for: its held-out figures again, evaluation on other texts, answers."""
+
+import ast
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bigtrain.config.schema import Source
+from bigtrain.errors import CheckpointError, ConfigError, DataError
+from bigtrain.inference.evaluate import evaluate
+from bigtrain.inference.export import export
+from bigtrain.inference.generate import encode_prompt, generate
+from bigtrain.inference.opening import open_model
+from bigtrain.observability.stream import read_metrics
+from tests.support import MODEL, bigtrain, small_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run of two stages."""
+    folder = tmp_path_factory.mktemp("use")
+    parallel = {"engine": "fsdp", "processes": 2, "micro_batch_size": 2}
+    process = bigtrain("run", small_config(folder, steps=8, every=4, parallel=parallel))
+    assert process.returncode == 0, process.stderr
+    return folder / "runs" / "small"
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_model(run / "pretrain")
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """{stage: (model, tokenizer)} as transformers alone opens them."""
+    folder = tmp_path_factory.mktemp("exports")
+    result = {}
+    for stage in ("pretrain", "finetune"):
+        where = export(run, stage, to=folder / stage)
+        result[stage] = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where), where
+    return result
+
+
+# --- what can be named ---
+
+
+def test_what_a_name_stands_for(run):
+    assert open_model(run).what == f"{run}, stage finetune, step 8"
+    assert open_model(run / "pretrain").what == f"{run}, stage pretrain, step 8"
+    checkpoint = open_model(run / "pretrain" / "checkpoints" / "step-00000004")
+    assert (checkpoint.step, checkpoint.stage.name) == (4, "pretrain")
+    assert not checkpoint.model.training
+    assert not any(p.requires_grad for p in checkpoint.model.parameters())
+
+
+def test_a_run_that_was_moved_with_its_stores_still_opens(run, tmp_path, monkeypatch):
+    shutil.copytree(run.parent, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    moved = open_model("elsewhere/small/pretrain")
+    assert torch.equal(moved.model.lm_head.weight, open_model(run / "pretrain").model.lm_head.weight)
+
+
+def test_another_tokenizer_than_the_runs_is_refused(run, tmp_path):
+    shutil.copytree(run.parent, tmp_path / "runs")
+    config = tmp_path / "runs" / "small" / "config.yaml"
+    config.write_text(config.read_text().replace("vocab_size: 400", "vocab_size: 390"))
+    with pytest.raises(CheckpointError, match="the tokenizer that it was trained with is not the one"):
+        open_model(tmp_path / "runs" / "small")
+
+
+def test_names_that_lead_nowhere(run, tmp_path):
+    with pytest.raises(ConfigError, match="there is no such folder; did you mean `small`"):
+        open_model(run.parent / "smal")
+    with pytest.raises(ConfigError, match="has no stage 'finetun'; did you mean `finetune`"):
+        open_model(run / "finetun")
+    with pytest.raises(ConfigError, match="neither a run"):
+        open_model(tmp_path)
+    (tmp_path / "step-00000004").mkdir()
+    with pytest.raises(ConfigError, match="lies in no run"):
+        open_model(tmp_path / "step-00000004")
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    shutil.copy(run / "config.yaml", fresh)
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        open_model(fresh)
+    with pytest.raises(CheckpointError, match="stage pretrain has no checkpoint yet"):
+        open_model(fresh / "pretrain")
+
+
+# --- evaluate ---
+
+
+@pytest.mark.parametrize(("stage", "step"), [("pretrain", 4), ("pretrain", 8), ("finetune", 4), ("finetune", 8)])
+def test_evaluation_gives_the_runs_own_figures(run, stage, step):
+    key = ("evaluation", stage, step)
+    row = next(r for r in read_metrics(run) if (r["kind"], r["stage"], r["step"]) == key)
+    result = evaluate(run / stage / "checkpoints" / f"step-{step:08d}")
+    assert result.loss == pytest.approx(row["loss"], rel=1e-6)
+    assert result.perplexity == pytest.approx(row["perplexity"], rel=1e-6)
+    assert (result.accuracy, result.targets) == (row["accuracy"], row["targets"])
+    assert f"stage {stage}, step {step}" in result.what
+
+
+def test_evaluation_on_a_text(run, exported, tmp_path):
+    """The same for the run and its export, and what one gets by hand."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(ast.__doc__ or "") + (tmp_path.as_posix() + "\n") * 20)
+    model, tokenizer, folder = exported["pretrain"]
+    data = [Source(source=str(text))]
+    results = [evaluate(where, data, sequence_length=32) for where in (run / "pretrain", folder)]
+    assert results[0].loss == results[1].loss
+    ids = torch.tensor(
+        [
+            tokenizer.bos_token_id,
+            *tokenizer(text.read_text(), add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
+    )
+    windows = (len(ids) - 1) // 32
+    with torch.no_grad():
+        logits = model(ids[: windows * 32].view(windows, 32)).logits.flatten(0, 1)
+    targets = ids[1 : windows * 32 + 1]
+    loss = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert results[0].targets == windows * 32
+    assert results[0].loss == pytest.approx(loss, rel=1e-5)
+    assert results[0].perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    assert results[0].accuracy == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
+    few = evaluate(folder, data, sequence_length=32, sequences=2)
+    assert few.targets == 64
+    assert str(text) in few.what
+
+
+def test_evaluation_that_cannot_be(exported, run, tmp_path):
+    folder = exported["pretrain"][2]
+    with pytest.raises(ConfigError, match="is no run.*give data"):
+        evaluate(folder)
+    with pytest.raises(ConfigError, match="1000 is more than the 128 positions"):
+        evaluate(folder, [Source(source="stdlib")], sequence_length=1000)
+    with pytest.raises(DataError, match="nothing.txt"):
+        evaluate(run, [Source(source=str(tmp_path / "nothing.txt"))])
+
+
+# --- generate ---
+
+
+def test_greedy_is_transformers_own(opened, exported):
+    model, tokenizer, _ = exported["pretrain"]
+    inputs = tokenizer("import os\n", return_tensors="pt")
+    expected = model.generate(
+        inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False, max_new_tokens=30
+    )
+    said = tokenizer.decode(expected[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert generate(opened, "import os\n", max_new_tokens=30, temperature=0.0) == said
+    assert said
+
+
+def test_a_draw_repeats_with_its_seed_and_leaves_the_generator_alone(opened):
+    state = torch.get_rng_state()
+    first, again, other = (generate(opened, "def f", max_new_tokens=20, temperature=1.0, seed=s) for s in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert torch.equal(torch.get_rng_state(), state)
+    narrow = generate(opened, "def f", max_new_tokens=20, temperature=1.0, top_p=1e-6, seed=5)
+    assert narrow == generate(opened, "def f", max_new_tokens=20, temperature=0.0)
+
+
+def test_pieces_come_as_they_are_made(opened):
+    pieces = []
+    answer = generate(opened, "def f", max_new_tokens=40, temperature=1.0, show=pieces.append)
+    assert "".join(pieces) == answer
+    assert len(pieces) > 1
+
+
+def test_a_finetuned_model_is_asked_through_its_chat_template(run, opened, exported):
+    finetuned = open_model(run)
+    tokenizer = finetuned.tokenizer
+    assert tokenizer.chat_template
+    message = [{"role": "user", "content": "def f(x):"}]
+    asked = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    plain = [tokenizer.bos_token_id, *tokenizer("def f(x):", add_special_tokens=False).input_ids]
+    assert asked != plain
+    assert encode_prompt(finetuned, "def f(x):") == asked
+    assert encode_prompt(finetuned, "def f(x):", chat=False) == plain
+    assert encode_prompt(opened, "def f(x):") == plain
+    assert encode_prompt(opened, "def f(x):", chat=True) == asked
+    model, tokenizer, _ = exported["finetune"]
+    expected = model.generate(torch.tensor([asked]), do_sample=False, max_new_tokens=20)[0, len(asked) :]
+    said = tokenizer.decode(expected, skip_special_tokens=True)
+    assert generate(finetuned, "def f(x):", max_new_tokens=20, temperature=0.0) == said
+
+
+def test_a_prompt_that_cannot_be_answered(run, opened):
+    limit = MODEL["max_position_embeddings"]
+    room = generate(opened, "a " * 40, max_new_tokens=10_000, temperature=0.0)
+    prompt = encode_prompt(opened, "a " * 40)
+    assert len(prompt) + len(opened.tokenizer(room, add_special_tokens=False).input_ids) <= limit
+    with pytest.raises(ConfigError, match=f"tokens, and .* has {limit} positions"):
+        generate(opened, "a b c " * 100)
+    bare = open_model(run)
+    bare.tokenizer.chat_template = None
+    assert encode_prompt(bare, "x")[0] == bare.tokenizer.bos_token_id
+    with pytest.raises(ConfigError, match="has no chat template"):
+        generate(bare, "x", chat=True)
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            generate(opened, "x", **wrong)
+
+
+def test_the_card_tells_the_lineage_and_the_held_out_loss(run, exported):
+    card = (exported["finetune"][2] / "README.md").read_text()
+    last = [r for r in read_metrics(run) if r["kind"] == "evaluation" and r["stage"] == "finetune"][-1]
+    assert f"held-out loss after step 8: {last['loss']:.4f}" in card
+    assert card.index("stage `pretrain`: pretrain on") < card.index("stage `finetune`: sft on")
+    assert json.loads((exported["finetune"][2] / "config.json").read_text())["model_type"] == "llama"

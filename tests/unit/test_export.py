@@ -1,0 +1,297 @@
+"""What any engine trained and saved opens with transformers alone: the same tensors, the same logits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from bigtrain.checkpoint import save
+from bigtrain.config import load_config, to_yaml
+from bigtrain.config.schema import Optimizer
+from bigtrain.data.prepare import open_tokenizer
+from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.inference.evaluate import evaluate
+from bigtrain.inference.export import MARK, export, write_folder
+from bigtrain.inference.opening import Opened, open_model
+from bigtrain.models.causal_lm import empty_model, model_config
+from bigtrain.models.weights import RandomWeights
+from bigtrain.parallel import build_engine
+from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.testing import Ranks
+from tests.parity import cases
+from tests.support import MODEL, small_config
+
+CASES = {  # name of the run: layout, tied, precision
+    "ddp": ("ddp", True, "fp32"),
+    "fsdp": ("fsdp", True, "fp32"),
+    "zero1": ("zero1", True, "fp32"),
+    "zero2": ("zero2", True, "fp32"),
+    "zero3": ("zero3", True, "fp32"),
+    "ddp-untied": ("ddp", False, "fp32"),
+    "zero3-untied": ("zero3", False, "fp32"),
+    "fsdp-bf16": ("fsdp", True, "bf16"),
+    "zero2-bf16": ("zero2", True, "bf16"),
+}
+STEP = 2
+
+# Opens every export under a folder and leaves its logits there: what a user without bigtrain does.
+PLAIN = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+
+runs = Path(sys.argv[1])
+for inputs in sorted(runs.glob("*/ids.safetensors")):
+    folder = inputs.parent / "pretrain" / "export"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("def f(x):").input_ids, skip_special_tokens=True) == "def f(x):"
+    with torch.no_grad():
+        logits = model(**load_file(inputs), use_cache=False).logits
+    save_file({"logits": logits}, inputs.parent / "logits.safetensors")
+    print(folder, model.dtype, model.lm_head.weight is model.model.embed_tokens.weight)
+assert "bigtrain" not in sys.modules
+"""
+
+
+class Watched(CausalLM):
+    """Keeps the logits of the last forward outside training."""
+
+    def sums(self, output, batch, training):
+        if not training:
+            self.logits = output.logits.detach().clone()
+        return super().sums(output, batch, training)
+
+
+def train_and_save(folder, layout):
+    """Two steps of the run in `folder`; returns (all weights, this rank's inputs, the engine's logits of them)."""
+    run = load_config(Path(folder) / "config.yaml")
+    task = Watched()
+    config = model_config(run.model, open_tokenizer(run))
+    build = partial(empty_model, config, attention="sdpa", activation_checkpointing="none")
+    engine = build_engine(
+        layout,
+        build,
+        task,
+        replicate=1,
+        precision=run.precision,
+        micro_batch_size=2,
+        optimizer=Optimizer(lr=1e-2, eps=1e-4),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    engine.load(RandomWeights(build(meta=True), seed=0), {"updates": 0})
+    for step in range(STEP):
+        engine.step(cases.share(step, rows=4), 1e-2)
+    save(Path(folder) / "pretrain" / "checkpoints", STEP, engine.boxes(), engine.progress(), keep=1)
+    batch = cases.share(STEP, rows=4)
+    engine.evaluate([batch])
+    weights = {name: tensor for (name, slot), tensor in cases.collect(engine).items() if slot == "weight"}
+    engine.close()
+    return weights, {key: batch.tensors[key] for key in ("input_ids", "position_ids")}, task.logits
+
+
+def evaluate_here(where):
+    assert dist.get_world_size() == 2
+    return evaluate(where)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, ranks):
+    """{run: (its folder, live weights, live logits)}, all exported and opened by a plain process."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("export")
+    config = load_config(small_config(folder))
+    found = {}
+    for name, (layout, tied, precision) in CASES.items():
+        home = folder / "runs" / name
+        home.mkdir(parents=True)
+        model = config.model.model_copy(update={"from_config": MODEL | {"tie_word_embeddings": tied}})
+        run = config.model_copy(update={"name": name, "model": model, "precision": precision})
+        (home / "config.yaml").write_text(to_yaml(run))
+        weights, inputs, logits = ranks(train_and_save, str(home), layout)[0]
+        save_file({key: tensor.contiguous() for key, tensor in inputs.items()}, home / "ids.safetensors")
+        assert export(home) == home / "pretrain" / "export"
+        found[name] = (home, weights, logits)
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder / "runs")], capture_output=True, text=True, cwd=folder
+    )
+    assert plain.returncode == 0, plain.stderr
+    return found, plain.stdout
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_tensors_are_the_live_ones_to_the_bit(trained, name):
+    home, weights, _ = trained[0][name]
+    dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+    exported = load_file(home / "pretrain" / "export" / "model.safetensors")
+    assert exported.keys() == weights.keys()
+    assert ("lm_head.weight" in exported) == (not CASES[name][1])
+    for key, live in weights.items():
+        assert exported[key].dtype == dtype
+        assert torch.equal(exported[key], live.to(dtype)), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plain_process_gets_the_live_logits(trained, name):
+    home, _, live = trained[0][name]
+    opened = load_file(home / "logits.safetensors")["logits"]
+    if CASES[name][2] == "fp32":
+        torch.testing.assert_close(opened, live, rtol=0, atol=1e-6)
+    else:
+        assert opened.dtype == torch.bfloat16
+        torch.testing.assert_close(opened.float(), live.float(), rtol=0, atol=BF16_TOLERANCE)
+    dtype = "bfloat16" if CASES[name][2] == "bf16" else "float32"
+    assert f"{home / 'pretrain' / 'export'} torch.{dtype} {CASES[name][1]}\n" in trained[1]
+
+
+BF16_TOLERANCE = 1e-6
+
+
+def test_what_else_lies_in_the_folder(trained):
+    home, _, _ = trained[0]["zero3"]
+    folder = home / "pretrain" / "export"
+    tokenizer = open_model(home).tokenizer
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == tokenizer.eos_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id
+    assert generation.bos_token_id == tokenizer.bos_token_id
+    assert (folder / "chat_template.jinja").read_text() == tokenizer.chat_template
+    card = (folder / "README.md").read_text()
+    assert MARK in card
+    assert "step 2" in card
+    assert "asyncio/*.py" in card
+    assert not list(folder.parent.glob(".*"))
+
+
+def copied(trained, tmp_path, name="zero2"):
+    """A run that may be damaged, with its old export, and the manifest of its checkpoint."""
+    home = tmp_path / "runs" / name
+    shutil.copytree(trained[0][name][0], home)
+    (tmp_path / "runs" / "stores").symlink_to(trained[0][name][0].parent / "stores")
+    return home, home / "pretrain" / "checkpoints" / f"step-{STEP:08d}" / "manifest.json"
+
+
+def edit(manifest, change):
+    content = json.loads(manifest.read_text())
+    change(content["state"])
+    manifest.write_text(json.dumps(content))
+
+
+DAMAGES = {
+    "removed": (lambda state: state.pop("model.norm.weight"), "missing: model.norm.weight"),
+    "without a part": (
+        lambda state: state["model.embed_tokens.weight"]["weight"]["boxes"].pop(),
+        "parts of model.embed_tokens.weight",
+    ),
+    "of size zero": (
+        lambda state: state["model.norm.weight"]["weight"].update(shape=[0]),
+        "without elements: model.norm.weight",
+    ),
+    "of another model": (
+        lambda state: state.update(other=state["model.norm.weight"]),
+        "unknown to the model: other",
+    ),
+    "larger": (
+        lambda state: state["model.embed_tokens.weight"]["weight"].update(shape=[500, 32]),
+        r"of another shape: model.embed_tokens.weight \(500, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_old_export_stays(trained, tmp_path, damage):
+    home, manifest = copied(trained, tmp_path)
+    change, message = DAMAGES[damage]
+    edit(manifest, change)
+    before = (home / "pretrain" / "export" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        export(home)
+    with pytest.raises(CheckpointError, match=message):
+        export(home, to=tmp_path / "elsewhere")
+    assert (home / "pretrain" / "export" / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in (home / "pretrain").iterdir()) == ["checkpoints", "export"]
+    assert not [p for p in tmp_path.iterdir() if "elsewhere" in p.name]
+
+
+def test_a_model_whose_parameters_lie_elsewhere_is_refused(trained, tmp_path):
+    """As ZeRO-3 leaves them between forwards: with no elements."""
+    opened = open_model(trained[0]["ddp"][0])
+    opened.model.model.norm.weight.data = torch.empty(0)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight would be saved with no elements"):
+        write_folder(opened, tmp_path / "export", MARK)
+    opened.model.model.norm = opened.model.model.norm.to("meta")
+    with pytest.raises(CheckpointError, match=r"no values for model\.norm\.weight"):
+        write_folder(opened, tmp_path / "export", MARK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_was_not_written_is_noticed(trained, tmp_path):
+    opened = open_model(trained[0]["ddp"][0])
+    opened.model._keys_to_ignore_on_save = ["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        write_folder(opened, tmp_path / "export", MARK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_export_is_replaced_and_nothing_else_is(trained, tmp_path):
+    home, _ = copied(trained, tmp_path)
+    folder = home / "pretrain" / "export"
+    (folder / "stale").write_text("")
+    (home / "pretrain" / ".export.partial").mkdir()  # left by an export that was killed
+    assert export(home, "pretrain", dtype="bf16") == folder
+    assert not (folder / "stale").exists()
+    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert sorted(p.name for p in (home / "pretrain").iterdir()) == ["checkpoints", "export"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds something that is no export"):
+        export(home, to=mine)
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="did you mean `fp32`"):
+        export(home, dtype="fp31")
+    with pytest.raises(ConfigError, match="already"):
+        export(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
+def test_families_that_transformers_renames_on_writing(trained, tmp_path, family):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4}
+    experts |= {"num_experts_per_tok": 2}
+    values = {"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else sizes | experts
+    config = AutoConfig.for_model(family, vocab_size=400, **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokenizer = open_model(trained[0]["ddp"][0]).tokenizer
+    folder = write_folder(Opened(model, tokenizer, family, torch.device("cpu")), tmp_path / "export", MARK)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_evaluation_on_two_ranks_is_that_on_one(trained, ranks):
+    home = trained[0]["zero3"][0]
+    alone = evaluate(home)
+    for together in ranks(evaluate_here, str(home)):
+        assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert (together.targets, together.accuracy) == (alone.targets, alone.accuracy)

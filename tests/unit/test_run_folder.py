@@ -1,0 +1,96 @@
+"""The run's folder: one run lives in it, stages can be begun anew, nothing is deleted."""
+
+import json
+
+import pytest
+
+from bigtrain.config import load_config
+from bigtrain.errors import ConfigError
+from bigtrain.observability.stream import Files, Stream, read_metrics
+from bigtrain.run_folder import RunFolder
+from tests.support import small_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(config with overrides, its folder) of a run that has begun, both stages finished."""
+    path = small_config(tmp_path)
+
+    def config(*overrides):
+        return load_config(path, overrides)
+
+    folder = RunFolder.of(config())
+    folder.begin(config(), None, world_size=2)
+    stream = Stream([Files(folder.path)], attempt=1)
+    for stage in ("pretrain", "finetune"):
+        folder.checkpoints(stage).mkdir(parents=True)
+        folder.export(stage).mkdir()
+        folder.record(stage, finished=True)
+        for step in (1, 2, 3):
+            stream.emit("step", stage=stage, step=step, loss=float(step))
+    stream.close()
+    return config, folder
+
+
+def test_the_same_run_may_go_on_with_another_execution(run):
+    config, folder = run
+    folder.check(config("parallel.engine=fsdp", "parallel.processes=3", "stages.pretrain.checkpoint.keep=1"))
+    assert folder.begin(config(), None, world_size=3) == 2
+    assert [attempt["world_size"] for attempt in folder.facts()["attempts"]] == [2, 3]
+    assert folder.facts()["attempts"][0]["versions"]["torch"].startswith("2.")
+
+
+def test_another_mathematics_is_refused_with_the_choice(run):
+    config, folder = run
+    with pytest.raises(ConfigError) as error:
+        folder.check(config("stages.finetune.optimizer.lr=1"))
+    assert "stages.finetune.optimizer.lr: 0.001 in the run, 1.0 now" in str(error.value)
+    assert "`--restart finetune`" in str(error.value)
+    with pytest.raises(ConfigError, match="seed: 0 in the run, 1 now"):
+        folder.check(config("seed=1"), restart="pretrain")  # the seed is not the stage's
+
+
+def test_restart_sets_the_stage_and_its_dependents_aside(run):
+    config, folder = run
+    assert folder.is_finished(config())
+    folder.begin(config("stages.pretrain.optimizer.lr=1"), "pretrain", world_size=2)
+    assert not folder.is_finished(config())
+    assert not folder.stage("pretrain").exists()
+    assert folder.stage("pretrain.1").exists()
+    assert folder.stage("finetune.1").exists()
+    assert read_metrics(folder.path) == []
+    assert folder.facts()["stages"]["finetune.1"]["finished"]
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 8  # nothing was deleted
+
+
+def test_restart_of_the_last_stage_leaves_the_first(run):
+    config, folder = run
+    folder.begin(config("stages.finetune.steps=2"), "finetune", world_size=2)
+    assert folder.stage("pretrain").exists()
+    assert {row["stage"] for row in read_metrics(folder.path)} == {"pretrain"}
+
+
+def test_unknown_stage(run):
+    config, folder = run
+    with pytest.raises(ConfigError, match="no such stage; did you mean `finetune`"):
+        folder.check(config(), restart="finetun")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    config = load_config(small_config(tmp_path))
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    (folder.path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        folder.check(config)
+
+
+def test_the_last_row_of_a_step_counts_and_a_torn_line_does_not(tmp_path):
+    stream = Stream([Files(tmp_path)], attempt=1)
+    for step, loss in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25)):
+        stream.emit("step", stage="a", step=step, loss=loss)
+    stream.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "stage": "a", "st')
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.25), (3, 0.3)]
