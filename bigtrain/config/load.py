@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from bigtrain.config.files import Document, KeyPath, parse, read_yaml
+from bigtrain.config.files import Document, Dumper, KeyPath, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import Run, Section, mark_of
 from bigtrain.errors import ConfigError, nearest
@@ -55,7 +55,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
 
 def to_yaml(run: Run) -> str:
     """The resolved run as YAML: what `load_config` reads to the same Run."""
-    return yaml.safe_dump(run.model_dump(by_alias=True), sort_keys=False, width=100)
+    return yaml.dump(run.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, width=100)
 
 
 def differences(old: Run, new: Run, mark: str) -> list[tuple[str, Any, Any]]:
@@ -138,7 +138,12 @@ def _explain(error: ValidationError, document: Document) -> str:
             continue
         path = tuple(p for p in detail["loc"] if not _is_union_branch(p))
         messages.setdefault(path, []).append(_message(detail, path))
-    return "\n".join(_line(document, path, "; or: ".join(told)) for path, told in messages.items())
+    return "\n".join(_line(document, path, _joined(told)) for path, told in messages.items())
+
+
+def _joined(told: list[str]) -> str:
+    """The messages about one value: those of a union's branches are alternatives."""
+    return "; or: ".join([*(one.removesuffix(".") for one in told[:-1]), told[-1]])
 
 
 def _meant(unknown: KeyPath) -> str | None:

@@ -181,6 +181,7 @@ def _generation_config(run: Run, model: Any, tokenizer: Any) -> Any:
             config = GenerationConfig.from_pretrained(name)
         except OSError:  # how transformers says that the model has none
             config = model.generation_config
+    config._from_model_config = False  # what is set here is to last, whatever the model's configuration says
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None

@@ -136,11 +136,11 @@ def test_evaluation_on_a_text(run, exported, tmp_path):
 
 def test_evaluation_that_cannot_be(exported, run, tmp_path):
     folder = exported["pretrain"][2]
-    with pytest.raises(ConfigError, match="is no run.*give data"):
+    with pytest.raises(ConfigError, match=r"is no run.*give data"):
         evaluate(folder)
     with pytest.raises(ConfigError, match="1000 is more than the 128 positions"):
         evaluate(folder, [Source(source="stdlib")], sequence_length=1000)
-    with pytest.raises(DataError, match="nothing.txt"):
+    with pytest.raises(DataError, match=r"nothing\.txt"):
         evaluate(run, [Source(source=str(tmp_path / "nothing.txt"))])
 
 
@@ -156,6 +156,16 @@ def test_greedy_is_transformers_own(opened, exported):
     said = tokenizer.decode(expected[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert generate(opened, "import os\n", max_new_tokens=30, temperature=0.0) == said
     assert said
+
+
+def test_a_draw_is_from_the_whole_nucleus(opened, exported):
+    model, tokenizer, _ = exported["pretrain"]
+    inputs = tokenizer("def f", return_tensors="pt")
+    torch.manual_seed(3)
+    settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "max_new_tokens": 30}
+    expected = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **settings)
+    said = tokenizer.decode(expected[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert generate(opened, "def f", max_new_tokens=30, temperature=1.5, top_p=0.9, seed=3) == said
 
 
 def test_a_draw_repeats_with_its_seed_and_leaves_the_generator_alone(opened):

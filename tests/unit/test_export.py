@@ -153,16 +153,10 @@ def test_the_tensors_are_the_live_ones_to_the_bit(trained, name):
 def test_a_plain_process_gets_the_live_logits(trained, name):
     home, _, live = trained[0][name]
     opened = load_file(home / "logits.safetensors")["logits"]
-    if CASES[name][2] == "fp32":
-        torch.testing.assert_close(opened, live, rtol=0, atol=1e-6)
-    else:
-        assert opened.dtype == torch.bfloat16
-        torch.testing.assert_close(opened.float(), live.float(), rtol=0, atol=BF16_TOLERANCE)
+    assert opened.dtype == live.dtype
+    torch.testing.assert_close(opened, live, rtol=0, atol=1e-6)
     dtype = "bfloat16" if CASES[name][2] == "bf16" else "float32"
     assert f"{home / 'pretrain' / 'export'} torch.{dtype} {CASES[name][1]}\n" in trained[1]
-
-
-BF16_TOLERANCE = 1e-6
 
 
 def test_what_else_lies_in_the_folder(trained):

@@ -1,0 +1,79 @@
+"""One rank fails: its own words come first and once, and no process stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support import bigtrain, small_config
+
+SOURCE = """
+import os, signal
+
+if os.environ.get("RANK") == "1":
+    {failure}
+
+def rows():
+    yield {{"text": "never read"}}
+"""
+
+
+def fail(folder, failure):
+    """Run with a user's source that fails while rank 1 imports it; returns the process and what is left of it."""
+    (folder / "mine.py").write_text(SOURCE.format(failure=failure))
+    config = small_config(folder)
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "PYTHONPATH": str(folder), "BIGTRAIN_TEST_MARK": mark}
+    process = bigtrain("run", config, "stages.pretrain.data=[{source: 'mine:rows'}]", env=environment)
+    return process, marked(mark)
+
+
+def marked(mark):
+    """The processes of this machine whose environment has the mark."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+    return found
+
+
+def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
+    process, left = fail(tmp_path, "raise RuntimeError('the disk is on fire')")
+    assert process.returncode == 1
+    lines = process.stderr.strip().splitlines()
+    assert lines[0] == "rank 1 failed:"
+    assert lines[-1] == "RuntimeError: the disk is on fire"
+    assert process.stderr.count("Traceback (most recent call last)") == 1
+    assert left == []
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    process, left = fail(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert process.returncode == 1
+    assert "rank 1 was killed by signal 9 (SIGKILL); the machine was probably out of memory." in process.stderr
+    assert "Traceback" not in process.stderr
+    assert left == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_the_command(tmp_path, number):
+    mark = uuid.uuid4().hex
+    config = small_config(tmp_path, steps=100_000)
+    environment = {**os.environ, "BIGTRAIN_TEST_MARK": mark}
+    command = [sys.executable, "-m", "bigtrain", "run", str(config)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 1/" in line:
+            break
+    assert len(marked(mark)) == 3  # the command and two ranks
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)  # ends when all that hold the pipes have ended
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert marked(mark) == []

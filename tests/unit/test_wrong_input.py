@@ -1,0 +1,509 @@
+"""Whatever is wrong with a run's file is answered with one message that names the key, and nothing is written."""
+
+import copy
+import json
+import random
+import re
+import string
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigtrain.config import load
+from bigtrain.config.files import Dumper, Loader
+from bigtrain.config.rules import SIZES
+from bigtrain.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+MUTATIONS = 5  # of each kind, for each recipe
+
+
+def recipe_data(folder):
+    """Write the files that the recipes' comments ask the user for."""
+    rows = {
+        "data/pretrain/a.jsonl": {"text": "Some text."},
+        "data/conversations.jsonl": {"messages": [{"role": "user", "content": "?"}]},
+        "data/instructions/a.jsonl": {"prompt": "?", "completion": "!"},
+        "data/texts/a.txt": "Some text.",
+    }
+    for name, row in rows.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(row) + "\n")
+
+
+def files_below(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    recipe_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(text, *overrides):
+    """What `bigtrain run` says about the file; it must refuse it."""
+    file = Path("run.yaml")
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        load(file, overrides, here=True)
+    return str(error.value)
+
+
+# Mutations: each takes the recipe's values, changes one thing in place, and returns a word that the message must hold;
+# or None where this recipe has nothing to change in this way.
+
+
+def leaves(value, at=()):
+    """(holder, key, path) of each value that is neither a mapping nor a list of mappings."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, below in list(items):
+        if isinstance(below, dict) or (isinstance(below, list) and below and isinstance(below[0], dict)):
+            yield from leaves(below, (*at, key))
+        else:
+            yield value, key, (*at, key)
+
+
+def mappings(value):
+    """Every mapping whose keys the schema knows."""
+    if isinstance(value, dict):
+        yield value
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+        if key != "from_config" and isinstance(below, dict | list):
+            yield from mappings(below)
+
+
+def known_leaves(values):
+    """The leaves that are checked before transformers is asked."""
+    return [(h, key) for h, key, path in leaves(values) if "from_config" not in path or key in SIZES]
+
+
+def typo(values, rng):
+    known = {key for mapping in mappings(values) for key in mapping} | {"steps", "tokens", "epochs", "every", "keep"}
+    mapping = rng.choice([m for m in mappings(values) if m])
+    key = rng.choice(sorted(mapping))
+    at = rng.randrange(len(key))
+    letter = rng.choice(string.ascii_lowercase)
+    wrong = rng.choice([key[:at] + letter + key[at:], key[:at] + letter + key[at + 1 :], key[:at] + key[at + 1 :]])
+    if wrong in known or not wrong:
+        return None
+    mapping[wrong] = mapping.pop(key)
+    return wrong
+
+
+def wrong_type(values, rng):
+    holder, key = rng.choice(known_leaves(values))
+    old = holder[key]
+    candidates = [{"a": 1}, "text", 7, [7], True]
+    fits = [c for c in candidates if type(c) is type(old) or (type(c) in (int, float) and type(old) in (int, float))]
+    holder[key] = rng.choice([c for c in candidates if c not in fits and not (isinstance(old, list) and c == [7])])
+    if key == "processes":
+        holder[key] = [7]
+    return key if isinstance(key, str) else None
+
+
+def quoted_number(values, rng):
+    numbers = [(h, k) for h, k in known_leaves(values) if type(h[k]) in (int, float)]
+    holder, key = rng.choice(numbers)
+    holder[key] = str(holder[key])
+    return key
+
+
+def section_as_value(values, rng):
+    inner = [(m, k) for m in mappings(values) for k in m if isinstance(m[k], dict)]
+    holder, key = rng.choice(inner)
+    holder[key] = rng.choice(["text", 5, [1, 2]])
+    return key
+
+
+OUT_OF_RANGE = {
+    "lr": [0, -1e-3, float("nan"), float("inf")],
+    "betas": [[1.5, 0.9], [0.9], [0.9, 0.9, 0.9], [-0.1, 0.9]],
+    "weight_decay": [-0.1, float("nan"), float("inf")],
+    "max_grad_norm": [0, -1.0, float("inf")],
+    "sequence_length": [0, 1, -4],
+    "global_batch_size": [0, -1],
+    "steps": [0, -5],
+    "tokens": [0],
+    "epochs": [0, -1, float("inf")],
+    "warmup_ratio": [-0.1, 1.5, float("nan")],
+    "warmup_steps": [-1],
+    "min_ratio": [-0.1, 2],
+    "held_out": [-0.5, 1, 1.0],
+    "every": [0, -1],
+    "sequences": [0],
+    "keep": [0],
+    "seed": [-1, 2**31],
+    "replicate": [0, 3],
+    "processes": [0, -2],
+    "micro_batch_size": [0],
+    "vocab_size": [0, -1],
+    "hidden_size": [0],
+    "num_attention_heads": [0, 5],
+    "num_key_value_heads": [0, 5],
+    "max_position_embeddings": [0],
+    "name": ["", "a/b", "-x", "ä"],
+}
+
+
+def out_of_range(values, rng):
+    here = [(holder, key) for holder, key, path in leaves(values) if key in OUT_OF_RANGE]
+    holder, key = rng.choice(here)
+    holder[key] = rng.choice(OUT_OF_RANGE[key])
+    return key
+
+
+def too_long(values, rng):
+    positions = values["model"].get("from_config", {}).get("max_position_embeddings")
+    if positions is None:
+        return None
+    rng.choice(values["stages"])["sequence_length"] = positions + rng.randint(1, 10**6)
+    return "sequence_length"
+
+
+def missing(values, rng):
+    stage = rng.choice(values["stages"])
+    length = next(key for key in ("steps", "tokens", "epochs") if key in stage)
+    model = next(key for key in ("from_config", "from_pretrained") if key in values["model"])
+    required = [
+        *((values, key) for key in ("name", "model", "stages")),
+        *((stage, key) for key in ("name", "task", "data", "sequence_length", "global_batch_size", "optimizer")),
+        (stage, length),
+        (stage["optimizer"], "lr"),
+        (rng.choice(stage["data"]), "source"),
+        (values["model"], model),
+    ]
+    if "from_config" in values["model"]:
+        required += [(values, "tokenizer"), (values["model"]["from_config"], "model_type")]
+    holder, key = rng.choice(required)
+    del holder[key]
+    return key
+
+
+def nothing_after_the_key(values, rng):
+    stage = rng.choice(values["stages"])
+    key = rng.choice(["name", "task", "data", "sequence_length", "global_batch_size", "optimizer", "schedule"])
+    stage[key] = None
+    return key
+
+
+def unknown_choice(values, rng):
+    stage = rng.choice(values["stages"])
+    holder, key = rng.choice(
+        [
+            (values, "precision"),
+            (values, "attention"),
+            (values["parallel"], "engine"),
+            (values["parallel"], "device"),
+            (values["parallel"], "activation_checkpointing"),
+            (stage, "task"),
+            (stage["optimizer"], "name"),
+            (stage["schedule"], "name"),
+        ]
+    )
+    holder[key] = "".join(rng.choices(string.ascii_lowercase, k=7))
+    return holder[key]
+
+
+def unknown_stage(values, rng):
+    wrong = "".join(rng.choices(string.ascii_lowercase, k=9))
+    rng.choice(values["stages"])["from"] = wrong
+    return wrong
+
+
+def stage_twice(values, rng):
+    values["stages"].append(copy.deepcopy(rng.choice(values["stages"])))
+    return values["stages"][-1]["name"]
+
+
+def contradiction(values, rng):
+    stage = rng.choice(values["stages"])
+    length = next(key for key in ("steps", "tokens", "epochs") if key in stage)
+    other = rng.choice([key for key in ("steps", "tokens", "epochs") if key != length])
+    stage[other] = 5
+    return other
+
+
+def missing_data(values, rng):
+    source = rng.choice(rng.choice(values["stages"])["data"])
+    source["source"] = rng.choice(["data/nothing.jsonl", "/nowhere/*.txt", "./nothing", "data/nothing/"])
+    return source["source"]
+
+
+def missing_checkpoint(values, rng):
+    wrong = rng.choice(["./nothing", "/nowhere/model", "models/a/b", "~/nothing-here", "nothing.gguf"])
+    values["model"] = {"from_pretrained": wrong}
+    return wrong
+
+
+def profile_backwards(values, rng):
+    values["profile"] = {"steps": rng.choice([[5, 4], [0, 3], [-2, 1], [1], [1, 2, 3]])}
+    return "profile.steps"
+
+
+def tracker_twice(values, rng):
+    values["trackers"] = [rng.choice(["wandb", "mlflow"]), "tensorboard", "tensorboard"]
+    return "trackers"
+
+
+VALUES = [
+    typo,
+    wrong_type,
+    quoted_number,
+    section_as_value,
+    out_of_range,
+    too_long,
+    missing,
+    nothing_after_the_key,
+    unknown_choice,
+    unknown_stage,
+    stage_twice,
+    contradiction,
+    missing_data,
+    missing_checkpoint,
+    profile_backwards,
+    tracker_twice,
+]
+
+
+# Mutations of the text: (lines, index of the line, its indentation, its key) -> a word that the message must hold.
+
+
+def duplicate(lines, i, indent, key):
+    lines.insert(i, f"{indent}{key}: 1")
+    return f"{key} is given twice"
+
+
+def indented_more(lines, i, indent, key):
+    lines[i] = " " + lines[i]
+    return key
+
+
+def indented_less(lines, i, indent, key):
+    lines[i] = lines[i][1:]
+    return key
+
+
+def tab(lines, i, indent, key):
+    lines[i] = "\t" + lines[i].lstrip()
+    return key
+
+
+def open_bracket(lines, i, indent, key):
+    lines[i] = f"{indent}{key}: {{a: 1"
+    return f"line {i + 1}"
+
+
+def open_quote(lines, i, indent, key):
+    lines[i] = f'{indent}{key}: "a'
+    return "not valid YAML"  # the next quote of the file closes it
+
+
+def undefined_alias(lines, i, indent, key):
+    lines[i] = f"{indent}{key}: *nowhere"
+    return key
+
+
+TEXTS = [duplicate, indented_more, indented_less, tab, open_bracket, open_quote, undefined_alias]
+
+
+def indented_lines(lines):
+    """(index, indentation, key) of the lines that hold an indented key after another of the same mapping."""
+    matches = [re.match(r"( +)([a-z_]+): *[^\s#]", line) for line in lines]
+    found = [(i, match[1], match[2]) for i, match in enumerate(matches) if match]
+    return [
+        (i, indent, key) for i, indent, key in found if i > 0 and re.match(rf"{indent}[a-z_]+: *[^\s#]", lines[i - 1])
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_mutation_is_refused_with_its_key(workplace, recipe):
+    load(recipe, here=True)
+    before, rng, tried = files_below(workplace), random.Random(recipe.stem), 0
+    for mutate in VALUES * MUTATIONS:
+        values = yaml.load(recipe.read_text(), Loader)
+        word = mutate(values, rng)
+        if word is None:
+            continue
+        text = yaml.dump(values, Dumper=Dumper, sort_keys=False)
+        message = refusal(text)
+        assert message.startswith("run.yaml"), (mutate.__name__, message)
+        assert word in message, (mutate.__name__, word, message)
+        tried += 1
+    for mutate in TEXTS * MUTATIONS:
+        lines = recipe.read_text().splitlines()
+        word = mutate(lines, *rng.choice(indented_lines(lines)))
+        message = refusal("\n".join(lines))
+        assert re.match(r"run\.yaml:\d+: ", message), (mutate.__name__, message)
+        assert word in message, (mutate.__name__, word, message)
+        tried += 1
+    assert tried >= 90
+    Path("run.yaml").unlink()
+    after = files_below(workplace)
+    del before[workplace / "data"], after[workplace / "data"]
+    assert after == before
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart",
+        "smollm2-finetune",
+        "llama-1b-zero3-8gpu",
+        "llama-1b-fsdp-8gpu",
+        "llama-8b-zero3-64gpu",
+        "llama-8b-fsdp-64gpu",
+        "continue-and-finetune",
+    }
+
+
+GOOD = """\
+name: test
+model: {from_config: {model_type: llama, max_position_embeddings: 256}}
+tokenizer: {train: {vocab_size: 4096}}
+stages:
+  - name: pretrain
+    task: pretrain
+    data: [{source: stdlib}]
+    sequence_length: 256
+    global_batch_size: 32
+    steps: 10
+    optimizer: {lr: 3e-4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 10", "steps: '10'", "run.yaml:10: stages.pretrain.steps: input should be a valid integer, got '10'; "
+         "write it without quotes."),
+        ("steps: 10", "tokens: 2e9", "got 2000000000.0; write 2000000000."),
+        ("name: test", "name: 5", "run.yaml:1: name: input should be a valid string, got 5; put it in quotes."),
+        ("name: test", "name: no", "got False (YAML reads yes, no, on and off as true and false); put it in quotes."),
+        ("steps: 10", "steps: 10\n    seed:\n    export:", 
+         "export: input should be a valid boolean, got None: nothing is written after the key; give a value or remove the key."),
+        ("optimizer: {lr: 3e-4}", "optimizer: 3e-4", "optimizer: expected keys and values below it, got 0.0003."),
+        ("name: test", "name: test\ntrackers: wandb", "trackers: input should be a valid list, got 'wandb'; "
+         "write ['wandb']."),
+        ("lr: 3e-4", "lr: .inf", "run.yaml:11: stages.pretrain.optimizer.lr: must be a finite number, got inf."),
+        ("name: test", "name: test\nparallel: {processes: two}", "parallel.processes: input should be a valid integer, "
+         "got 'two'; or: 'two' is not one of 'auto'."),
+        ("max_position_embeddings: 256", "max_position_embeddings: -1", "run.yaml:2: "
+         "model.from_config.max_position_embeddings: must be a whole number of at least 1, got -1."),
+        ("optimizer: {lr: 3e-4}", "optimizer: {lr: 3e-4}\n    schedule: {warmup_steps: 11}", "longer than the whole stage"),
+        ("stdlib", "~/text", "`~` is not expanded in sources; write /"),
+        ("name: test", "name: taken", "run.yaml:1: name: runs/taken is not empty and holds no run"),
+        ("name: test", "name: test\noutput: data/texts/a.txt", "output: data/texts/a.txt is a file; name a folder."),
+    ],
+)  # fmt: skip
+def test_names_key_line_and_remedy(workplace, old, new, message):
+    (workplace / "runs" / "taken").mkdir(parents=True)
+    (workplace / "runs" / "taken" / "thesis.doc").write_text("mine")
+    assert message in refusal(GOOD.replace(old, new, 1))
+
+
+def test_a_misspelt_required_key_is_told_once(workplace):
+    message = refusal(GOOD.replace("optimizer:", "optimiser:"))
+    assert message == "run.yaml:11: stages.pretrain.optimiser: unknown key; did you mean `optimizer`?"
+
+
+def test_an_unknown_key_does_not_hide_another_missing_one(workplace):
+    message = refusal(GOOD.replace("    optimizer: {lr: 3e-4}\n", "    colour: red\n"))
+    assert "colour: unknown key" in message
+    assert "optimizer: this key is required" in message
+
+
+def test_a_checkpoint_folder_is_read_before_it_is_loaded(workplace):
+    tuning = GOOD.replace("from_config: {model_type: llama, max_position_embeddings: 256}", "from_pretrained: ./model")
+    tuning = tuning.replace("tokenizer: {train: {vocab_size: 4096}}\n", "")
+    folder = workplace / "model"
+    folder.mkdir()
+    assert "run.yaml:2: model.from_pretrained: the folder ./model holds no config.json." in refusal(tuning)
+    (folder / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(tuning)
+    (folder / "config.json").write_text('{"max_position_embeddings": 128}')
+    expected = (
+        "run.yaml:7: stages.pretrain.sequence_length: 256 is longer than max_position_embeddings (128) of ./model."
+    )
+    assert refusal(tuning) == expected
+    (folder / "config.json").write_text('{"max_position_embeddings": 256}')
+    load("run.yaml", here=True)
+
+
+def test_what_is_not_here_matters_only_where_the_run_starts(workplace):
+    Path("run.yaml").write_text(GOOD.replace("stdlib", "elsewhere/*.txt"))
+    assert load("run.yaml").run.stages[0].data[0].source == "elsewhere/*.txt"
+
+
+@pytest.mark.parametrize("source", ["stdlib", "data/texts", "data/texts/a.txt", "data/**/*.jsonl", "my.module:rows"])
+def test_sources_that_may_be_there(workplace, source):
+    Path("run.yaml").write_text(GOOD.replace("{source: stdlib}", f'{{source: "{source}"}}'))
+    load("run.yaml", here=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected keys and values (like `name: my-run`) at the top of the file; the file is empty."),
+        ("# nothing\n", "the file is empty"),
+        ("- name: test\n", "found a list"),
+        ("just words", "found the single value 'just words'"),
+        ("name: test\n\tseed: 1\n", "indent with spaces, not with tabs"),
+        ("name: [" * 3000, "nested too deeply"),
+        ("model: " + "{a: " * 40 + "1" + "}" * 40, "run.yaml:1: model.a.a.a: keys are nested too deeply"),
+        ("name: &a [*a]\n", "an anchor contains itself"),
+        ("name: &a {b: *a}\n", "an anchor contains itself"),
+        ("a: &a {<<: *a}\n", "run.yaml:1: a: unknown key"),
+        ("a: &a [1, 1]\n" + "".join(f"{x}: &{x} [{', '.join(['*' + chr(ord(x) - 1)] * 9)}]\n" for x in "bcdefghi"),
+         "more than 100,000 values"),
+        ("name: *nobody\n", "run.yaml:1: not valid YAML: found undefined alias 'nobody'"),
+        ("<<: 5\nname: test\n", "run.yaml:1: not valid YAML: expected a mapping"),
+        (b"name: caf\xe9\n", "run.yaml:1: is not UTF-8 text; save the file as UTF-8."),
+        (b"seed: 1\nname: \x00\n", "run.yaml:2: not valid YAML: the character #x00."),
+        ("name: a\n---\nname: b\n", "not valid YAML: but found another document"),
+        ("name: !!python/object:os.system x\n", "not valid YAML: could not determine a constructor for the tag"),
+        ("seed: !!int abc\n", "run.yaml:1: seed: cannot be read as a value"),
+        ("seed: " + "9" * 5000, "run.yaml:1: seed: cannot be read as a value"),
+        ("1: test\n", "run.yaml:1: 1: a key must be text; put it in quotes."),
+        ("yes: test\n", "True: a key must be text"),
+        ("[a, b]: test\n", "a key must be text"),
+        ("name: 2024-13-45\nseed: x\n", "run.yaml:2: seed: input should be a valid integer, got 'x'"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_run(workplace, text, message):
+    assert message in refusal(text)
+
+
+def test_a_folder_is_no_file(workplace):
+    with pytest.raises(ConfigError, match=r"data: is a folder; give the run's file"):
+        load("data")
+    with pytest.raises(ConfigError, match=r"nowhere/run.yaml: there is no such file"):
+        load("nowhere/run.yaml")
+
+
+def test_anchors_and_merge_keys_work(workplace):
+    second = GOOD[GOOD.index("  - name:") :].replace("name: pretrain", "name: second")
+    text = GOOD.replace("{lr: 3e-4}", "&optimizer {lr: 3e-4, eps: 1e-6}")
+    text += second.replace("{lr: 3e-4}", "{<<: *optimizer, lr: 1e-4}")
+    Path("run.yaml").write_text(text)
+    first, second = load("run.yaml").run.stages
+    assert (first.optimizer.lr, second.optimizer.lr, second.optimizer.eps) == (3e-4, 1e-4, 1e-6)
+    assert "lr is given twice" in refusal(text.replace("lr: 1e-4", "lr: 1e-4, lr: 1e-5"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.pretrain.steps='5'", "command line: stages.pretrain.steps: input should be a valid integer"),
+        ("stages.pretrain.optimizer={lr: 1, lr: 2}", "command line: stages.pretrain.optimizer.lr is given twice."),
+        ("seed={", "command line: seed: not valid YAML"),
+        ("seed=", "command line: seed: input should be a valid integer, got None: nothing is written after the key"),
+        ("stages.²=1", "there is no '²' here"),
+        ("stages=5", "command line: stages: input should be a valid list, got 5"),
+        ("parallel={engine: zero4}", "command line: parallel.engine: 'zero4' is not one of"),
+    ],
+)
+def test_wrong_overrides(workplace, override, message):
+    assert message in refusal(GOOD, override)
