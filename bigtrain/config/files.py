@@ -132,8 +132,9 @@ class _Values:
             return items
         try:
             return self.loader.construct_object(node, deep=True)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {_dotted(at)}: cannot be read as a value: {error}.") from None
+        except (ValueError, KeyError, AttributeError):  # what PyYAML raises for a text that does not fit its tag
+            kind = node.tag.rpartition(":")[2]
+            raise ConfigError(f"{where}: {_dotted(at)}: {str(node.value)[:40]!r} cannot be read as {kind}.") from None
 
     def _pairs(self, node: yaml.MappingNode, at: KeyPath) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """The keys of a mapping, those merged with `<<` first; its own keys replace them."""

@@ -199,7 +199,7 @@ def _pretrained(run: Run) -> Broken:
         missing = _missing_folder(model, "config.json")
         if missing:
             yield at, missing
-        elif Path(model).expanduser().is_dir():
+        elif _expanded(model).is_dir():
             yield from _positions(run, model)
     tokenizer = run.tokenizer.from_pretrained if run.tokenizer else None
     if tokenizer is not None and _looks_like_path(tokenizer):
@@ -215,7 +215,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _missing_folder(name: str, needed: str) -> str | None:
     """What is wrong with a folder that must hold a file `needed` (a glob), or with a .gguf file."""
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_dir():
         return None if any(path.glob(needed)) else f"the folder {name} holds no {needed.replace('*', '.json')}."
     if path.is_file():
@@ -223,9 +223,13 @@ def _missing_folder(name: str, needed: str) -> str | None:
     return f"there is no folder {name} (looked in {Path.cwd()})."
 
 
+def _expanded(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+
+
 def _positions(run: Run, model: str) -> Broken:
     """Of a checkpoint on disk; its config.json is enough to know them."""
-    file = Path(model).expanduser() / "config.json"
+    file = _expanded(model) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -257,5 +261,5 @@ def _missing_source(source: str) -> str | None:
     if glob.has_magic(source):
         found = glob.iglob(source, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
         return None if any(map(os.path.isfile, found)) else f"no file matches {source} (looked in {path.cwd()})."
-    home = f" `~` is not expanded in sources; write {path.expanduser()}." if source.startswith("~") else ""
+    home = f" `~` is not expanded in sources; write {_expanded(source)}." if source.startswith("~") else ""
     return f"there is no file or folder {source!r} (looked in {path.cwd()}).{home}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,8 @@ def dry_run(loaded: Loaded) -> None:
     """
     run, processes = loaded.run, _processes(loaded.run)
     _check_replicas(run, processes)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the ranks that a launcher has started, one is enough to tell
     console = Console(soft_wrap=True, highlight=False)
     rows = [(key, as_yaml(value), origin) for key, value, origin in resolved(loaded)]
     keys, values = (min(60, max(len(row[column]) for row in rows)) for column in (0, 1))
@@ -67,11 +72,23 @@ def model_size(run: Run) -> Size | str:
     if model.from_config is not None and entries is None:
         name = tokenizer.from_pretrained if tokenizer else None
         return f"not known without loading the tokenizer {name}; model.from_config.vocab_size would tell"
+    with _no_garbage():
+        return _built(run, entries or 0)
+
+
+def _built(run: Run, entries: int) -> Size:
+    from huggingface_hub.errors import StrictDataclassError
+
     from bigtrain.models.causal_lm import empty_model, model_config
 
-    stands_in: Any = _Tokenizer(entries or 0)
-    config = model_config(model, stands_in, added_tokens=bool(tokenizer and tokenizer.add_tokens))
-    empty = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
+    stands_in: Any = _Tokenizer(entries)
+    try:
+        config = model_config(run.model, stands_in, added_tokens=bool(run.tokenizer and run.tokenizer.add_tokens))
+        empty = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        key = "from_config" if run.model.from_config is not None else "from_pretrained"
+        reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
     embedding: Any = empty.get_input_embeddings()
     return Size(config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
 
@@ -83,6 +100,16 @@ def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Sha
     count = -(-fullest // size)
     dummies = processes * count * size - global_batch_size
     return Shares(processes, (global_batch_size // processes, fullest), count, size, dummies)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Importing torch and transformers makes objects that all stay; looking for garbage takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class _Tokenizer:

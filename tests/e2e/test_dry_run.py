@@ -11,6 +11,7 @@ from bigtrain.config import load
 from bigtrain.config.show import resolved
 from bigtrain.data.batches import Batch
 from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import dry_run, model_size, shares
 from bigtrain.parallel.contract import micro_batches
 from bigtrain.tasks import TASKS
@@ -125,10 +126,23 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert not modules & HEAVY
 
 
-def test_an_unknown_key_of_the_architecture(tmp_path):
-    config = small_config(tmp_path, model={"from_config": MODEL | {"hiden_size": 3}})
-    with pytest.raises(Exception, match=r"model.from_config.hiden_size: llama has no such key; did you mean `hidden_"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 3}, "model.from_config.hiden_size: llama has no such key; did you mean `hidden_size`?"),
+        ({"model_type": "lama"}, "model.from_config.model_type: no causal model 'lama' in transformers"),
+        (
+            {"hidden_act": 5},
+            "model.from_config: transformers cannot build this architecture: Validation error for field",
+        ),
+        ({"hidden_act": "nope"}, "model.from_config: transformers cannot build this architecture: KeyError: 'nope'"),
+    ],
+)
+def test_an_architecture_that_cannot_be(tmp_path, change, message):
+    config = small_config(tmp_path, model={"from_config": MODEL | change})
+    with pytest.raises(ConfigError) as error:
         dry_run(load(config))
+    assert str(error.value).startswith(message)
 
 
 def test_origins(tmp_path):
@@ -201,5 +215,5 @@ def test_size_without_a_known_vocabulary(tmp_path):
 
 def test_processes_that_the_replicas_do_not_divide(tmp_path):
     config = small_config(tmp_path, parallel={"engine": "fsdp", "processes": "auto", "device": "cpu", "replicate": 3})
-    with pytest.raises(Exception, match=r"parallel.replicate: 2 processes are no multiple of 3"):
+    with pytest.raises(ConfigError, match=r"parallel.replicate: 2 processes are no multiple of 3"):
         dry_run(load(config))

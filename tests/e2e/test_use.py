@@ -62,6 +62,10 @@ def test_a_run_that_was_moved_with_its_stores_still_opens(run, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     moved = open_model("elsewhere/small/pretrain")
     assert torch.equal(moved.model.lm_head.weight, open_model(run / "pretrain").model.lm_head.weight)
+    moved.tokenizer.save_pretrained("elsewhere/small/tokenizer")  # with it the run needs no stores and no sources
+    shutil.rmtree("elsewhere/stores")
+    assert open_model("elsewhere/small").tokenizer.get_vocab() == moved.tokenizer.get_vocab()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["small"]
 
 
 def test_another_tokenizer_than_the_runs_is_refused(run, tmp_path):
