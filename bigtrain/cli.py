@@ -37,7 +37,7 @@ def run(
     """Run all stages of CONFIG; started again, it continues where it was."""
     from bigtrain.config import load
 
-    loaded = load(config, overrides or [], here=True)
+    loaded = load(config, overrides or [], here=not dry_run)
     if dry_run:
         from bigtrain.launching.dry_run import dry_run as show
 

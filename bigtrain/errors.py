@@ -29,3 +29,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean `{close[0]}`?"
     return f"known here: {', '.join(names)}." if len(names) <= 20 else "no known name is near it."
+
+
+def shorten(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

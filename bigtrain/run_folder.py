@@ -37,6 +37,11 @@ class RunFolder:
     def export(self, stage: str) -> Path:
         return self.path / stage / "export"
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run trains with, kept with it."""
+        return self.path / "tokenizer"
+
     def facts(self) -> dict[str, Any]:
         """The content of run.json; empty for a run that has not begun."""
         file = self.path / "run.json"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -14,12 +17,13 @@ from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, held_out_batches
 from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
-from bigtrain.data.store import Store
-from bigtrain.errors import CheckpointError
+from bigtrain.data.store import Store, make_once
+from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.errors import CheckpointError, DataError
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import open_model
-from bigtrain.models.causal_lm import empty_model, model_config
+from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, try_architecture
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -48,6 +52,8 @@ def run_here(config: Run, restart: str | None = None) -> None:
     begun = time.monotonic()
     folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision) as world:
+        if config.model.from_config is not None:  # before anything is written
+            try_architecture(config.model, 1, attention=config.attention)
         stream = _open(config, folder, world, restart)
         _Pipeline(config, world, folder, stream).run()
     if world.rank == 0:  # on its own: nobody waits in a collective for it
@@ -108,10 +114,8 @@ class _Pipeline:
 
     def run(self) -> None:
         """Prepare all data first, so that what is wrong with it shows before anything is trained; then train."""
-        self.stream.emit("preparing", what="tokenizer")
-        tokenizer = open_tokenizer(self.config)
-        added = bool(self.config.tokenizer and self.config.tokenizer.add_tokens)
-        model = model_config(self.config.model, tokenizer, added)
+        tokenizer = self._tokenizer()
+        model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = {}
         for stage in self.config.stages:
@@ -122,12 +126,36 @@ class _Pipeline:
         for stage in self.config.stages:
             self._stage(stage, tasks[stage.name], data[stage.name], model)
 
+    def _tokenizer(self) -> Any:
+        """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
+        self.stream.emit("preparing", what="tokenizer")
+
+        def keep(folder: Path) -> None:
+            tokenizer = open_tokenizer(self.config)
+            tokenizer.save_pretrained(folder)
+            (folder / "manifest.json").write_text(json.dumps({"from": tokenizer.name_or_path}) + "\n")
+
+        return load_tokenizer(make_once(self.folder.tokenizer, keep))
+
+    def _check_same_data(self, stage: Stage, data: StageData) -> None:
+        """Raises DataError when a stage that has begun would go on with other documents than it began with."""
+        known = self.folder.facts()["stages"].get(stage.name, {}).get("data", [])
+        for before, store in zip(known, data.train, strict=False):
+            if before["fingerprint"] != store.manifest["fingerprint"]:
+                raise DataError(
+                    f"stages.{stage.name}.data: {before['source']} has changed since this stage began "
+                    f"(it was {before['store']}, it is {store.folder}). Put the documents back to continue, "
+                    f"or begin the stage anew with `--restart {stage.name}`."
+                )
+
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> None:
         sequences = _sequences(stage, sum(store.samples for store in data.train))
         found = complete(self.folder.checkpoints(stage.name))
         resumed = Checkpoint(found[-1]) if found else None
         profiler = Profiler.of(self.config.profile, self.folder.stage(stage.name), self.world.rank)
         run = StageRun(stage, sequences, resumed.step if resumed else 0, self.stream, profiler)
+        if resumed:
+            self._check_same_data(stage, data)
         if run.done == run.steps:
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             return
@@ -150,11 +178,14 @@ class _Pipeline:
             device=self.world.device,
         )
         origin, reader = (found[-1].name, resumed) if resumed else self._first_weights(stage, model, build)
+        shapes = parameter_shapes(build(meta=True))
+        if isinstance(reader, Checkpoint):
+            reader.check_fit(shapes)
         engine.load(reader, resumed.progress if resumed else {"updates": 0})
         facts = {
             "from": origin,
             "model": model.model_type,
-            "parameters": sum(p.numel() for p in build(meta=True).parameters()),
+            "parameters": sum(math.prod(shape) for shape in shapes.values()),
             "engine": parallel.engine,
             "steps": run.steps,
             "sequences": sequences,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bigtrain.checkpoint.save import FORMAT, MANIFEST, PROGRESS
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, shorten
 from bigtrain.state import BUFFER, WEIGHT, Shape
 
 
@@ -37,6 +37,21 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         found = {slot for slots in self._state.values() for slot in slots}
         self.slots: Sequence[str] = sorted(found & {WEIGHT, BUFFER} if weights_only else found)
+
+    def check_fit(self, shapes: dict[str, Shape]) -> None:
+        """Raises CheckpointError that names the parameters which the model or the checkpoint alone has, that differ in
+        shape, or have no elements."""
+        saved = {name: tuple(slots[WEIGHT]["shape"]) for name, slots in self._state.items() if WEIGHT in slots}
+        both = sorted(shapes.keys() & saved.keys())
+        problems = {
+            "missing": sorted(shapes.keys() - saved.keys()),
+            "unknown to the model": sorted(saved.keys() - shapes.keys()),
+            "without elements": [name for name in both if 0 in saved[name]],
+            "of another shape": [f"{n} {saved[n]} for {shapes[n]}" for n in both if saved[n] != shapes[n]],
+        }
+        told = [f"{what}: {shorten(names)}" for what, names in problems.items() if names]
+        if told:
+            raise CheckpointError(f"{self.folder} does not fit the model of its run; {'; '.join(told)}.")
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
         try:

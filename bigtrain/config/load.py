@@ -47,10 +47,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
         run = Run.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(_explain(error, document)) from None
-    broken = broken_rules(run) or (broken_here(run) if here else [])
+    loaded = Loaded(run, document)
+    broken = [_line(document, at, message) for at, message in broken_rules(run)] or (lacking(loaded) if here else [])
     if broken:
-        raise ConfigError("\n".join(_line(document, at, message) for at, message in broken))
-    return Loaded(run, document)
+        raise ConfigError("\n".join(broken))
+    return loaded
+
+
+def lacking(loaded: Loaded) -> list[str]:
+    """What keeps the run from being started on this machine: a line each, with key, file and line."""
+    return [_line(loaded.document, at, message) for at, message in broken_here(loaded.run)]
 
 
 def to_yaml(run: Run) -> str:

@@ -208,6 +208,11 @@ class Run(Section):
     profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
 
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether the tokenizer grows, and with it a pretrained model's embedding."""
+        return self.tokenizer is not None and bool(self.tokenizer.add_tokens)
+
     def parallel_of(self, stage: Stage) -> Parallel:
         """How a stage is executed: `parallel` with what the stage says differently."""
         return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))

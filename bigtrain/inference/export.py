@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import safe_open
 
 from bigtrain.config.schema import Stage
-from bigtrain.errors import CheckpointError, ConfigError
-from bigtrain.inference.opening import Opened, open_model, shorten
+from bigtrain.errors import CheckpointError, ConfigError, shorten
+from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.observability.stream import read_metrics
 from bigtrain.parallel.contract import persistent_buffers

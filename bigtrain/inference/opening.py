@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import torch
 from torch import nn
 
 from bigtrain.checkpoint import Checkpoint
-from bigtrain.checkpoint.save import MANIFEST
 from bigtrain.config.schema import Run, Stage
-from bigtrain.data.prepare import open_tokenizer
-from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from bigtrain.errors import CheckpointError, ConfigError, nearest
+from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.errors import ConfigError, nearest
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, model_config
+from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import BUFFER, WEIGHT, Shape
@@ -86,69 +83,15 @@ def _from_pretrained(source: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
 
 def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     run = place.run
-    tokenizer = run_tokenizer(place)
-    added = bool(run.tokenizer and run.tokenizer.add_tokens)
-    config = model_config(run.model, tokenizer, added)
+    tokenizer = load_tokenizer(place.folder / "tokenizer")
+    config = model_config(run.model, tokenizer, run.adds_tokens)
     model: Any = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
-    _check_fit(place.checkpoint, model)
-    _fill(model, Checkpoint(place.checkpoint, weights_only=True), dtype, device)
+    reader = Checkpoint(place.checkpoint, weights_only=True)
+    reader.check_fit(parameter_shapes(model))
+    _fill(model, reader, dtype, device)
     model.config.dtype = dtype
     model.generation_config = _generation_config(run, model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer
-
-
-def run_tokenizer(place: RunPlace) -> Any:
-    """The tokenizer that the run was trained with: RUN/tokenizer, or the one that its sources lead to.
-
-    Raises CheckpointError when that is another one than its token stores were made with.
-    """
-    kept = place.folder / "tokenizer"
-    if kept.is_dir():
-        return load_tokenizer(kept)
-    tokenizer = open_tokenizer(place.run)
-    found = tokenizer_fingerprint(tokenizer)
-    for store in _stores(place):
-        if store["tokenizer"] != found:
-            raise CheckpointError(
-                f"{place.folder}: the tokenizer that it was trained with is not the one that its file leads to now; "
-                "the documents, or the pretrained tokenizer, have changed since."
-            )
-    return tokenizer
-
-
-def _stores(place: RunPlace) -> list[dict[str, Any]]:
-    """The manifests of the stage's token stores, as run.json names them and as far as they still lie there."""
-    facts = place.folder / "run.json"
-    stages = json.loads(facts.read_text(encoding="utf-8")).get("stages", {}) if facts.is_file() else {}
-    names = [Path(store["store"]).name for store in stages.get(place.stage.name, {}).get("data", [])]
-    manifests = [Path(place.run.output) / "stores" / name / "manifest.json" for name in names]
-    return [json.loads(manifest.read_text(encoding="utf-8")) for manifest in manifests if manifest.is_file()]
-
-
-def _check_fit(checkpoint: Path, model: nn.Module) -> None:
-    """Raises CheckpointError that names every tensor which the model or the checkpoint alone has, that differs in
-    shape, or has no elements."""
-    state = json.loads((checkpoint / MANIFEST).read_text())["state"]
-    saved = {name: tuple(slots[WEIGHT]["shape"]) for name, slots in state.items() if WEIGHT in slots}
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    both = sorted(wanted.keys() & saved.keys())
-    problems = {
-        "missing": sorted(wanted.keys() - saved.keys()),
-        "unknown to the model": sorted(saved.keys() - wanted.keys()),
-        "without elements": [name for name in both if 0 in saved[name]],
-        "of another shape": [
-            f"{name} {saved[name]} for {wanted[name]}" for name in both if saved[name] != wanted[name]
-        ],
-    }
-    told = [f"{what}: {shorten(names)}" for what, names in problems.items() if names]
-    if told:
-        raise CheckpointError(f"{checkpoint} does not fit the model of its run; {'; '.join(told)}.")
-
-
-def shorten(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
 
 
 @torch.no_grad()

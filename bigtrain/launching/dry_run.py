@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from bigtrain.config.load import Loaded
+from bigtrain.config.load import Loaded, lacking
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
 from bigtrain.errors import ConfigError
@@ -42,7 +42,7 @@ class Shares:
 
 
 def dry_run(loaded: Loaded) -> None:
-    """Print every value with its origin, the model's size, and each stage's length and layout.
+    """Print every value with its origin, the model's size, each stage's length and layout, and what a run lacks here.
 
     Raises ConfigError for what only shows when the architecture is built.
     """
@@ -61,6 +61,8 @@ def dry_run(loaded: Loaded) -> None:
         console.print(Text(name, "bold"))
         for key, text in told:
             console.print(Text(f"  {key:<24}{text}"))
+    for line in lacking(loaded):
+        console.print(Text(f"would be refused here: {line}", "yellow"))
 
 
 def model_size(run: Run) -> Size | str:
@@ -77,20 +79,11 @@ def model_size(run: Run) -> Size | str:
 
 
 def _built(run: Run, entries: int) -> Size:
-    from huggingface_hub.errors import StrictDataclassError
+    from bigtrain.models.causal_lm import try_architecture
 
-    from bigtrain.models.causal_lm import empty_model, model_config
-
-    stands_in: Any = _Tokenizer(entries)
-    try:
-        config = model_config(run.model, stands_in, added_tokens=bool(run.tokenizer and run.tokenizer.add_tokens))
-        empty = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        key = "from_config" if run.model.from_config is not None else "from_pretrained"
-        reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
+    empty = try_architecture(run.model, entries, attention=run.attention, added_tokens=run.adds_tokens)
     embedding: Any = empty.get_input_embeddings()
-    return Size(config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
+    return Size(empty.config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
 
 
 def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Shares:
@@ -110,18 +103,6 @@ def _no_garbage() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-class _Tokenizer:
-    """As much of a tokenizer as an architecture asks for: its length."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __init__(self, entries: int):
-        self.entries = entries
-
-    def __len__(self) -> int:
-        return self.entries
 
 
 def _vocabulary(run: Run) -> int | None:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bigtrain.config import Run, load_config, to_yaml
+from bigtrain.config import Run, load, to_yaml
 from bigtrain.errors import BigtrainError
 from bigtrain.launching.spawn import processes_here, spawn
 from bigtrain.run_folder import RunFolder
@@ -19,7 +19,7 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     `restart` names a stage to begin anew, with all that follow from it. Raises ConfigError for wrong input, and
     BigtrainError for a run that failed.
     """
-    loaded = config if isinstance(config, Run) else load_config(config, overrides)
+    loaded = config if isinstance(config, Run) else load(config, overrides, here=True).run
     code = start(loaded, restart)
     if code != 0:
         raise BigtrainError(f"the run in {RunFolder.of(loaded).path} failed with exit code {code}; see above.")

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.config.schema import Model
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.pretrained import arguments, opening
+from bigtrain.state import Shape
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -57,6 +59,35 @@ def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     return kind(**values)
 
 
+def try_architecture(model: Model, entries: int, *, attention: str, added_tokens: bool = False) -> PreTrainedModel:
+    """The model on the meta device, as it would be for a tokenizer of `entries` ids. Loads and writes nothing.
+
+    Raises ConfigError for keys and values that transformers refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    stands_in: Any = _Tokenizer(entries)
+    try:
+        config = model_config(model, stands_in, added_tokens)
+        return empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        key = "from_config" if model.from_config is not None else "from_pretrained"
+        reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
+
+
+class _Tokenizer:
+    """As much of a tokenizer as an architecture asks for: its length."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+    def __init__(self, entries: int):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return self.entries
+
+
 def empty_model(
     config: PreTrainedConfig, *, attention: str, activation_checkpointing: str, meta: bool = False
 ) -> PreTrainedModel:
@@ -75,3 +106,8 @@ def empty_model(
     if activation_checkpointing == "full":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Of each parameter by its name, tied ones once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import yaml
@@ -102,6 +103,27 @@ def test_a_source_that_is_not_there(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+def test_other_documents_are_refused_on_a_resume(finished):
+    config, folder, _ = finished
+    source = config.parent / "functions.jsonl"
+    original, stat = source.read_text(), source.stat()
+    (folder / "finetune" / "checkpoints" / "step-00000020" / "manifest.json").rename(folder / "kept.json")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["stages"]["finetune"]["finished"] = False
+    (folder / "run.json").write_text(json.dumps(facts))
+    try:
+        source.write_text(original + '{"prompt": "one more", "completion": "document"}\n')
+        refused = bigtrain("run", config)
+    finally:
+        source.write_text(original)
+        os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        (folder / "kept.json").rename(folder / "finetune" / "checkpoints" / "step-00000020" / "manifest.json")
+    assert refused.returncode == 2
+    assert "stages.finetune.data" in refused.stderr
+    assert "has changed since this stage began" in refused.stderr
+    assert "--restart finetune" in refused.stderr
+
+
 def test_a_restarted_stage_is_trained_anew_and_the_old_one_kept(finished):
     """Last in this file: it changes the run of the others."""
     config, folder, _ = finished
@@ -114,6 +136,6 @@ def test_a_restarted_stage_is_trained_anew_and_the_old_one_kept(finished):
     rows = read_metrics(folder)
     assert [r for r in rows if r["stage"] == "pretrain"] == before
     assert [r["step"] for r in rows if r["stage"] == "finetune" and r["kind"] == "step"] == [1, 2, 3, 4, 5]
-    assert {r["attempt"] for r in rows if r["stage"] == "finetune"} == {2}
+    assert {r["attempt"] for r in rows if r["stage"] == "finetune"} == {3}
     assert (folder / "finetune.1" / "checkpoints" / "step-00000020" / "manifest.json").exists()
     assert (folder / "finetune" / "export" / "model.safetensors").exists()

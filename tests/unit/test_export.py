@@ -124,6 +124,7 @@ def trained(tmp_path_factory, ranks):
         model = config.model.model_copy(update={"from_config": MODEL | {"tie_word_embeddings": tied}})
         run = config.model_copy(update={"name": name, "model": model, "precision": precision})
         (home / "config.yaml").write_text(to_yaml(run))
+        open_tokenizer(run).save_pretrained(home / "tokenizer")
         weights, inputs, logits = ranks(train_and_save, str(home), layout)[0]
         save_file({key: tensor.contiguous() for key, tensor in inputs.items()}, home / "ids.safetensors")
         assert export(home) == home / "pretrain" / "export"
