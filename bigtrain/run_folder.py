@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Run, differences, load_config, to_yaml
+from bigtrain.config.schema import Stage
 from bigtrain.errors import ConfigError, nearest
 
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
@@ -71,12 +72,15 @@ class RunFolder:
         )
 
     def is_finished(self, config: Run) -> bool:
-        """Whether every stage was trained to its end and exported where that was asked for."""
-        stages = self.facts().get("stages", {})
-        return all(
-            stages.get(stage.name, {}).get("finished") and (self.export(stage.name).exists() or not stage.export)
-            for stage in config.stages
-        )
+        """Whether every stage was trained to its end, its last checkpoint is there, and so is the export it asks for."""
+        return all(self._stage_is_finished(stage) for stage in config.stages)
+
+    def _stage_is_finished(self, stage: Stage) -> bool:
+        facts = self.facts().get("stages", {}).get(stage.name, {})
+        if not facts.get("finished"):
+            return False
+        last = self.checkpoints(stage.name) / f"step-{facts['steps']:08d}" / "manifest.json"
+        return last.exists() and (self.export(stage.name).exists() or not stage.export)
 
     def begin(self, config: Run, restart: str | None, **execution: Any) -> int:
         """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number."""

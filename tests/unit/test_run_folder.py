@@ -23,9 +23,11 @@ def run(tmp_path):
     folder.begin(config(), None, world_size=2)
     stream = Stream([Files(folder.path)], attempt=1)
     for stage in ("pretrain", "finetune"):
-        folder.checkpoints(stage).mkdir(parents=True)
+        last = folder.checkpoints(stage) / "step-00000003"
+        last.mkdir(parents=True)
+        (last / "manifest.json").write_text("{}")
         folder.export(stage).mkdir()
-        folder.record(stage, finished=True)
+        folder.record(stage, finished=True, steps=3)
         for step in (1, 2, 3):
             stream.emit("step", stage=stage, step=step, loss=float(step))
     stream.close()
@@ -53,6 +55,10 @@ def test_another_mathematics_is_refused_with_the_choice(run):
 def test_restart_sets_the_stage_and_its_dependents_aside(run):
     config, folder = run
     assert folder.is_finished(config())
+    manifest = folder.checkpoints("finetune") / "step-00000003" / "manifest.json"
+    manifest.rename(manifest.with_name("gone"))
+    assert not folder.is_finished(config())
+    manifest.with_name("gone").rename(manifest)
     folder.begin(config("stages.pretrain.optimizer.lr=1"), "pretrain", world_size=2)
     assert not folder.is_finished(config())
     assert not folder.stage("pretrain").exists()
