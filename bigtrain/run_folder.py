@@ -72,7 +72,7 @@ class RunFolder:
         )
 
     def is_finished(self, config: Run) -> bool:
-        """Whether every stage was trained to its end, its last checkpoint is there, and so is the export it asks for."""
+        """Whether every stage is trained to its end, and its last checkpoint and the export it asks for are there."""
         return all(self._stage_is_finished(stage) for stage in config.stages)
 
     def _stage_is_finished(self, stage: Stage) -> bool:

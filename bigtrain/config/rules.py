@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,7 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
     return [
         *_run_folder(run),
         *_pretrained(run),
+        *_trackers(run),
         *(broken for i in range(len(run.stages)) for broken in _sources(run.stages[i], ("stages", i))),
     ]
 
@@ -106,6 +108,12 @@ def _architecture(run: Run) -> Broken:
         yield (*at, "num_key_value_heads"), f"num_attention_heads ({heads}) is no multiple of {groups}."
     if heads and width and width % heads and not values.get("head_dim"):
         yield (*at, "num_attention_heads"), f"hidden_size ({width}) is no multiple of {heads}; change one of them."
+
+
+def _trackers(run: Run) -> Broken:
+    for i, name in enumerate(run.trackers):
+        if importlib.util.find_spec(name) is None:
+            yield ("trackers", i), f"{name} is not installed; `pip install 'bigtrain[trackers]'`."
 
 
 def _reporting(run: Run) -> Broken:

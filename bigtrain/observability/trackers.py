@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config.schema import Run
-from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import METRICS, Event
 
 NOT_LOGGED = {"kind", "time", "stage", "step", "steps", "attempt"}
 
 
 def trackers(config: Run, folder: Path) -> list[Tracker]:
-    """A reader for each name in `trackers`. Raises ConfigError for one that is not installed."""
+    """A reader for each name in `trackers`."""
     return [Tracker(name, config, folder) for name in config.trackers]
 
 
@@ -29,8 +27,6 @@ class Tracker:
         from accelerate import tracking
         from accelerate.state import PartialState
 
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"trackers: {name} is not installed; `pip install bigtrain[trackers]`.")
         PartialState()  # accelerate asks it which process is the main one
         self._tracker: tracking.GeneralTracker = {
             "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", logging_dir=folder),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_code_in_a_checkpoint_is_never_run(first, tmp_path):
         f"open({str(tmp_path / 'it-ran')!r}, 'w')\n"
         "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
     )
-    process = bigtrain("run", folder / "small.yaml", *from_folder(tmp_path, evil), stdin=open(os.devnull))
+    process = bigtrain("run", folder / "small.yaml", *from_folder(tmp_path, evil), stdin=subprocess.DEVNULL)
     assert process.returncode == 0, process.stderr
     assert not (tmp_path / "it-ran").exists()
 
