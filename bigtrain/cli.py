@@ -16,7 +16,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 @app.callback()
-def _app() -> None:
+def _app(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
     """Train large models from one file."""
 
 

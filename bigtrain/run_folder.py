@@ -5,6 +5,7 @@ Free of torch, so that a launcher can answer before it starts anything.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import time
@@ -80,7 +81,12 @@ class RunFolder:
         if not facts.get("finished"):
             return False
         last = self.checkpoints(stage.name) / f"step-{facts['steps']:08d}" / "manifest.json"
-        return last.exists() and (self.export(stage.name).exists() or not stage.export)
+        return last.exists() and (self.is_exported(stage.name) or not stage.export)
+
+    def is_exported(self, stage: str) -> bool:
+        """Whether the stage's export is there and of its last step."""
+        facts = self.facts()["stages"].get(stage, {})
+        return self.export(stage).exists() and facts.get("exported_step") == facts.get("steps")
 
     def begin(self, config: Run, restart: str | None, **execution: Any) -> int:
         """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number."""
@@ -88,7 +94,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for stage in _with_dependents(config, restart):
             self._set_aside(stage)
-        (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self._replace("config.yaml", to_yaml(config))
         facts = self.facts() or {"name": config.name, "seed": config.seed, "attempts": [], "stages": {}}
         facts["attempts"].append(
             {
@@ -110,22 +116,26 @@ class RunFolder:
 
     def _set_aside(self, stage: str) -> None:
         """Rename a stage's folder, so that nothing is lost, and let its rows of metrics.jsonl no longer count."""
-        folder = self.stage(stage)
-        if not folder.exists():
+        folder, facts = self.stage(stage), self.facts()
+        if not facts:
             return
-        number = next(n for n in range(1, 10_000) if not self.stage(f"{stage}.{n}").exists())
-        folder.rename(self.stage(f"{stage}.{number}"))
+        number = next(n for n in itertools.count(1) if f"{stage}.{n}" not in facts["stages"])
+        if folder.exists():
+            folder.rename(self.stage(f"{stage}.{number}"))
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
             row = {"kind": "restarted", "time": time.time(), "stage": stage, "step": 0, "kept_as": f"{stage}.{number}"}
             metrics.write(json.dumps(row) + "\n")
-        facts = self.facts()
         facts["stages"][f"{stage}.{number}"] = facts["stages"].pop(stage, {})
         self._write(facts)
 
     def _write(self, facts: dict[str, Any]) -> None:
-        partial = self.path / "run.json.partial"
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path / "run.json")
+        self._replace("run.json", json.dumps(facts, indent=1) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file so that it is the old one or the new one, never a half."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
 
 
 def _with_dependents(config: Run, stage: str | None) -> list[str]:

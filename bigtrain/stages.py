@@ -90,7 +90,7 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> 
 def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
     """Export each stage that asks for it and let it answer its prompts."""
     for stage in config.stages:
-        if not stage.export or folder.export(stage.name).exists():
+        if not stage.export or folder.is_exported(stage.name):
             continue
         stream.emit("exporting", stage=stage.name, folder=str(folder.export(stage.name)))
         where = export(folder.path, stage.name)
@@ -100,7 +100,8 @@ def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
             for prompt in stage.prompts:
                 answer = generate(opened, prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
                 answers.append({"prompt": prompt, "answer": answer})
-        folder.record(stage.name, export=str(where), answers=answers)
+        steps = folder.facts()["stages"][stage.name]["steps"]
+        folder.record(stage.name, export=str(where), exported_step=steps, answers=answers)
 
 
 class _Pipeline:
@@ -137,6 +138,29 @@ class _Pipeline:
 
         return load_tokenizer(make_once(self.folder.tokenizer, keep))
 
+    def _newest(self, stage: str) -> Path | None:
+        """The newest complete checkpoint of a stage that rank 0 sees: a shared disk may show the others less."""
+        found = complete(self.folder.checkpoints(stage))
+        choice = [found[-1] if found else None]
+        dist.broadcast_object_list(choice, src=0)
+        return choice[0]
+
+    def _is_over(self, stage: Stage) -> bool:
+        """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
+
+        Raises CheckpointError when they are needed.
+        """
+        if not self.folder.facts()["stages"].get(stage.name, {}).get("finished"):
+            return False
+        for later in self.config.stages:
+            if later.from_stage == stage.name and self._newest(later.name) is None:
+                raise CheckpointError(
+                    f"stage {stage.name} is finished, but {self.folder.checkpoints(stage.name)} is empty, and "
+                    f"stage {later.name} starts from it. Put a checkpoint back, or train it anew with "
+                    f"`--restart {stage.name}`."
+                )
+        return True
+
     def _check_same_data(self, stage: Stage, data: StageData) -> None:
         """Raises DataError when a stage that has begun would go on with other documents than it began with."""
         known = self.folder.facts()["stages"].get(stage.name, {}).get("data", [])
@@ -150,14 +174,22 @@ class _Pipeline:
 
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> None:
         sequences = _sequences(stage, sum(store.samples for store in data.train))
-        found = complete(self.folder.checkpoints(stage.name))
-        resumed = Checkpoint(found[-1]) if found else None
-        profiler = Profiler.of(self.config.profile, self.folder.stage(stage.name), self.world.rank)
-        run = StageRun(stage, sequences, resumed.step if resumed else 0, self.stream, profiler)
+        newest = self._newest(stage.name)
+        resumed = Checkpoint(newest) if newest else None
+        run = StageRun(
+            stage,
+            sequences,
+            resumed.step if resumed else 0,
+            self.stream,
+            skips_overflows=self.config.precision == "fp16",
+            profiler=Profiler.of(self.config.profile, self.folder.stage(stage.name), self.world.rank),
+        )
         if resumed:
             self._check_same_data(stage, data)
-        if run.done == run.steps:
+        if run.done == run.steps or (resumed is None and self._is_over(stage)):
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
+            if self.world.rank == 0:
+                self.folder.record(stage.name, finished=True)
             return
         parallel = self.config.parallel_of(stage)
         build = partial(
@@ -177,7 +209,7 @@ class _Pipeline:
             seed=self.config.seed,
             device=self.world.device,
         )
-        origin, reader = (found[-1].name, resumed) if resumed else self._first_weights(stage, model, build)
+        origin, reader = (resumed.folder.name, resumed) if resumed else self._first_weights(stage, model, build)
         shapes = parameter_shapes(build(meta=True))
         if isinstance(reader, Checkpoint):
             reader.check_fit(shapes)
@@ -222,13 +254,13 @@ class _Pipeline:
 
     def _first_weights(self, stage: Stage, model: PreTrainedConfig, build: Any) -> tuple[str, Reader]:
         if stage.from_stage is not None:
-            found = complete(self.folder.checkpoints(stage.from_stage))
-            if not found:
+            newest = self._newest(stage.from_stage)
+            if newest is None:
                 raise CheckpointError(
                     f"stages.{stage.name}.from: stage {stage.from_stage} has no checkpoint in "
                     f"{self.folder.checkpoints(stage.from_stage)} any more."
                 )
-            return f"{stage.from_stage}, {found[-1].name}", Checkpoint(found[-1], weights_only=True)
+            return f"{stage.from_stage}, {newest.name}", Checkpoint(newest, weights_only=True)
         source = self.config.model.from_pretrained
         if source is not None:
             return source, pretrained_weights(source, model.vocab_size, self.config.seed)

@@ -78,4 +78,4 @@ def small_config(folder, steps=6, every=None, **changes):
 def bigtrain(*arguments, **options):
     """Run the real command; returns the finished process with its output as text."""
     command = [sys.executable, "-m", "bigtrain", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)

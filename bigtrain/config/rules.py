@@ -143,6 +143,8 @@ def _parallel(run: Run) -> Broken:
 def _stage(run: Run, i: int) -> Broken:
     stage, at = run.stages[i], ("stages", i)
     earlier = [other.name for other in run.stages[:i]]
+    if stage.name == "tokenizer":
+        yield (*at, "name"), "`tokenizer` is where the run keeps its tokenizer; choose another name."
     if stage.name in earlier:
         yield (*at, "name"), f"there are two stages named {stage.name!r}."
     if stage.from_stage is not None and stage.from_stage not in earlier:

@@ -107,7 +107,7 @@ class Source(Section):
     )
     columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
     weight: float | None = mathematics(
-        "Share of the tokens that come from this source, relative to the other weights. Without weights the sources "
+        "Share of the sequences that come from this source, relative to the other weights. Without weights the sources "
         "are taken as one.",
         None,
         gt=0,
@@ -140,7 +140,7 @@ class Evaluate(Section):
         "Held-out documents, instead of the stage's `held_out`.", None, min_length=1
     )
     sequences: int | None = mathematics(
-        "Sequences of an evaluation, the first of the held-out store; null: all.", None, ge=1
+        "Sequences of an evaluation: the first held-out ones, source after source; null: all.", None, ge=1
     )
 
 
@@ -177,8 +177,8 @@ class Stage(Section):
     evaluate: Evaluate | None = mathematics("Loss on documents that are not trained on; null: none.", None)
     checkpoint: Checkpoint = reporting("When the state is saved.", Checkpoint())
     parallel: StageParallel = execution("What this stage does differently from `parallel`.", StageParallel())
-    export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the stage's end.", True)
-    prompts: list[str] = reporting("Prompts that the exported model answers at the stage's end, to be read.", [])
+    export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the run's end.", True)
+    prompts: list[str] = reporting("Prompts that the exported model answers at the run's end, to be read.", [])
 
 
 class Profile(Section):

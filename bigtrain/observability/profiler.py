@@ -24,11 +24,11 @@ class Profiler:
     def of(cls, settings: Profile | None, folder: Path, rank: int) -> Profiler | None:
         return None if settings is None else cls(settings.steps[0], settings.steps[1], folder, rank)
 
-    def between_steps(self, done: int) -> Path | None:
-        """To be called whenever `done` steps are finished and the next has not begun; the trace once it is written."""
-        if self._profile is not None and done >= self._last:
+    def between_steps(self, done: int, steps: int) -> Path | None:
+        """To be called whenever `done` of `steps` are finished and no other has begun; the trace once it is written."""
+        if self._profile is not None and done >= min(self._last, steps):
             return self._stop()
-        if self._profile is None and self._first - 1 <= done < self._last:
+        if self._profile is None and self._first - 1 <= done < min(self._last, steps):
             self._start()
         return None
 

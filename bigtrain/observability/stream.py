@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Event = dict[str, Any]
 Reader = Callable[[Event], None]
@@ -38,8 +38,8 @@ class Files:
     """The reader that writes metrics.jsonl and events.jsonl, a line an event, as it happens."""
 
     def __init__(self, folder: Path):
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._events = (folder / "events.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._metrics = _append(folder / "metrics.jsonl")
+        self._events = _append(folder / "events.jsonl")
 
     def __call__(self, event: Event) -> None:
         file = self._metrics if event["kind"] in METRICS else self._events
@@ -50,17 +50,27 @@ class Files:
         self._events.close()
 
 
+def _append(path: Path) -> TextIO:
+    """Open for appending whole lines: what a killed run left of its last line gets a line of its own."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if torn:
+        file.write("\n")
+    return file
+
+
 def read_metrics(folder: Path) -> list[Event]:
     """The rows of metrics.jsonl that count: of each (stage, step, kind) the last one written, in order of steps,
     and of a restarted stage only those since.
 
-    A half-written last line, left by a killed run, is passed over.
+    A half-written line, left by a killed run, is passed over.
     """
     rows: dict[tuple[str, int, str], Event] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
             continue
-        row = json.loads(line)
         if row["kind"] == "restarted":
             rows = {key: other for key, other in rows.items() if key[0] != row["stage"]}
             continue

@@ -41,6 +41,8 @@ class Tracker:
         self._last = 0
 
     def __call__(self, event: Event) -> None:
+        if event["kind"] == "stage_skipped":
+            self._before += event["steps"]
         if event["kind"] not in METRICS:
             return
         if event["stage"] != self._stage:

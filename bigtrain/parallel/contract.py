@@ -140,7 +140,7 @@ def evaluate(
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make a step's random draws a function of (seed, step, rank)."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -43,8 +43,11 @@ def joined(device: str, precision: str) -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size, store=store)
     try:
         yield World(rank, size, local_rank, chosen, (_why_device(device, chosen), _why_processes(size)))
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if size == 1:
+            dist.destroy_process_group()
+        raise  # of several ranks the group stays: without it the others would fail before this one has told why
+    dist.destroy_process_group()
 
 
 def _why_device(asked: str, chosen: torch.device) -> str:

@@ -249,6 +249,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     Raises ValueError when it has chosen another.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # a world of one has no launcher that sets it
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -278,4 +279,6 @@ def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
+    if precision == "fp16":
+        config[precision]["hysteresis"] = 1  # halve the scale at the first overflow, as the torch engine does
     return config

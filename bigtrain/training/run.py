@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bigtrain.config.schema import Stage
+from bigtrain.errors import BigtrainError
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.contract import Outcome
@@ -27,13 +28,24 @@ class Due(NamedTuple):
 class StageRun:
     """`done` counts the finished steps of `steps`; everything else follows from it."""
 
-    def __init__(self, stage: Stage, sequences: int, done: int, stream: Stream, profiler: Profiler | None = None):
+    def __init__(
+        self,
+        stage: Stage,
+        sequences: int,
+        done: int,
+        stream: Stream,
+        *,
+        skips_overflows: bool = False,
+        profiler: Profiler | None = None,
+    ):
+        """skips_overflows: the engine leaves out steps whose gradient is not finite, as loss scaling wants (fp16)."""
         self.steps = -(-sequences // stage.global_batch_size)
         self.done = done
         self.evaluates = stage.evaluate is not None
         self._stage = stage
         self._sequences = sequences
         self._stream = stream
+        self._skips_overflows = skips_overflows
         self._profiler = profiler
         self._pending: tuple[dict[str, Any], _HostCopy] | None = None
         self._profile()
@@ -65,7 +77,7 @@ class StageRun:
         return due
 
     def _profile(self) -> None:
-        if self._profiler is not None and (trace := self._profiler.between_steps(self.done)):
+        if self._profiler is not None and (trace := self._profiler.between_steps(self.done, self.steps)):
             self._stream.emit("profiled", stage=self._stage.name, step=self.done, file=str(trace))
 
     def _report(self) -> None:
@@ -76,6 +88,7 @@ class StageRun:
         loss, targets, grad_norm = values.read()
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        self._check_finite(row["step"], loss, grad_norm)
         self._stream.emit(
             "step",
             **row,
@@ -85,6 +98,16 @@ class StageRun:
             step_seconds=seconds,
             tokens_per_second=row["tokens"] / seconds,
             memory_bytes=_memory_bytes(),
+        )
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Every step is reported before it is saved, so no checkpoint ever holds what this refuses."""
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self._skips_overflows):
+            return
+        raise BigtrainError(
+            f"stage {self._stage.name}, step {step}: the loss is {loss} and the gradient norm {grad_norm}. "
+            "The checkpoints before this step are intact. Look at the data of this step, lower optimizer.lr, "
+            "lengthen the warm-up, or train in fp32, then run it again."
         )
 
     def evaluated(self, sums: dict[str, float]) -> None:

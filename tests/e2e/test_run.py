@@ -89,6 +89,23 @@ def test_a_wrong_key_is_answered_before_anything_is_written(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_option_that_the_deepspeed_launcher_adds_is_taken(tmp_path):
+    refused = bigtrain("--local_rank=0", "run", small_config(tmp_path), "nam=other")
+    assert refused.returncode == 2
+    assert "command line: nam: unknown key; did you mean `name`?" in refused.stderr
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path, engine):
+    config = small_config(tmp_path, steps=6, every=1)
+    process = bigtrain("run", config, "stages.pretrain.optimizer.lr=1e30", f"parallel.engine={engine}")
+    assert process.returncode == 1
+    assert "stage pretrain, step 2: the loss is" in process.stderr
+    assert "Traceback" not in process.stderr
+    saved = [path.name for path in (tmp_path / "runs" / "small" / "pretrain" / "checkpoints").iterdir()]
+    assert saved == ["step-00000001"]
+
+
 def test_fp16_is_refused_without_a_gpu(tmp_path):
     refused = bigtrain("run", small_config(tmp_path, precision="fp16"))
     assert refused.returncode == 2

@@ -36,7 +36,7 @@ def test_the_recipe_finetunes_the_real_checkpoint(tmp_path, conversations):
         "output": tmp_path,
         "name": "smol",
         "tokenizer": f"{{from_pretrained: {checkpoint}, add_tokens: ['<|tool|>']}}",
-        "parallel": "{engine: zero2, processes: 2, micro_batch_size: 2, device: cpu}",
+        "parallel": "{engine: zero2, processes: 1, micro_batch_size: 4, device: cpu}",
         f"stages.{stage}.data": f"[{{source: {conversations}}}]",
         f"stages.{stage}.held_out": 0.05,
         f"stages.{stage}.sequence_length": 64,

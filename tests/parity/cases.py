@@ -127,15 +127,15 @@ def evaluated(layout):
 def segment(layout, folder, first, count, precision="fp32"):
     """Continue from the newest checkpoint in `folder` for some steps and save.
 
-    Returns (state as loaded, losses, state at the end).
+    Returns (state as loaded, losses, gradient norms, state at the end).
     """
     found = complete(folder)
     checkpoint = Checkpoint(found[-1]) if found else None
     assert (checkpoint.step if checkpoint else 0) == first
     engine = make(layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress)
     loaded = collect(engine)
-    losses = [engine.step(share(s), learning_rate(s)).loss.item() for s in range(first, first + count)]
+    outcomes = [engine.step(share(s), learning_rate(s)) for s in range(first, first + count)]
     save(folder, first + count, engine.boxes(), engine.progress(), keep=1)
     state = collect(engine)
     engine.close()
-    return loaded, losses, state
+    return loaded, [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state

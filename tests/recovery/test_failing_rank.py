@@ -19,17 +19,21 @@ if os.environ.get("RANK") == "1":
     {failure}
 
 def rows():
-    yield {{"text": "never read"}}
+    for i in range(300):
+        question, answer = f"What is {{i}} and {{i}}?", f"{{2 * i}}"
+        yield {{"prompt": question, "completion": answer, "text": f"{{question}} {{answer}}"}}
 """
 
 
-def fail(folder, failure):
+def fail(folder, failure, stage="pretrain"):
     """Run with a user's source that fails while rank 1 imports it; returns the process and what is left of it."""
     (folder / "mine.py").write_text(SOURCE.format(failure=failure))
     config = small_config(folder)
     mark = uuid.uuid4().hex
     environment = {**os.environ, "PYTHONPATH": str(folder), "BIGTRAIN_TEST_MARK": mark}
-    process = bigtrain("run", config, "stages.pretrain.data=[{source: 'mine:rows'}]", env=environment)
+    process = bigtrain(
+        "run", config, f"stages.{stage}.data=[{{source: 'mine:rows'}}]", "parallel.engine=fsdp", env=environment
+    )
     return process, marked(mark)
 
 
@@ -49,6 +53,18 @@ def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
     lines = process.stderr.strip().splitlines()
     assert lines[0] == "rank 1 failed:"
     assert lines[-1] == "RuntimeError: the disk is on fire"
+    assert process.stderr.count("Traceback (most recent call last)") == 1
+    assert left == []
+
+
+def test_a_rank_that_fails_inside_a_step_is_the_one_that_is_told_of(tmp_path):
+    """The others wait for it in a collective and fail too: of that nothing is to be read."""
+    failure = "import torch\n    torch.optim.AdamW.step = lambda *_: 1 / 0"
+    process, left = fail(tmp_path, failure, "finetune")
+    assert process.returncode == 1
+    lines = process.stderr.strip().splitlines()
+    assert lines[0] == "rank 1 failed:"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
     assert process.stderr.count("Traceback (most recent call last)") == 1
     assert left == []
 

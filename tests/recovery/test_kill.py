@@ -12,7 +12,7 @@ from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.observability.stream import read_metrics
 from tests.support import bigtrain, small_config
 
-STEPS = 30
+STEPS = 16
 
 
 def run(config, *overrides):

@@ -27,7 +27,7 @@ def run(tmp_path):
         last.mkdir(parents=True)
         (last / "manifest.json").write_text("{}")
         folder.export(stage).mkdir()
-        folder.record(stage, finished=True, steps=3)
+        folder.record(stage, finished=True, steps=3, exported_step=3)
         for step in (1, 2, 3):
             stream.emit("step", stage=stage, step=step, loss=float(step))
     stream.close()
@@ -59,6 +59,9 @@ def test_restart_sets_the_stage_and_its_dependents_aside(run):
     manifest.rename(manifest.with_name("gone"))
     assert not folder.is_finished(config())
     manifest.with_name("gone").rename(manifest)
+    folder.record("finetune", exported_step=2)  # an export of an earlier checkpoint
+    assert not folder.is_finished(config())
+    folder.record("finetune", exported_step=3)
     folder.begin(config("stages.pretrain.optimizer.lr=1"), "pretrain", world_size=2)
     assert not folder.is_finished(config())
     assert not folder.stage("pretrain").exists()
@@ -100,3 +103,7 @@ def test_the_last_row_of_a_step_counts_and_a_torn_line_does_not(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "stage": "a", "st')
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.25), (3, 0.3)]
+    stream = Stream([Files(tmp_path)], attempt=2)
+    stream.emit("step", stage="a", step=4, loss=0.4)
+    stream.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
