@@ -41,7 +41,7 @@ class Progress:
 
     def _on_started(self, event: Event) -> None:
         self._print(
-            f"bigtrain {event['version']} · {event['folder']} · {_plural(event['world_size'], 'process', 'processes')}"
+            f"bigtrain {event['version']} · {event['folder']} · {plural(event['world_size'], 'process', 'processes')}"
             f" · {event['engine']} · {event['precision']} · {event['device']}"
         )
         for reason in (*event["chosen"], f"attention: {event['attention']}", *PRECISION_NOTES[event["precision"]]):
@@ -126,5 +126,6 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def _plural(number: int, one: str, many: str) -> str:
+def plural(number: int, one: str, many: str) -> str:
+    """2, "process", "processes" -> 2 processes."""
     return f"{number} {one if number == 1 else many}"

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from bigtrain.config.schema import Run, Stage
-from bigtrain.observability.progress import count, duration, perplexity
+from bigtrain.observability.progress import count, duration, perplexity, plural
 from bigtrain.observability.stream import Event, read_metrics
 from bigtrain.run_folder import RunFolder
 
@@ -16,7 +16,7 @@ def summary(config: Run, folder: RunFolder) -> str:
     """Stage by stage: what was trained on what, held-out loss before and after, speed, answers; what to try next."""
     rows = read_metrics(folder.path)
     stages = folder.facts()["stages"]
-    lines = ["", f"{config.name}: {len(config.stages)} stages in {folder.path}"]
+    lines = ["", f"{config.name}: {plural(len(config.stages), 'stage', 'stages')} in {folder.path}"]
     for stage in config.stages:
         lines += _stage(stage, stages[stage.name], [row for row in rows if row["stage"] == stage.name])
     last = config.stages[-1]

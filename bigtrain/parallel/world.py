@@ -36,6 +36,7 @@ def joined(device: str, precision: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _device(device, precision, local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", chosen.type)  # DeepSpeed would guess, and say so, when it is imported
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
