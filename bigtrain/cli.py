@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -114,15 +114,22 @@ def evaluate(
 
 def main() -> None:
     """The `bigtrain` command. Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong."""
-    from bigtrain.launching.spawn import tell
-
     try:
         app()
     except BigtrainError as error:
-        code = 2 if isinstance(error, ConfigError | DataError) else 1
-        tell(str(error), code)
-        sys.exit(code)
+        _end(str(error), 2 if isinstance(error, ConfigError | DataError) else 1)
     except Exception:  # noqa: BLE001 - told in full, with the rank that it happened on
         rank = os.environ.get("RANK")
-        tell((f"rank {rank} failed:\n" if rank else "") + traceback.format_exc(), 1)
-        sys.exit(1)
+        _end((f"rank {rank} failed:\n" if rank else "") + traceback.format_exc(), 1)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    """Tell why the process ends, and end it. A rank leaves at once: taking its group down may abort."""
+    from bigtrain.launching.spawn import tell
+
+    tell(text, code)
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -65,8 +65,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], failures: list[Path]) -> int:
 def _explain(final: list[int], codes: list[int | None], failures: list[Path]) -> int:
     """Print the earliest failure, once; returns the exit code."""
     told = [json.loads(file.read_text()) for file in failures if file.exists()]
-    killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    if killed:  # a rank that was killed tells nothing, and the others only tell of its loss
+    silent = [rank for rank, file in enumerate(failures) if not file.exists()]
+    killed = [(rank, -(codes[rank] or 0)) for rank in silent if (codes[rank] or 0) < 0]
+    if killed:  # it could tell nothing, and the others only tell of its loss
         rank, number = killed[0]
         why = "; the machine was probably out of memory" if number == signal.SIGKILL else ""
         print(
