@@ -17,6 +17,7 @@ from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, held_out_batches
 from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
+from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store, make_once
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import CheckpointError, DataError
@@ -52,8 +53,8 @@ def run_here(config: Run, restart: str | None = None) -> None:
     begun = time.monotonic()
     folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision) as world:
-        if config.model.from_config is not None:  # before anything is written
-            try_architecture(config.model, 1, attention=config.attention)
+        if world.rank == 0 and not folder.facts():
+            _try_inputs(config)
         stream = _open(config, folder, world, restart)
         _Pipeline(config, world, folder, stream).run()
     if world.rank == 0:  # on its own: nobody waits in a collective for it
@@ -61,6 +62,21 @@ def run_here(config: Run, restart: str | None = None) -> None:
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
         stream.close()
         print(summary(config, folder))
+
+
+def _try_inputs(config: Run) -> None:
+    """Open all that the run's file names, as far as it can be had without writing anything.
+
+    Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
+    cannot be opened or do not fit each other.
+    """
+    for stage in config.stages:
+        held_out = (stage.evaluate.data if stage.evaluate else None) or []
+        for source in (*stage.data, *held_out):
+            next(documents(source, COLUMNS[stage.task]))
+    trained = config.tokenizer is not None and config.tokenizer.train is not None
+    entries = 1 if trained else len(open_tokenizer(config))
+    try_architecture(config.model, entries, attention=config.attention, added_tokens=config.adds_tokens)
 
 
 def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> Stream:

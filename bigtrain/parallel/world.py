@@ -35,7 +35,7 @@ def joined(device: str, precision: str) -> Iterator[World]:
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, precision, local_rank)
+    chosen = choose_device(device, precision, local_rank, gpus=torch.cuda.device_count())
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)  # DeepSpeed would guess, and say so, when it is imported
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -63,8 +63,8 @@ def _why_processes(size: int) -> str:
     return f"processes: {size}, " + ("as the launcher says" if "RANK" in os.environ else "as parallel.processes says")
 
 
-def _device(device: str, precision: str, local_rank: int) -> torch.device:
-    gpus = torch.cuda.device_count()
+def choose_device(device: str, precision: str, local_rank: int, gpus: int) -> torch.device:
+    """What a process computes on, on a machine that shows `gpus`. Raises ConfigError as `joined` does."""
     if device == "cuda" and not gpus:
         raise ConfigError("parallel.device: cuda was asked for, but this machine shows no GPU; use auto or cpu.")
     if device == "cpu" or not gpus:
@@ -73,7 +73,7 @@ def _device(device: str, precision: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ConfigError(
-            f"parallel.processes: process {local_rank} of this machine has no GPU of its own; "
-            f"there are {gpus}. Start {gpus}, or set parallel.device: cpu."
+            f"parallel.processes: more processes than GPUs: this machine has {gpus}, and process {local_rank} has none "
+            f"of its own. Start {gpus}, or set parallel.device: cpu."
         )
     return torch.device("cuda", local_rank)

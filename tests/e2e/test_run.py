@@ -120,6 +120,35 @@ def test_a_source_that_is_not_there(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no documents"),
+        ("{not json\n", "cannot be read as JSON rows"),
+        ('{"txt": "words"}\n', "no column `text`"),
+    ],
+)
+def test_a_source_without_documents_is_told_before_anything_is_written(tmp_path, content, message):
+    source = tmp_path / "documents.jsonl"
+    source.write_text(content)
+    config = small_config(tmp_path)
+    refused = bigtrain("run", config, f"stages.pretrain.data.0.source={source}")
+    assert refused.returncode == 2
+    assert refused.stderr.count(message) == 1
+    assert str(source) in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_hub_name_that_cannot_be_had_is_told_before_anything_is_written(tmp_path):
+    config = small_config(tmp_path, model={"from_pretrained": "nobody/nothing"}, tokenizer=None)
+    refused = bigtrain("run", config, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
+    assert refused.returncode == 2
+    assert refused.stderr.count("model.from_pretrained: nobody/nothing cannot be opened") == 1
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_other_documents_are_refused_on_a_resume(finished):
     config, folder, _ = finished
     source = config.parent / "functions.jsonl"

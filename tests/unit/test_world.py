@@ -1,0 +1,31 @@
+"""Which device a process computes on; the machines of these tests are named by their number of GPUs."""
+
+import pytest
+import torch
+
+from bigtrain.errors import ConfigError
+from bigtrain.parallel.world import choose_device
+
+
+def test_each_process_takes_its_own_gpu():
+    assert choose_device("auto", "fp16", 3, gpus=8) == torch.device("cuda", 3)
+    assert choose_device("cuda", "bf16", 0, gpus=1) == torch.device("cuda", 0)
+
+
+def test_without_gpus_or_by_choice_it_is_the_cpu():
+    assert choose_device("auto", "bf16", 3, gpus=0) == torch.device("cpu")
+    assert choose_device("cpu", "fp32", 9, gpus=8) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "local_rank", "gpus", "message"),
+    [
+        ("auto", "bf16", 8, 8, r"parallel.processes: more processes than GPUs: this machine has 8"),
+        ("cuda", "bf16", 0, 0, "parallel.device: cuda was asked for"),
+        ("auto", "fp16", 0, 0, "precision: fp16 needs a GPU"),
+        ("cpu", "fp16", 0, 8, "precision: fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(device, precision, local_rank, gpus, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_device(device, precision, local_rank, gpus)
