@@ -50,6 +50,57 @@ def run(
 
 
 @app.command()
+def launch(
+    config: Annotated[str, typer.Argument(help="The run's file.")],
+    launcher: Annotated[
+        str, typer.Option("--with", help="torchrun, deepspeed, accelerate, slurm or kubernetes.", metavar="LAUNCHER")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Machines that take part.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="On each node. Default: parallel.processes, where there is one node; if that is auto, one per GPU of "
+            "this machine, and 8 for slurm and kubernetes."
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HOST[:PORT]", help="torchrun and accelerate on several nodes: where they meet."),
+    ] = None,
+    hostfile: Annotated[
+        str | None, typer.Option(help="deepspeed on several nodes: a file with a line `NAME slots=GPUS` for each.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="kubernetes: a container image with bigtrain in it.")] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the script instead of starting it.")] = False,
+) -> None:
+    """Start CONFIG with another launcher, on one machine or many."""
+    from bigtrain.launching.launch import Asked
+    from bigtrain.launching.launch import launch as start
+
+    asked = Asked(config, tuple(overrides or ()), launcher, nodes, processes, head, hostfile, image)
+    raise typer.Exit(start(asked, show))
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="The run's file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps to time.", min=1)] = 20,
+    stage: Annotated[str | None, typer.Option(help="The stage to time; default: the first.")] = None,
+) -> None:
+    """Time the steps of CONFIG: tokens per second, MFU, and where the time goes. Trains nothing that is kept."""
+    from bigtrain.config import load
+    from bigtrain.launching.bench import bench as measure
+
+    raise typer.Exit(measure(load(config, overrides or [], here=True).run, stage, steps))
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder, or RUN_DIR/STAGE.")],
     to: Annotated[Path | None, typer.Option(help="The folder to write; default RUN_DIR/STAGE/export.")] = None,

@@ -9,17 +9,31 @@ from collections.abc import Iterable
 class BigtrainError(Exception):
     """Something went wrong that a sentence can explain; shown without a traceback."""
 
+    exit_code = 1
+
 
 class ConfigError(BigtrainError):
     """The run's file, or an override of it, asks for something that cannot be done (exit code 2)."""
+
+    exit_code = 2
 
 
 class DataError(BigtrainError):
     """A source or a token store does not hold what the run's file says it holds (exit code 2)."""
 
+    exit_code = 2
+
 
 class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class Told(BigtrainError):
+    """All ranks leave together for a reason that rank 0 has told already; exit_code is that of the reason."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 import time
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class RunFolder:
 
     def export(self, stage: str) -> Path:
         return self.path / stage / "export"
+
+    @property
+    def preempted(self) -> Path:
+        """A file that is there while the run waits to be started again: it was asked to stop, saved, and left."""
+        return self.path / "preempted"
 
     @property
     def tokenizer(self) -> Path:
@@ -98,6 +104,7 @@ class RunFolder:
         facts = self.facts() or {"name": config.name, "seed": config.seed, "attempts": [], "stages": {}}
         facts["attempts"].append(
             {
+                "id": uuid.uuid4().hex,
                 "started": time.time(),
                 "machine": platform.node(),
                 "python": platform.python_version(),
@@ -106,7 +113,13 @@ class RunFolder:
             }
         )
         self._write(facts)
+        self.preempted.unlink(missing_ok=True)
         return len(facts["attempts"])
+
+    def newest_attempt(self) -> str | None:
+        """The id of the attempt that was begun last, different for each one of each run; None where there is none."""
+        attempts = self.facts().get("attempts") or [{}]
+        return attempts[-1].get("id")
 
     def record(self, stage: str, **facts: Any) -> None:
         """Add to what run.json says of a stage."""

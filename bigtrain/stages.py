@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +20,16 @@ import bigtrain
 from bigtrain.checkpoint import Checkpoint, complete, save
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
-from bigtrain.data.batches import Batches, held_out_batches
+from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store, make_once
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.errors import CheckpointError, DataError
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DataError
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import open_model
-from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, try_architecture
+from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, plain_head, try_architecture
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -32,9 +37,11 @@ from bigtrain.observability.stream import Files, Stream
 from bigtrain.observability.summary import summary
 from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
+from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
 from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
+from bigtrain.resilience.stopping import StopRequest
 from bigtrain.run_folder import RunFolder
 from bigtrain.state import Reader
 from bigtrain.tasks import TASKS, Task
@@ -42,26 +49,36 @@ from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ANSWER_TOKENS = 64  # of an answer to one of a stage's `prompts`
 
 
-def run_here(config: Run, restart: str | None = None) -> None:
-    """Run all stages with this process as one rank: that of the launcher's environment, or the only one."""
+def run_here(config: Run, restart: str | None = None) -> int:
+    """Run all stages with this process as one rank: that of the launcher's environment, or the only one.
+
+    Returns the exit code: 0, or 75 if it was asked to stop and has saved.
+    """
     quiet()
     begun = time.monotonic()
     folder = RunFolder.of(config)
-    with joined(config.parallel.device, config.precision) as world:
-        if world.rank == 0 and not folder.facts():
-            _try_inputs(config)
+    with joined(config.parallel.device, config.precision, in_common(config)) as world:
+        check_attention(config, world)
         stream = _open(config, folder, world, restart)
-        _Pipeline(config, world, folder, stream).run()
-    if world.rank == 0:  # on its own: nobody waits in a collective for it
+        finished = _Pipeline(config, world, folder, stream).run()
+    if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
         _finish(config, folder, stream)
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
-        stream.close()
+    stream.close()
+    if finished and world.rank == 0:
         print(summary(config, folder))
+    return 0 if finished else os.EX_TEMPFAIL
+
+
+def check_attention(config: Run, world: World) -> None:
+    """Raises ConfigError for an attention that this rank's device does not have."""
+    if config.attention in ("flash", "flex") and world.device.type == "cpu":
+        raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
 def _try_inputs(config: Run) -> None:
@@ -74,24 +91,30 @@ def _try_inputs(config: Run) -> None:
         held_out = (stage.evaluate.data if stage.evaluate else None) or []
         for source in (*stage.data, *held_out):
             next(documents(source, COLUMNS[stage.task]))
-    trained = config.tokenizer is not None and config.tokenizer.train is not None
-    entries = 1 if trained else len(open_tokenizer(config))
-    try_architecture(config.model, entries, attention=config.attention, added_tokens=config.adds_tokens)
+    try_architecture(config.model, 1, attention=config.attention, added_tokens=config.adds_tokens)
+    if config.tokenizer is None or config.tokenizer.train is None:
+        model_config(config.model, open_tokenizer(config), config.adds_tokens)
 
 
 def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> Stream:
-    if world.rank != 0:
-        dist.barrier()
-        return Stream()
+    """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
         "world_size": world.size,
         "engine": config.parallel.engine,
         "precision": config.precision,
         "device": str(world.device),
     }
-    attempt = folder.begin(config, restart, **execution)
-    dist.barrier()
-    stream = Stream([Files(folder.path), Progress(), *trackers(config, folder.path)], attempt=attempt)
+
+    def begin() -> tuple[int, str]:
+        if not folder.facts():
+            _try_inputs(config)
+        return folder.begin(config, restart, **execution), folder.newest_attempt() or ""
+
+    number, attempt = from_first(begin)
+    check_same_folder(folder, attempt)
+    if world.rank != 0:
+        return Stream()
+    stream = Stream([Files(folder.path), Progress(), *trackers(config, folder.path)], attempt=number)
     stream.emit(
         "started",
         version=bigtrain.__version__,
@@ -100,6 +123,8 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> 
         chosen=world.chosen,
         **execution,
     )
+    if world.network is not None:
+        stream.emit("network", **asdict(world.network))
     return stream
 
 
@@ -120,6 +145,32 @@ def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
         folder.record(stage.name, export=str(where), exported_step=steps, answers=answers)
 
 
+def stage_engine(
+    config: Run, stage: Stage, task: Task, model: PreTrainedConfig, world: World
+) -> tuple[Callable[..., PreTrainedModel], Engine]:
+    """(what builds the stage's model, empty; its engine, whose weights are still to be loaded); collective."""
+    parallel = config.parallel_of(stage)
+    build = partial(
+        empty_model,
+        model,
+        attention=config.attention,
+        activation_checkpointing=parallel.activation_checkpointing,
+    )
+    engine = build_engine(
+        parallel.engine,
+        build,
+        task,
+        replicate=parallel.replicate,
+        precision=config.precision,
+        compile=parallel.compile,
+        micro_batch_size=min(parallel.micro_batch_size, -(-stage.global_batch_size // world.size)),
+        optimizer=stage.optimizer,
+        seed=config.seed,
+        device=world.device,
+    )
+    return build, engine
+
+
 class _Pipeline:
     """One rank's way through the stages."""
 
@@ -129,8 +180,11 @@ class _Pipeline:
         self.folder = folder
         self.stream = stream
 
-    def run(self) -> None:
-        """Prepare all data first, so that what is wrong with it shows before anything is trained; then train."""
+    def run(self) -> bool:
+        """Prepare all data first, so that what is wrong with it shows before anything is trained; then train.
+
+        False if it was asked to stop, and has saved and marked its folder.
+        """
         tokenizer = self._tokenizer()
         model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
@@ -140,8 +194,10 @@ class _Pipeline:
             data[stage.name] = prepare_stage(self.config, stage, tasks[stage.name], tokenizer)
             for store in (*data[stage.name].train, *data[stage.name].held_out):
                 self.stream.emit("prepared", stage=stage.name, folder=str(store.folder), **_counts(store))
-        for stage in self.config.stages:
-            self._stage(stage, tasks[stage.name], data[stage.name], model)
+        with StopRequest() as request:
+            return all(
+                self._stage(stage, tasks[stage.name], data[stage.name], model, request) for stage in self.config.stages
+            )
 
     def _tokenizer(self) -> Any:
         """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
@@ -188,7 +244,8 @@ class _Pipeline:
                     f"or begin the stage anew with `--restart {stage.name}`."
                 )
 
-    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> None:
+    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, request: StopRequest) -> bool:
+        """Train a stage, or what is left of it; False if it was asked to stop before its end."""
         sequences = _sequences(stage, sum(store.samples for store in data.train))
         newest = self._newest(stage.name)
         resumed = Checkpoint(newest) if newest else None
@@ -206,27 +263,11 @@ class _Pipeline:
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             if self.world.rank == 0:
                 self.folder.record(stage.name, finished=True)
-            return
-        parallel = self.config.parallel_of(stage)
-        build = partial(
-            empty_model,
-            model,
-            attention=self.config.attention,
-            activation_checkpointing=parallel.activation_checkpointing,
-        )
-        engine = build_engine(
-            parallel.engine,
-            build,
-            task,
-            replicate=parallel.replicate,
-            precision=self.config.precision,
-            micro_batch_size=parallel.micro_batch_size,
-            optimizer=stage.optimizer,
-            seed=self.config.seed,
-            device=self.world.device,
-        )
-        origin, reader = (resumed.folder.name, resumed) if resumed else self._first_weights(stage, model, build)
-        shapes = parameter_shapes(build(meta=True))
+            return True
+        build, engine = stage_engine(self.config, stage, task, model, self.world)
+        empty = build(meta=True)
+        origin, reader = (resumed.folder.name, resumed) if resumed else self._first_weights(stage, model, empty)
+        shapes = parameter_shapes(empty)
         if isinstance(reader, Checkpoint):
             reader.check_fit(shapes)
         engine.load(reader, resumed.progress if resumed else {"updates": 0})
@@ -234,7 +275,8 @@ class _Pipeline:
             "from": origin,
             "model": model.model_type,
             "parameters": sum(math.prod(shape) for shape in shapes.values()),
-            "engine": parallel.engine,
+            "logits": "some tokens at a time" if plain_head(empty) is not None else "whole",
+            "engine": self.config.parallel_of(stage).engine,
             "steps": run.steps,
             "sequences": sequences,
             "sequence_length": stage.sequence_length,
@@ -242,12 +284,19 @@ class _Pipeline:
         self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
         if self.world.rank == 0 and not resumed:
             self.folder.record(stage.name, **facts, data=_lineage(data.train), held_out=_lineage(data.held_out))
-        self._train(stage, run, engine, data, sequences)
+        finished = self._train(stage, run, engine, data, sequences, request)
         engine.close()
         if self.world.rank == 0:
-            self.folder.record(stage.name, finished=True)
+            if finished:
+                self.folder.record(stage.name, finished=True)
+            else:
+                self.folder.preempted.touch()
+                self.stream.emit("preempted", stage=stage.name, step=run.done)
+        return finished
 
-    def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> None:
+    def _train(
+        self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int, request: StopRequest
+    ) -> bool:
         rank, size = self.world.rank, self.world.size
         batches = Batches(
             data.train,
@@ -260,15 +309,18 @@ class _Pipeline:
         )
         limit = stage.evaluate.sequences if stage.evaluate else None
         root, keep = self.folder.checkpoints(stage.name), stage.checkpoint.keep
-        train(
-            run,
-            engine,
-            batches,
-            held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
-            save=lambda: save(root, run.done, engine.boxes(), engine.progress(), keep),
-        )
+        pin = self.world.device.type == "cuda"
+        with Prefetched(batches, pin) as prefetched, compiling(stage.name):
+            return train(
+                run,
+                engine,
+                prefetched,
+                held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
+                save=lambda: save(root, run.done, engine.boxes(), engine.progress(), keep),
+                request=request,
+            )
 
-    def _first_weights(self, stage: Stage, model: PreTrainedConfig, build: Any) -> tuple[str, Reader]:
+    def _first_weights(self, stage: Stage, model: PreTrainedConfig, empty: PreTrainedModel) -> tuple[str, Reader]:
         if stage.from_stage is not None:
             newest = self._newest(stage.from_stage)
             if newest is None:
@@ -280,7 +332,23 @@ class _Pipeline:
         source = self.config.model.from_pretrained
         if source is not None:
             return source, pretrained_weights(source, model.vocab_size, self.config.seed)
-        return "random weights", RandomWeights(build(meta=True), self.config.seed)
+        return "random weights", RandomWeights(empty, self.config.seed)
+
+
+@contextmanager
+def compiling(stage: str) -> Iterator[None]:
+    """Turn what torch.compile raises, in the first step, into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        compiler = sys.modules.get("torch._dynamo.exc")
+        if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+            raise
+        reason = "\n".join(str(error).strip().splitlines()[:3])
+        raise BigtrainError(
+            f"stage {stage}: torch.compile cannot compile this model here; set parallel.compile: false. "
+            f"It says:\n{reason}"
+        ) from error
 
 
 def _lineage(stores: list[Store]) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
         *_run_folder(run),
         *_pretrained(run),
         *_trackers(run),
+        *_flash(run),
         *(broken for i in range(len(run.stages)) for broken in _sources(run.stages[i], ("stages", i))),
     ]
 
@@ -84,6 +85,10 @@ def _top(run: Run) -> Broken:
         yield ("name",), "`stores` is the folder of the token stores; choose another name."
     if run.precision == "fp16" and run.parallel.device == "cpu":
         yield ("precision",), "fp16 needs a GPU; use bf16 or fp32 with parallel.device: cpu."
+    if run.attention in ("flash", "flex") and run.parallel.device == "cpu":
+        yield ("attention",), f"{run.attention} needs a GPU; use sdpa with parallel.device: cpu."
+    if run.attention == "flash" and run.precision == "fp32":
+        yield ("attention",), "flash has no fp32; use precision: bf16, or attention: sdpa."
 
 
 def _architecture(run: Run) -> Broken:
@@ -116,6 +121,11 @@ def _trackers(run: Run) -> Broken:
             yield ("trackers", i), f"{name} is not installed; `pip install 'bigtrain[trackers]'`."
 
 
+def _flash(run: Run) -> Broken:
+    if run.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        yield ("attention",), "flash needs the package flash-attn, which is not installed; install it, or use sdpa."
+
+
 def _reporting(run: Run) -> Broken:
     if run.profile is not None:
         first, last = run.profile.steps
@@ -133,6 +143,8 @@ def _parallel(run: Run) -> Broken:
     for at, parallel in [((), run.parallel), *((("stages", i), run.parallel_of(s)) for i, s in enumerate(run.stages))]:
         if parallel.replicate > 1 and parallel.engine != "fsdp":
             yield (*at, "parallel", "replicate"), f"needs engine: fsdp; {parallel.engine} has no replicas of shards."
+        if parallel.compile and parallel.engine == "zero3":
+            yield (*at, "parallel", "compile"), "zero3 gathers parameters within each layer; use fsdp, zero1 or zero2."
         if isinstance(processes, int) and processes % parallel.replicate:
             yield (
                 (*at, "parallel", "replicate"),

@@ -83,6 +83,10 @@ class Parallel(Section):
         ge=1,
     )
     micro_batch_size: int = execution("Sequences that a process runs through the model at once.", 8, ge=1)
+    compile: bool = execution(
+        "Compile layers and loss with torch.compile: a minute or more at the start, faster steps. Not with zero3.",
+        False,
+    )
     activation_checkpointing: Literal["none", "full"] = execution(
         "full: keep only the input of each layer for the backward pass and compute the rest again; "
         "about a third more compute, much less memory.",
@@ -94,6 +98,7 @@ class StageParallel(Section):
     engine: Engine | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
     replicate: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
     micro_batch_size: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
+    compile: bool | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
     activation_checkpointing: Literal["none", "full"] | None = execution(
         "As in `parallel`, for this stage alone; null: as there.", None
     )
@@ -200,7 +205,11 @@ class Run(Section):
         "fp16 needs a GPU.",
         "bf16",
     )
-    attention: Literal["sdpa", "eager"] = execution("Attention implementation of transformers.", "sdpa")
+    attention: Literal["sdpa", "flash", "flex", "eager"] = execution(
+        "Attention implementation of transformers. sdpa: PyTorch's own; flash: the package flash-attn, which needs no "
+        "mask; flex: PyTorch's flex_attention. flash and flex need a GPU.",
+        "sdpa",
+    )
     parallel: Parallel = execution("How it is executed, never what is trained.", Parallel())
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = reporting(
         "Experiment trackers that get the metrics as well; they must be installed.", []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +68,43 @@ class Batches:
         """(store, sample in the store) of each row of the whole global batch."""
         stores, samples = self._order(self._shares.whole(step))
         return list(zip(stores.tolist(), samples.tolist(), strict=True))
+
+
+class Prefetched:
+    """The batches of a stage, the next one built by a thread while the current one is trained on.
+
+    With `pin` its tensors lie in page-locked memory, from which a GPU copies without the host waiting.
+    A context; leaving it ends the thread.
+    """
+
+    def __init__(self, batches: Batches, pin: bool = False):
+        self._batches = batches
+        self._pin = pin
+        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    def __enter__(self) -> Prefetched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __call__(self, step: int) -> Batch:
+        """`batches(step)`, of any step; fast for the one after the last that was asked for."""
+        if self._ahead is not None and self._ahead[0] == step:
+            future = self._ahead[1]
+        else:
+            future = self._thread.submit(self._build, step)
+        batch = future.result()
+        if step + 1 < self._batches.steps:
+            self._ahead = step + 1, self._thread.submit(self._build, step + 1)
+        return batch
+
+    def _build(self, step: int) -> Batch:
+        batch = self._batches(step)
+        if not self._pin:
+            return batch
+        return replace(batch, tensors={key: tensor.pin_memory() for key, tensor in batch.tensors.items()})
 
 
 def held_out_batches(

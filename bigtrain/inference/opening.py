@@ -85,7 +85,8 @@ def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device) 
     run = place.run
     tokenizer = load_tokenizer(place.folder / "tokenizer")
     config = model_config(run.model, tokenizer, run.adds_tokens)
-    model: Any = empty_model(config, attention=run.attention, activation_checkpointing="none", meta=True)
+    attention = "eager" if run.attention == "eager" else "sdpa"  # the others need not be there any more
+    model: Any = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     reader = Checkpoint(place.checkpoint, weights_only=True)
     reader.check_fit(parameter_shapes(model))
     _fill(model, reader, dtype, device)

@@ -18,6 +18,7 @@ from bigtrain.config.load import Loaded, lacking
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
 from bigtrain.errors import ConfigError
+from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
 
 
@@ -46,6 +47,7 @@ def dry_run(loaded: Loaded) -> None:
 
     Raises ConfigError for what only shows when the architecture is built.
     """
+    adopt()
     run, processes = loaded.run, _processes(loaded.run)
     _check_replicas(run, processes)
     if os.environ.get("RANK", "0") != "0":

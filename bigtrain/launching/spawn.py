@@ -10,18 +10,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+from bigtrain.config.environment import tell as tell  # the command's way to it
+from bigtrain.resilience.stopping import SIGNALS
 
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
 
 
 def spawn(command: list[str], processes: int, why: str) -> int:
-    """Run `command` as `processes` ranks; returns the exit code of the one that failed first, or 0.
+    """Run `command` as `processes` ranks; returns the exit code of the one that failed first; 0, or 75 (preempted).
 
     `why` says in words why there are as many; rank 0 shows it.
     """
@@ -45,20 +49,41 @@ def spawn(command: list[str], processes: int, why: str) -> int:
             for r in range(processes)
         ]
         try:
-            return _wait(ranks, failures)
+            with _passing_on(ranks):
+                return _wait(ranks, failures)
         finally:
             _stop(ranks)
+
+
+@contextmanager
+def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ranks that are asked to stop save first: what this process is asked, they are asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python takes signals in the main thread only
+        return
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], failures: list[Path]) -> int:
     """Wait until all ranks are done or one has failed; the others have nothing to wait for then."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        if any(codes):
+        if any(code not in (None, 0, os.EX_TEMPFAIL) for code in codes):
             _stop(ranks)
             return _explain([rank.returncode for rank in ranks], codes, failures)
-        if all(code == 0 for code in codes):
-            return 0
+        if None not in codes:
+            return max(code or 0 for code in codes)
         time.sleep(0.05)
 
 
@@ -82,18 +107,6 @@ def _explain(final: list[int], codes: list[int | None], failures: list[Path]) ->
     rank = next(rank for rank, code in enumerate(codes) if code)
     print(f"rank {rank} ended with exit code {final[rank]} and told nothing.", file=sys.stderr)
     return 1
-
-
-def tell(text: str, code: int) -> None:
-    """Say why this process ends: to the parent that spawned it, or to the terminal."""
-    file = os.environ.get(FAILURE_FILE)
-    if file is None:
-        print(text, file=sys.stderr)
-        return
-    partial = Path(file).with_suffix(".partial")
-    failure: dict[str, Any] = {"text": text, "code": code, "time": time.time()}
-    partial.write_text(json.dumps(failure))
-    partial.replace(file)
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:

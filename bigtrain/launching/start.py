@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 from bigtrain.config import Run, load, to_yaml
-from bigtrain.errors import BigtrainError
+from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+from bigtrain.errors import BigtrainError, Told
+from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn
 from bigtrain.run_folder import RunFolder
 
@@ -21,6 +23,8 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     """
     loaded = config if isinstance(config, Run) else load(config, overrides, here=True).run
     code = start(loaded, restart)
+    if code == os.EX_TEMPFAIL:
+        raise BigtrainError(f"the run in {RunFolder.of(loaded).path} was asked to stop, and has saved; run it again.")
     if code != 0:
         raise BigtrainError(f"the run in {RunFolder.of(loaded).path} failed with exit code {code}; see above.")
     return RunFolder.of(loaded).path
@@ -28,7 +32,10 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
 
 def start(config: Run, restart: str | None = None) -> int:
     """Run all stages; returns the exit code. Spawned ranks have printed why they failed."""
-    if "RANK" in os.environ:
+    launcher = adopt()
+    if launcher is not None:
+        if FAILURE_FILE not in os.environ:
+            os.environ[PROCESSES_WHY] = _why(launcher, config)
         return _here(config, restart)
     folder = RunFolder.of(config)
     folder.check(config, restart)
@@ -39,6 +46,7 @@ def start(config: Run, restart: str | None = None) -> int:
         return 0
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
     if processes == 1:
+        os.environ[PROCESSES_WHY] = why
         return _here(config, restart)
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
         resolved = Path(temporary) / "config.yaml"
@@ -47,8 +55,17 @@ def start(config: Run, restart: str | None = None) -> int:
         return spawn(command + (["--restart", restart] if restart else []), processes, why)
 
 
+def _why(launcher: Launcher, config: Run) -> str:
+    """In words, why there are as many ranks as a launcher has started."""
+    asked, size = config.parallel.processes, os.environ["WORLD_SIZE"]
+    overridden = f"; parallel.processes: {asked} does not count there" if str(asked) not in ("auto", size) else ""
+    return launcher.why + overridden
+
+
 def _here(config: Run, restart: str | None) -> int:
     from bigtrain.stages import run_here
 
-    run_here(config, restart)
-    return 0
+    try:
+        return run_here(config, restart)
+    except Told as told:
+        return told.exit_code

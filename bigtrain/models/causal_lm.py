@@ -14,6 +14,43 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# Architectures whose logits are their output head applied to their last hidden states, and nothing else.
+PLAIN_HEADS = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "helium",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # where transformers' names are not ours
+
 
 def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False) -> PreTrainedConfig:
     """The transformers configuration that the run's file asks for; with `added_tokens` a pretrained model's
@@ -69,6 +106,7 @@ def try_architecture(model: Model, entries: int, *, attention: str, added_tokens
     stands_in: Any = _Tokenizer(entries)
     try:
         config = model_config(model, stands_in, added_tokens)
+        attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
         return empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         key = "from_config" if model.from_config is not None else "from_pretrained"
@@ -88,10 +126,33 @@ class _Tokenizer:
         return self.entries
 
 
+def plain_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that alone makes the model's logits from its last hidden states; None where more is done to them
+    (caps, scales), or nobody has looked."""
+    config = model.config
+    scaled = getattr(config, "final_logit_softcapping", None) is not None
+    return model.get_output_embeddings() if config.model_type in PLAIN_HEADS and not scaled else None
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer in place, as one graph; layers that are alike share it. Names stay as they are."""
+    import torch
+
+    for module in repeated_layers(model):
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that an architecture is made of, as transformers names them."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def empty_model(
     config: PreTrainedConfig, *, attention: str, activation_checkpointing: str, meta: bool = False
 ) -> PreTrainedModel:
     """The model in fp32, in training mode, its parameters not initialised; with `meta` they take no memory at all.
+    `attention` is sdpa, eager, flash or flex.
 
     Buffers are real either way: they hold what the architecture computes (rotary frequencies).
     """
@@ -101,7 +162,9 @@ def empty_model(
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False) if meta else nullcontext(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION.get(attention, attention), dtype=torch.float32
+        )
     model.tie_weights()  # both contexts leave it undone
     if activation_checkpointing == "full":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Profiler:
         return None
 
     def _start(self) -> None:
-        self._profile = torch.profiler.profile(record_shapes=True, with_stack=False)
+        self._profile = quiet_profile(record_shapes=True, with_stack=False)
         if torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self._profile.start()
@@ -49,3 +50,9 @@ class Profiler:
         self._profile = None
         self._first = self._last + 1  # once
         return trace
+
+
+def quiet_profile(**options: Any) -> torch.profiler.profile:
+    """torch's profiler, whose library prints when it starts and stops unless it is told not to."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the first start
+    return torch.profiler.profile(**options)

@@ -47,6 +47,13 @@ class Progress:
         for reason in (*event["chosen"], f"attention: {event['attention']}", *PRECISION_NOTES[event["precision"]]):
             self._print(f"           {reason}")
 
+    def _on_network(self, event: Event) -> None:
+        self._print(
+            f"           network: all-reduce {event['bus_bytes_per_second'] / 1e9:.2g} GB/s (bus), "
+            f"{event['latency_seconds'] * 1e6:.0f} us over {plural(event['processes'], 'process', 'processes')} "
+            f"on {plural(event['hosts'], 'host', 'hosts')}"
+        )
+
     def _on_preparing(self, event: Event) -> None:
         self._print(f"{'prepare':<10} {event['what']}")
 
@@ -65,6 +72,10 @@ class Progress:
             f"{event['stage']:<10} {event['model']} {count(event['parameters'])}, from {event['from']} · "
             f"{event['batch']} x {event['sequence_length']} tokens a step, {event['steps']} steps{resumed}"
         )
+        if event["logits"] == "whole":
+            self._print(
+                f"           logits: all at once; {event['model']} is none of the models that need only its head"
+            )
         self._steps_left_at = None
 
     def _on_stage_skipped(self, event: Event) -> None:
@@ -98,6 +109,9 @@ class Progress:
         if event["step"] == 0 or start == loss:
             both = (f"{loss:.4f}", perplexity(loss))
         self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event['step']})")
+
+    def _on_preempted(self, event: Event) -> None:
+        self._print(f"asked to stop: saved at step {event['step']} of {event['stage']}; start it again to go on")
 
     def _on_exporting(self, event: Event) -> None:
         self._print(f"{'export':<10} {event['folder']}")

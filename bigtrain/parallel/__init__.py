@@ -24,6 +24,7 @@ def build_engine(
     *,
     replicate: int,
     precision: str,
+    compile: bool,
     micro_batch_size: int,
     optimizer: Optimizer,
     seed: int,
@@ -35,6 +36,7 @@ def build_engine(
     """
     common: dict[str, Any] = {
         "precision": precision,
+        "compile": compile,
         "micro_batch_size": micro_batch_size,
         "optimizer": optimizer,
         "seed": seed,

@@ -11,16 +11,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.models.causal_lm import compile_layers, plain_head
 from bigtrain.state import Box, Reader
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from bigtrain.tasks import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,18 +36,20 @@ class Outcome(NamedTuple):
     loss: mean over the supervised targets of the global batch, float64.
     targets: their number, float64.
     grad_norm: 2-norm of the whole gradient before clipping, float32.
+    stop: number of ranks that were asked to stop before this step, float64.
     """
 
     loss: Tensor
     targets: Tensor
     grad_norm: Tensor
+    stop: Tensor
 
 
 class Engine(Protocol):
     """Runs steps and holds this rank's share of the state. Two implementations: torch mesh and DeepSpeed."""
 
-    def step(self, batch: Batch, lr: float) -> Outcome:
-        """One optimizer update with learning rate `lr`."""
+    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
+        """One optimizer update with learning rate `lr`. `stop`: this rank was asked to stop; all ranks hear of it."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -67,29 +73,95 @@ class Engine(Protocol):
         ...
 
 
-class TaskModule(nn.Module):
-    """Model and task as one module, so that an engine owns forward and backward: batch in, sums out."""
+BORDERS = "borders"  # of documents, in a micro-batch for flash attention
+LOGITS_AT_ONCE = 2**26  # elements of logits that exist at once: 256 MiB in fp32
 
-    def __init__(self, model: nn.Module, task: Task):
+
+class TaskModule(nn.Module):
+    """Model and task as one module, so that an engine owns forward and backward: batch in, sums out.
+
+    Where the architecture allows it (`plain_head`), logits are made for as many tokens at a time as LOGITS_AT_ONCE
+    says, thrown away, and made again in the backward pass. The number of such chunks follows from shapes alone, so
+    it is the same on all ranks. With `compile`, layers and loss are compiled.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, compile: bool = False):
         super().__init__()
         self.model = model
         self.task = task
+        self._token_sums = _token_sums
+        if compile:
+            compile_layers(model)
+            self._token_sums = torch.compile(_token_sums, fullgraph=True, dynamic=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        output = self.model(**self.task.inputs(batch))
-        return self.task.sums(output, batch, training=self.training)
+        inputs = self.task.inputs(batch)
+        if BORDERS in batch:
+            inputs |= _one_row(batch)
+            batch = {key: tensor for key, tensor in batch.items() if key != BORDERS}
+        head = plain_head(self.model)
+        if head is None:
+            return self.task.sums(self.model(**inputs).logits, batch, training=self.training)
+        hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+        chunks = -(-hidden.shape[0] * self.model.config.vocab_size // LOGITS_AT_ONCE)
+        if chunks == 1:
+            return self._token_sums(head, self.task, hidden, batch, self.training)
+        pieces = {key: tensor.flatten().chunk(chunks) for key, tensor in batch.items()}
+        totals: dict[str, Tensor] = {}
+        for i, tokens in enumerate(hidden.chunk(chunks)):
+            piece = {key: tensors[i] for key, tensors in pieces.items()}
+            arguments = (head, self.task, tokens, piece, self.training)
+            sums = checkpoint(self._token_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
+            totals = {key: totals[key] + value for key, value in sums.items()} if totals else sums
+        return totals
 
 
-def micro_batches(batch: Batch, size: int, world_size: int) -> list[dict[str, Tensor]]:
+def _one_row(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments that differ when flash attention reads all rows as one, told apart by the documents' borders
+    (without these transformers looks at restarting positions in batches of one row only)."""
+    longest = batch["input_ids"].shape[1]
+    return {
+        "input_ids": batch["input_ids"].reshape(1, -1),
+        "position_ids": batch["position_ids"].reshape(1, -1),
+        "cu_seq_lens_q": batch[BORDERS],
+        "cu_seq_lens_k": batch[BORDERS],
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _token_sums(
+    head: nn.Module, task: Task, hidden: Tensor, batch: dict[str, Tensor], training: bool
+) -> dict[str, Tensor]:
+    """The task's sums over some tokens, from their last hidden states."""
+    return task.sums(head(hidden), batch, training=training)
+
+
+def micro_batches(
+    batch: Batch, size: int, world_size: int, *, fixed: bool = False, borders: bool = False
+) -> list[dict[str, Tensor]]:
     """Split a rank's rows into micro-batches: as many, of the same shape, on every rank.
 
-    With fewer rows per rank than `size`, micro-batches shrink to what the fullest rank has.
+    With fewer rows per rank than `size`, micro-batches shrink to what the fullest rank has, unless the shape is
+    `fixed`, as for a compiled module. With `borders` each has the entry BORDERS: where documents begin in its rows
+    laid end to end, and where the last one ends, int32.
     """
     fullest = -(-batch.rows // world_size)
-    size = min(size, fullest)
+    size = size if fixed else min(size, fullest)
     count = -(-fullest // size)
     tensors = {key: _padded(key, tensor, count * size) for key, tensor in batch.tensors.items()}
-    return [{key: tensor[i * size : (i + 1) * size] for key, tensor in tensors.items()} for i in range(count)]
+    micros = [{key: tensor[i * size : (i + 1) * size] for key, tensor in tensors.items()} for i in range(count)]
+    if borders:
+        for micro in micros:
+            begins = (micro["position_ids"].flatten() == 0).nonzero().flatten()
+            end = begins.new_tensor([micro["position_ids"].numel()])
+            micro[BORDERS] = torch.cat([begins, end]).to(torch.int32)
+    return micros
+
+
+def micro_batch_shape(model: PreTrainedModel, compile: bool) -> dict[str, bool]:
+    """What `micro_batches` has to mind for a model."""
+    return {"fixed": compile, "borders": model.config._attn_implementation == "flash_attention_2"}
 
 
 def _padded(key: str, tensor: Tensor, rows: int) -> Tensor:
@@ -103,12 +175,14 @@ def _padded(key: str, tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, dummy])
 
 
-def count_targets(batch: Batch, device: torch.device) -> Tensor:
-    """Supervised targets of the global batch: a float64 scalar on `device`, the same on every rank."""
-    count = (batch.tensors["targets"] != IGNORE).sum().to(device, torch.float64)
+def agree(batch: Batch, stop: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(supervised targets of the global batch, ranks that were asked to stop): float64 scalars on `device`, the same
+    on every rank."""
+    targets = (batch.tensors["targets"] != IGNORE).sum()
+    counts = torch.stack([targets, targets.new_tensor(stop)]).to(device, torch.float64)
     if dist.get_world_size() > 1:
-        dist.all_reduce(count)
-    return count
+        dist.all_reduce(counts)
+    return counts[0], counts[1]
 
 
 def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,15 +195,15 @@ def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def evaluate(
-    module: nn.Module, batches: Iterable[Batch], micro_batch_size: int, device: torch.device
+    module: nn.Module, batches: Iterable[Batch], micro_batch_size: int, device: torch.device, **shape: bool
 ) -> dict[str, float]:
-    """`Engine.evaluate` for any module that maps a micro-batch to sums."""
+    """`Engine.evaluate` for any module that maps a micro-batch to sums; `shape`: as `micro_batches` takes it."""
     was_training = module.training
     module.eval()
     totals: dict[str, Tensor] = {}
     with torch.no_grad():
         for batch in batches:
-            for micro in micro_batches(batch, micro_batch_size, dist.get_world_size()):
+            for micro in micro_batches(batch, micro_batch_size, dist.get_world_size(), **shape):
                 sums = module({key: tensor.to(device, non_blocking=True) for key, tensor in micro.items()})
                 for key, value in sums.items():
                     value = value.detach().to(torch.float64)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigtrain.data.batches import Batch
+from bigtrain.models.causal_lm import repeated_layers
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import PRECISIONS, Outcome, TaskModule, seed_dropout
@@ -46,6 +47,7 @@ class MeshEngine:
         *,
         shard: int,
         precision: str,
+        compile: bool,
         micro_batch_size: int,
         optimizer: Optimizer,
         seed: int,
@@ -61,7 +63,8 @@ class MeshEngine:
         self._loss_scale = LossScale() if precision == "fp16" else None
 
         model = build_model()
-        self._module: Any = TaskModule(model, task)
+        self._shape = contract.micro_batch_shape(model, compile)
+        self._module: Any = TaskModule(model, task, compile)
         self._wrapped = self._world_size > 1 or precision != "fp32"
         if self._wrapped:
             _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
@@ -70,14 +73,14 @@ class MeshEngine:
         self._parameters = dict(model.named_parameters())
         self._optimizer = build_optimizer(model, optimizer)
 
-    def step(self, batch: Batch, lr: float) -> Outcome:
+    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
         seed_dropout(self._seed, batch.step, self._rank)
-        targets = contract.count_targets(batch, self._device)
+        targets, stops = contract.agree(batch, stop, self._device)
         weight = 1.0 / targets.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        micros = contract.micro_batches(batch, self._micro_batch_size, self._world_size)
+        micros = contract.micro_batches(batch, self._micro_batch_size, self._world_size, **self._shape)
         for i, micro in enumerate(micros):
             if self._wrapped:
                 self._module.set_requires_all_reduce(i == len(micros) - 1)
@@ -86,7 +89,7 @@ class MeshEngine:
             loss += sums["loss"].detach()
         grad_norm = self._update(lr)
         loss = contract.sum_over_ranks({"loss": loss})["loss"]
-        return Outcome(loss / targets.clamp(min=1), targets, grad_norm)
+        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, stops)
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
@@ -109,7 +112,7 @@ class MeshEngine:
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        return contract.evaluate(self._module, batches, self._micro_batch_size, self._device)
+        return contract.evaluate(self._module, batches, self._micro_batch_size, self._device, **self._shape)
 
     def boxes(self) -> Iterator[Box]:
         copies, copy = self._world_size // self._shard, self._rank // self._shard
@@ -165,10 +168,8 @@ def _lay_over_mesh(module: TaskModule, copies: int, shard: int, dtype: torch.dty
     cast = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model: Any = module.model
-    layers = set(model._no_split_modules or ())
-    for child in list(model.modules()):
-        if type(child).__name__ in layers:
-            fully_shard(child, mesh=mesh, mp_policy=policy, reshard_after_forward=shard > 1)
+    for layer in repeated_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=shard > 1)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for child in module.modules():
         if isinstance(child, FSDPModule):

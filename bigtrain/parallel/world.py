@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from bigtrain.config.environment import PROCESSES_WHY
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, Told
+from bigtrain.parallel import agreement
+from bigtrain.parallel.meeting import INTERFACES, first_line, join_seconds, meet
+from bigtrain.parallel.network import Network, measure
 
 
 @dataclass(frozen=True)
 class World:
     """rank and size over all nodes; local_rank on this node; device is the one that this process computes on;
-    chosen says in words what was decided for the user, and why."""
+    chosen says in words what was decided for the user, and why; network is None in a world of one."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     chosen: tuple[str, ...] = ()
+    network: Network | None = None
 
 
 @contextmanager
-def joined(device: str, precision: str) -> Iterator[World]:
+def joined(device: str, precision: str, facts: Mapping[str, str] | None = None) -> Iterator[World]:
     """Join the process group that the launcher's environment names; without one, be a world of one.
 
-    `device` is auto, cpu or cuda. Raises ConfigError for a device that is not there, or cannot do `precision`.
+    `device` is auto, cpu or cuda; `facts` are what all ranks must have in common (`agreement.in_common`). Raises
+    ConfigError for a device that is not there, or cannot do `precision`; Told when ranks are missing or do not agree;
+    BigtrainError when they cannot reach each other.
     """
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -39,28 +48,46 @@ def joined(device: str, precision: str) -> Iterator[World]:
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)  # DeepSpeed would guess, and say so, when it is imported
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    store = dist.HashStore() if size == 1 else None  # a world of one needs no address
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store)
+    why = os.environ.get(PROCESSES_WHY, "")
+    network = _form(rank, size, chosen, dict(facts or {}))
+    words = (_why_device(device, chosen), f"processes: {size}{', ' if why else ''}{why}")
     try:
-        yield World(rank, size, local_rank, chosen, (_why_device(device, chosen), _why_processes(size)))
-    except BaseException:
-        if size == 1:
+        yield World(rank, size, local_rank, chosen, words, network)
+    except BaseException as error:
+        if size == 1 or isinstance(error, Told):
             dist.destroy_process_group()
         raise  # of several ranks the group stays: without it the others would fail before this one has told why
     dist.destroy_process_group()
+
+
+def _form(rank: int, size: int, device: torch.device, facts: dict[str, str]) -> Network | None:
+    """Form the process group once all ranks are there and agree, and try how fast it is."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if size == 1:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # it needs no address
+        return None
+    facts |= {agreement.SIZE: str(size), agreement.DEVICE: device.type}
+    store, hosts = meet(rank, size, facts, agreement.disagreements)
+    try:
+        patience = timedelta(seconds=join_seconds()) if backend == "gloo" else None  # NCCL's own is ten minutes
+        dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=patience)
+        network = measure(device, hosts)
+    except RuntimeError as error:  # torch's own and gloo's
+        raise BigtrainError(
+            f"rank {rank} on {platform.node()} cannot talk to the other ranks over {backend}: {first_line(error)}. "
+            f"{INTERFACES} `ip -brief address` lists them. Check that no firewall stands between the hosts, and look "
+            "for what the other ranks say."
+        ) from None
+    if patience is not None:  # was for forming the group; its collectives get torch's usual time
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.set_timeout(default_pg_timeout)
+    return network
 
 
 def _why_device(asked: str, chosen: torch.device) -> str:
     if asked != "auto":
         return f"device: {chosen.type}, as parallel.device says"
     return f"device: {chosen.type}, as this machine has {'a' if chosen.type == 'cuda' else 'no'} GPU"
-
-
-def _why_processes(size: int) -> str:
-    if PROCESSES_WHY in os.environ:
-        return f"processes: {size}, {os.environ[PROCESSES_WHY]}"
-    return f"processes: {size}, " + ("as the launcher says" if "RANK" in os.environ else "as parallel.processes says")
 
 
 def choose_device(device: str, precision: str, local_rank: int, gpus: int) -> torch.device:

@@ -53,6 +53,7 @@ class ZeroEngine:
         *,
         stage: int,
         precision: str,
+        compile: bool,
         micro_batch_size: int,
         optimizer: Optimizer,
         seed: int,
@@ -72,6 +73,7 @@ class ZeroEngine:
         self._linear = functional.linear
         dtype = contract.PRECISIONS[precision]
         self._model = _build_partitioned(deepspeed, build_model, dtype) if stage == 3 else build_model()
+        self._shape = contract.micro_batch_shape(self._model, compile)
         frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"ZeRO trains whole models; {len(frozen)} parameters are frozen: {frozen[:3]}")
@@ -82,7 +84,7 @@ class ZeroEngine:
             "stage3_param_persistence_threshold": min(elements // 100, KEPT_WHOLE),
         }
         self._optimizer = build_optimizer(self._model, optimizer)
-        module = TaskModule(self._model, task)
+        module = TaskModule(self._model, task, compile)
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._engine.train()
@@ -93,16 +95,16 @@ class ZeroEngine:
             else _split_group_shards(parameters, self._optimizer)
         )
 
-    def step(self, batch: Batch, lr: float) -> Outcome:
+    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
         """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
-        targets = contract.count_targets(batch, self._device)
+        targets, stops = contract.agree(batch, stop, self._device)
         contract.seed_dropout(self._seed, batch.step, dist.get_rank())
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # DeepSpeed sums gradients over the ranks in stages 1 and 2, and takes their mean in stage 3.
         weight = (dist.get_world_size() if self._stage == 3 else 1) / targets.clamp(min=1).float()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in contract.micro_batches(batch, self._micro_batch_size, dist.get_world_size()):
+        for micro in contract.micro_batches(batch, self._micro_batch_size, dist.get_world_size(), **self._shape):
             there = {key: value.to(self._device, non_blocking=True) for key, value in micro.items()}
             sums = self._engine(there)
             self._engine.backward(sums["loss"] * weight, scale_wrt_gas=False)
@@ -112,11 +114,11 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
         loss = contract.sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
-        return Outcome(loss, targets, grad_norm)
+        return Outcome(loss, targets, grad_norm, stops)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's sums over all rows of all batches and all ranks, without dropout."""
-        return contract.evaluate(self._engine, batches, self._micro_batch_size, self._device)
+        return contract.evaluate(self._engine, batches, self._micro_batch_size, self._device, **self._shape)
 
     def boxes(self) -> Iterator[Box]:
         """This rank's share, as views: weights and moments in fp32, and on rank 0 the persistent buffers.

@@ -18,8 +18,11 @@ class Task(Encoder, Protocol):
         """Keyword arguments for the model's forward."""
         ...
 
-    def sums(self, output: Any, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
-        """Scalars that add up over rows and ranks: `loss` (differentiable), `targets`, and metrics."""
+    def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+        """Scalars that add up over tokens, rows and ranks: `loss` (differentiable), `targets`, and metrics.
+
+        logits: (..., vocabulary) for the tensors of `batch`, (...): whole rows, or some tokens of them.
+        """
         ...
 
 

@@ -23,10 +23,10 @@ class CausalLM:
             "use_cache": False,
         }
 
-    def sums(self, output: Any, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+    def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
         """Cross-entropy summed over the supervised targets (nats, fp32) and their number;
         outside training also how many were predicted right."""
-        logits = output.logits.float().flatten(0, -2)
+        logits = logits.float().flatten(0, -2)
         targets = batch["targets"].flatten()
         sums = {
             "loss": F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bigtrain.data.batches import Batch
 from bigtrain.parallel.contract import Engine
+from bigtrain.resilience.stopping import StopRequest
 from bigtrain.training.run import StageRun
 
 
@@ -16,14 +17,18 @@ def train(
     batches: Callable[[int], Batch],
     held_out: Callable[[], Iterable[Batch]],
     save: Callable[[], Path],
-) -> None:
-    """Train from step `run.done` to the stage's end; on all ranks together."""
+    request: StopRequest,
+) -> bool:
+    """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it."""
     if run.evaluates and run.done == 0:
         run.evaluated(engine.evaluate(held_out()))
     while run.done < run.steps:
-        outcome = engine.step(batches(run.done), lr=run.learning_rate)
+        outcome = engine.step(batches(run.done), lr=run.learning_rate, stop=request.asked)
         due = run.completed(outcome)
         if due.evaluate:
             run.evaluated(engine.evaluate(held_out()))
         if due.save:
             run.saved(save())
+        if due.stop:
+            return False
+    return True

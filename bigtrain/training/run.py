@@ -23,6 +23,7 @@ class Due(NamedTuple):
 
     evaluate: bool
     save: bool
+    stop: bool
 
 
 class StageRun:
@@ -47,6 +48,7 @@ class StageRun:
         self._stream = stream
         self._skips_overflows = skips_overflows
         self._profiler = profiler
+        self._stops = False
         self._pending: tuple[dict[str, Any], _HostCopy] | None = None
         self._profile()
         self._since = time.perf_counter()
@@ -65,13 +67,16 @@ class StageRun:
         row |= {"stage": self._stage.name, "step": self.done, "steps": self.steps}
         values = _HostCopy(outcome)
         self._pending = (row, values)
+        if values.here:
+            self._report()
         last = self.done == self.steps
         evaluate, checkpoint = self._stage.evaluate, self._stage.checkpoint
         due = Due(
             evaluate=evaluate is not None and (last or _every(self.done, evaluate.every)),
-            save=last or _every(self.done, checkpoint.every),
+            save=last or self._stops or _every(self.done, checkpoint.every),
+            stop=self._stops and not last,
         )
-        if any(due) or values.here:
+        if any(due):
             self._report()
         self._profile()
         return due
@@ -85,7 +90,8 @@ class StageRun:
             return
         row, values = self._pending
         self._pending = None
-        loss, targets, grad_norm = values.read()
+        loss, targets, grad_norm, stops = values.read()
+        self._stops = stops > 0
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._check_finite(row["step"], loss, grad_norm)

@@ -36,6 +36,8 @@ def installed(tmp_path_factory):
 def test_the_wheel_has_types_licence_and_the_command_and_nothing_else(installed):
     site, names = installed
     assert "bigtrain/py.typed" in names
+    templates = {"command.sh", "slurm.sbatch", "kubernetes.yaml"}
+    assert {f"bigtrain/launching/templates/{name}.tmpl" for name in templates} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"bigtrain"}
     [entry_points] = site.glob("*.dist-info/entry_points.txt")

@@ -106,6 +106,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path, engi
     assert saved == ["step-00000001"]
 
 
+def test_flex_attention_is_refused_without_a_gpu(tmp_path):
+    refused = bigtrain("run", small_config(tmp_path, attention="flex"), "parallel.processes=1")
+    assert refused.returncode == 2
+    assert refused.stderr.count("attention: flex needs a GPU") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_machine_that_cannot_compile_is_told(tmp_path):
+    config = small_config(tmp_path, steps=1)
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = bigtrain("run", config, "parallel.compile=true", "parallel.processes=1", env=environment)
+    assert process.returncode == 1
+    assert (
+        "stage pretrain: torch.compile cannot compile this model here; set parallel.compile: false." in process.stderr
+    )
+    assert "Traceback" not in process.stderr
+
+
 def test_fp16_is_refused_without_a_gpu(tmp_path):
     refused = bigtrain("run", small_config(tmp_path, precision="fp16"))
     assert refused.returncode == 2

@@ -11,7 +11,7 @@ from bigtrain.config.schema import Optimizer
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights
-from bigtrain.parallel import build_engine
+from bigtrain.parallel import build_engine, contract
 from bigtrain.tasks.causal_lm import CausalLM
 
 LENGTH = 24
@@ -70,7 +70,9 @@ def make(
     precision="fp32",
     tied=True,
     checkpointing="none",
+    task=None,
     replicate=1,
+    compile=False,
     reader=None,
     progress=None,
 ):
@@ -79,9 +81,10 @@ def make(
     engine = build_engine(
         layout,
         build_model,
-        CausalLM(),
+        task or CausalLM(),
         replicate=replicate,
         precision=precision,
+        compile=compile,
         micro_batch_size=micro,
         optimizer=OPTIMIZER,
         seed=0,
@@ -116,12 +119,49 @@ def trained(layout, steps=10, rows=7, **kwargs):
     return [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state
 
 
-def evaluated(layout):
+def evaluated(layout, **kwargs):
     """The sums of an evaluation of three batches, with random weights."""
-    engine = make(layout)
+    engine = make(layout, **kwargs)
     sums = engine.evaluate(share(step, rows) for step, rows in ((0, 7), (1, 2), (2, 5)))
     engine.close()
     return sums
+
+
+def by_chunks(function, layout, **kwargs):
+    """`function` with so few logits at once that each micro-batch takes several chunks; (its result, how many)."""
+    chunks = []
+
+    class Counted(CausalLM):
+        def sums(self, logits, batch, training):
+            chunks.append(logits.shape)
+            return super().sums(logits, batch, training)
+
+    kept = contract.LOGITS_AT_ONCE
+    contract.LOGITS_AT_ONCE = 10 * VOCABULARY
+    try:
+        result = function(layout, task=Counted(), **kwargs)
+    finally:
+        contract.LOGITS_AT_ONCE = kept
+    assert all(shape.numel() <= 10 * VOCABULARY for shape in chunks)
+    return result, len(chunks)
+
+
+def compiled(layout, steps=5):
+    """(losses, gradient norms, the compiler's graphs after two steps, at the end, graph breaks).
+
+    The last step has fewer rows than the others.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine = make(layout, micro=2, compile=True)
+    counters = torch._dynamo.utils.counters
+    outcomes, graphs = [], []
+    for step in range(steps):
+        outcomes.append(engine.step(share(step, 7 if step + 1 < steps else 3), learning_rate(step)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    engine.close()
+    losses, norms = [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes]
+    return losses, norms, graphs, dict(counters["graph_break"])
 
 
 def segment(layout, folder, first, count, precision="fp32"):

@@ -1,5 +1,6 @@
 """Any engine on any number of ranks trains what a plain PyTorch loop on one process trains."""
 
+import shutil
 from functools import cache
 
 import pytest
@@ -12,14 +13,19 @@ LAYOUTS = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 STEPS = 10
 
 
-@cache
-def reference(tied=True, dtype=None):
-    """Losses, norms and weights of the plain loop from the same first weights."""
+def first_model(tied=True):
     build_model = cases.model_builder(tied)
     model, reader = build_model(), RandomWeights(build_model(meta=True), seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name, "weight", (0,) * parameter.dim(), tuple(parameter.shape)))
+    return model
+
+
+@cache
+def reference(tied=True, dtype=None):
+    """Losses, norms and weights of the plain loop from the same first weights."""
+    model = first_model(tied)
     batches = [tuple(cases.global_batch(step).values()) for step in range(STEPS)]
     losses, norms = plain.train(model, batches, [cases.learning_rate(s) for s in range(STEPS)], dtype=dtype)
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -62,6 +68,39 @@ def test_activation_checkpointing_changes_nothing(pools, layout):
     got_losses, got_norms, _ = pools(2)(cases.trained, layout, STEPS, micro=2, checkpointing="full")[0]
     assert relative(got_losses, losses) < 1e-6
     assert relative(got_norms, norms) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loss_by_chunks_changes_nothing(pools, layout):
+    losses, norms, weights = reference()
+    (got_losses, got_norms, state), chunks = pools(2)(cases.by_chunks, cases.trained, layout, micro=2)[0]
+    assert chunks == STEPS * 2 * 5 * 2  # micro-batches of 48 tokens, ten tokens at once, each forward done twice
+    assert relative(got_losses, losses) < 1e-6
+    assert relative(got_norms, norms) < 1e-6
+    for name, weight in weights.items():
+        assert (state[name, "weight"] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_evaluation_by_chunks_changes_nothing(pools, layout):
+    expected = pools(1)(cases.evaluated, "ddp")[0]
+    for sums, chunks in pools(3)(cases.by_chunks, cases.evaluated, layout):
+        assert chunks > 3
+        assert (sums["targets"], sums["correct"]) == (expected["targets"], expected["correct"])
+        assert sums["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero1", "zero2"])
+def test_compiled_layers_train_the_same(pools, layout):
+    """One graph for the layers, one for the loss, and none anew after the first step, not even for a smaller one."""
+    batches = [tuple(cases.global_batch(step, 7 if step < 4 else 3).values()) for step in range(5)]
+    expected_losses, expected_norms = plain.train(first_model(), batches, [cases.learning_rate(s) for s in range(5)])
+    for losses, norms, graphs, breaks in pools(2)(cases.compiled, layout):
+        assert relative(losses, expected_losses) < 1e-6
+        assert relative(norms, expected_norms) < 1e-6
+        assert graphs == [2] * 5
+        assert breaks == {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

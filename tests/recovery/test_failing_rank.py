@@ -83,7 +83,15 @@ def test_no_rank_outlives_the_command(tmp_path, number):
     config = small_config(tmp_path, steps=100_000)
     environment = {**os.environ, "BIGTRAIN_TEST_MARK": mark}
     command = [sys.executable, "-m", "bigtrain", "run", str(config)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job, as these tests may be, begins with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for line in process.stdout:
         if "step 1/" in line:
             break

@@ -1,12 +1,16 @@
 """A run that is killed and started again ends where an uninterrupted one ends, to the last bit."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.observability.stream import read_metrics
@@ -96,3 +100,42 @@ def test_another_engine_and_world_size_take_over(tmp_path):
     for row, expected in zip(moved, whole, strict=True):
         assert row[3] == pytest.approx(expected[3], rel=1e-6)
         assert row[4] == expected[4]
+
+
+def stop_after_step(config, folder, step, send):
+    """Ask a run to stop once it has reported a step of its first stage; returns (its output, the step it stopped at)."""
+    command = [sys.executable, "-m", "bigtrain", "run", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not reported(folder, "pretrain", step):
+        time.sleep(0.01)
+    send(process)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert (folder / "preempted").exists()
+    assert errors == ""
+    return output, complete(folder / "pretrain" / "checkpoints")[-1].name
+
+
+def test_asked_to_stop_it_saves_and_goes_on_when_started_again(tmp_path):
+    """The command is asked the first time, then one of its ranks alone: all of them stop after the same step."""
+    config = small_config(tmp_path)
+    changes = {"steps": 100_000, "schedule": {"name": "constant"}, "checkpoint": {}, "evaluate": None, "held_out": 0.0}
+    values = yaml.safe_load(config.read_text())
+    values["stages"] = [values["stages"][0] | changes]
+    config.write_text(yaml.safe_dump(values))
+    folder = tmp_path / "runs" / "small"
+
+    output, first = stop_after_step(config, folder, 3, lambda process: process.send_signal(signal.SIGTERM))
+    assert f"asked to stop: saved at step {int(first.removeprefix('step-'))} of pretrain; start it again" in output
+
+    def ask_last_rank(process):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[-1]), signal.SIGUSR1)
+
+    begun = int(first.removeprefix("step-"))
+    output, second = stop_after_step(config, folder, begun + 3, ask_last_rank)
+    assert f"resumed at step {begun}" in output
+    ended = int(second.removeprefix("step-"))
+    run(config, "name=whole", f"stages.pretrain.steps={ended}", "stages.pretrain.export=false")
+    assert numbers(folder) == numbers(tmp_path / "runs" / "whole")

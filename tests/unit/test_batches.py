@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.batches import Batch, Batches, held_out_batches
+from bigtrain.data.batches import Batch, Batches, Prefetched, held_out_batches
 from bigtrain.data.store import Store, open_store
 from bigtrain.data.writing import Layout, write_store
 
@@ -131,3 +132,32 @@ def test_the_stores_folder_is_all_a_rank_needs(stores) -> None:
     opened = [open_store(Path(store.folder), LENGTH) for store in stores]
     ours, theirs = ranks(stores, None, 9, 48, 1)[0], ranks(opened, None, 9, 48, 1)[0]
     assert torch.equal(ours(2).tensors["input_ids"], theirs(2).tensors["input_ids"])
+
+
+def test_prefetched_batches_are_the_same_in_any_order(stores) -> None:
+    batches = ranks(stores, None, 9, 48, 1)[0]
+    with Prefetched(batches) as prefetched:
+        for step in (0, 1, 2, 2, 5, 0, 1, 4, 5):
+            ahead, expected = prefetched(step), batches(step)
+            assert (ahead.step, ahead.rows) == (step, expected.rows)
+            assert all(torch.equal(ahead.tensors[name], expected.tensors[name]) for name in NAMES)
+        with pytest.raises(IndexError):
+            prefetched(6)
+
+
+def test_the_next_batch_is_built_behind_the_step(stores) -> None:
+    built = []
+    second = threading.Event()
+
+    class Watched(Batches):
+        def __call__(self, step):
+            built.append((step, threading.current_thread() is threading.main_thread()))
+            if step == 1:
+                second.set()
+            return super().__call__(step)
+
+    watched = Watched(stores, None, seed=0, global_batch_size=9, total_samples=48, rank=0, world_size=1)
+    with Prefetched(watched) as prefetched:
+        prefetched(0)
+        assert second.wait(60)  # nobody has asked for step 1
+    assert built == [(0, False), (1, False)]

@@ -65,10 +65,10 @@ assert "bigtrain" not in sys.modules
 class Watched(CausalLM):
     """Keeps the logits of the last forward outside training."""
 
-    def sums(self, output, batch, training):
+    def sums(self, logits, batch, training):
         if not training:
-            self.logits = output.logits.detach().clone()
-        return super().sums(output, batch, training)
+            self.logits = logits.detach().unflatten(0, batch["targets"].shape).clone()
+        return super().sums(logits, batch, training)
 
 
 def train_and_save(folder, layout):
@@ -83,6 +83,7 @@ def train_and_save(folder, layout):
         task,
         replicate=1,
         precision=run.precision,
+        compile=False,
         micro_batch_size=2,
         optimizer=Optimizer(lr=1e-2, eps=1e-4),
         seed=0,

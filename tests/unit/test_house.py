@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2] / "bigtrain"
 FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"errors", "config"},
     {"run_folder", "pretrained", "state"},
-    {"observability"},
+    {"observability", "resilience"},
     {"models", "data"},
     {"tasks"},
     {"optim"},
@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"checkpoint"},
     {"training"},
     {"inference"},
-    {"stages"},
+    {"stages", "bench"},
     {"launching"},
     {"cli", "testing", "__init__", "__main__"},
 ]

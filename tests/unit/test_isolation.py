@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from bigtrain.data.batches import IGNORE
+from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights
+from bigtrain.parallel import contract
 from bigtrain.parallel.contract import TaskModule
 from bigtrain.tasks.causal_lm import CausalLM
 
@@ -87,14 +88,45 @@ def test_the_first_document_changes_nothing_of_the_second(family, attention, che
         torch.testing.assert_close(other_gradient[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex"])
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_packed_logits_are_those_of_the_document_alone(family, attention):
+    if (family, attention) == ("gpt2", "flex"):
+        pytest.skip("transformers has no flex attention for gpt2, and refuses it")
     task_module = module(family, attention, "none").eval()
     batch = row(first_document=1)
     packed = task_module.model(**task_module.task.inputs(batch)).logits[:, BORDER:]
     alone = task_module.model(input_ids=batch["input_ids"][:, BORDER:], use_cache=False).logits
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attentions_single_row_is_the_same(family):
+    """All rows of a micro-batch laid end to end and told apart by their documents' borders, here read by sdpa."""
+    task_module = module(family, "sdpa", "none")
+    tensors = {key: torch.cat([row(1)[key], row(2)[key]]) for key in row(1)}
+    (micro,) = contract.micro_batches(Batch(tensors, 2, 0), 2, 1)
+    (with_borders,) = contract.micro_batches(Batch(tensors, 2, 0), 2, 1, borders=True)
+    assert with_borders[contract.BORDERS].tolist() == [0, BORDER, LENGTH, LENGTH + BORDER, 2 * LENGTH]
+    assert with_borders[contract.BORDERS].dtype == torch.int32
+    expected, got = task_module(micro), task_module(with_borders)
+    assert got["targets"] == expected["targets"]
+    assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash and flex attention train on GPUs only")
+@pytest.mark.parametrize("attention", ["flash", "flex"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_isolation_on_a_gpu(family, attention):
+    if attention == "flash":
+        pytest.importorskip("flash_attn")
+    task_module = module(family, attention, "none").to("cuda", torch.bfloat16)
+    losses = []
+    for first in (1, 2):
+        (micro,) = contract.micro_batches(Batch(row(first), 1, 0), 1, 1, borders=attention == "flash")
+        losses.append(loss_and_gradient(task_module, {key: tensor.cuda() for key, tensor in micro.items()})[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_look_would_see_a_leak():

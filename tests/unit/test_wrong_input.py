@@ -128,6 +128,10 @@ stages:
          "longer than the whole stage"),
         ("stdlib", "~/text", "`~` is not expanded in sources; write /"),
         ("name: test", "name: taken", "run.yaml:1: name: runs/taken is not empty and holds no run"),
+        ("name: test", "name: test\nattention: flash\nparallel: {device: cpu}", "attention: flash needs a GPU"),
+        ("name: test", "name: test\nattention: flash\nprecision: fp32", "attention: flash has no fp32"),
+        ("name: test", "name: test\nattention: flash", "flash needs the package flash-attn"),
+        ("name: test", "name: test\nparallel: {engine: zero3, compile: true}", "parallel.compile: zero3 gathers"),
         ("name: test", "name: test\noutput: data/texts/a.txt", "output: data/texts/a.txt is a file; name a folder."),
     ],
 )  # fmt: skip

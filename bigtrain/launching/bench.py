@@ -1,0 +1,44 @@
+"""Start `bigtrain bench`: as one rank of a launcher that is there already, or by spawning the ranks."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from bigtrain.config import Run, to_yaml
+from bigtrain.config.schema import Stage
+from bigtrain.errors import ConfigError, Told, nearest
+from bigtrain.launching.launchers import adopt
+from bigtrain.launching.spawn import processes_here, spawn
+
+
+def bench(config: Run, stage: str | None, steps: int) -> int:
+    """Time `steps` steps of a stage, None for the first; returns the exit code.
+
+    Raises ConfigError for an unknown stage.
+    """
+    stages = {known.name: known for known in config.stages}
+    name = stage or config.stages[0].name
+    if name not in stages:
+        raise ConfigError(f"--stage {name}: there is no such stage; {nearest(name, stages)}")
+    if adopt() is not None:
+        return _here(config, stages[name], steps)
+    processes, why = processes_here(config.parallel.processes, config.parallel.device)
+    if processes == 1:
+        return _here(config, stages[name], steps)
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
+        resolved = Path(temporary) / "config.yaml"
+        resolved.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "bigtrain", "bench", str(resolved), "--stage", name, "--steps", str(steps)]
+        return spawn(command, processes, why)
+
+
+def _here(config: Run, stage: Stage, steps: int) -> int:
+    from bigtrain.bench import bench_here
+
+    try:
+        bench_here(config, stage, steps)
+    except Told as told:
+        return told.exit_code
+    return 0

@@ -1,0 +1,154 @@
+"""What all ranks have to have in common, and what differs when they do not: told once, by host and rank.
+
+Versions, source and configuration are compared before there is a process group, the run's folder once rank 0 has begun
+the run there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import yaml
+
+import bigtrain
+from bigtrain.config import Run, to_yaml
+from bigtrain.config.environment import tell
+from bigtrain.errors import BigtrainError, ConfigError, Told
+from bigtrain.parallel.meeting import Member, named
+from bigtrain.run_folder import VERSIONS, RunFolder
+
+CONFIG, SIZE, DEVICE, SOURCE = "the run's file", "WORLD_SIZE", "device", "the source of bigtrain"
+REMEDIES = {
+    CONFIG: "start all ranks with the same file and overrides",
+    SIZE: "tell all hosts of the same number of processes",
+    DEVICE: "look at that host's GPU driver (nvidia-smi), or set parallel.device: cpu",
+}
+INSTALL = "install the same on all hosts"
+SEE_SECONDS = 5.0  # that a file may take to show on another host: network disks cache what a folder holds
+
+Result = TypeVar("Result")
+
+
+def in_common(config: Run) -> dict[str, str]:
+    """Of this process: what has to be the same on all ranks, and what it is."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONS},
+        SOURCE: _source(),
+        CONFIG: to_yaml(config),
+    }
+
+
+def disagreements(members: list[Member]) -> list[str]:
+    """What the others have not as rank 0 has it, a line for each host and difference."""
+    first, *others = members
+    found: dict[tuple[str, str], list[int]] = {}
+    for other in others:
+        for about, theirs in other.facts.items():
+            ours = first.facts.get(about, "nothing")
+            if theirs == ours:
+                continue
+            differing = _differing(ours, theirs) if about == CONFIG else [(about, ours, theirs)]
+            remedy = REMEDIES.get(about, INSTALL)
+            for name, a, b in differing:
+                line = f"{name} {b}, rank 0 on {first.host} has {a}; {remedy}."
+                found.setdefault((other.host, line), []).append(other.rank)
+    return [f"{named(ranks)} on {host}: {line}" for (host, line), ranks in found.items()]
+
+
+def _differing(ours: str, theirs: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, our value, their value) of two resolved run's files."""
+    a, b = (dict(_flat(yaml.safe_load(text))) for text in (ours, theirs))
+    for key in (*a, *(key for key in b if key not in a)):
+        if a.get(key) != b.get(key):
+            yield f"{key}:", a.get(key, "no such key"), b.get(key, "no such key")
+
+
+def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from _flat(below, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list) and value:
+        for number, below in enumerate(value):
+            name = below.get("name", number) if isinstance(below, dict) else number
+            yield from _flat(below, f"{at}.{name}")
+    else:
+        yield at, value
+
+
+def _source() -> str:
+    """A fingerprint of the files of this package: of a checkout, the version alone tells nothing."""
+    digest = hashlib.sha256()
+    root = Path(bigtrain.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def from_first(action: Callable[[], Result]) -> Result:
+    """What `action` returns on rank 0, which alone calls it. Collective.
+
+    A BigtrainError that it raises there ends all ranks: as Told, or in a world of one as it is.
+    """
+    result: list[Any] = [None]
+    text, exit_code = "", 0
+    if dist.get_rank() == 0:
+        try:
+            result = [action()]
+        except BigtrainError as error:
+            if dist.get_world_size() == 1:
+                raise
+            text, exit_code = str(error), error.exit_code
+    _end_together(text, exit_code)
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def check_same_folder(folder: RunFolder, attempt: str) -> None:
+    """Raises Told on all ranks unless all see in `folder` the attempt of this id, that rank 0 has begun. Collective."""
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (platform.node(), str(folder.path.absolute()), _sees(folder, attempt)))
+    first = seen[0][0]
+    blind: dict[tuple[str, str], list[int]] = {}
+    for rank, (host, path, sees) in enumerate(seen):
+        if not sees:
+            blind.setdefault((host, path), []).append(rank)
+    lines = [f"{named(ranks)} on {host}: {path}" for (host, path), ranks in blind.items()]
+    text = (
+        f"What rank 0 on {first} has written to {seen[0][1]} is not seen by\n  "
+        + "\n  ".join(lines)
+        + "\nAll ranks read and write the run's folder. Put it on a disk that all hosts share (NFS, Lustre, ...), with "
+        "output=FOLDER, or run on one host."
+    )
+    _end_together(text if lines and dist.get_rank() == 0 else "", ConfigError.exit_code)
+
+
+def _sees(folder: RunFolder, attempt: str) -> bool:
+    deadline = time.monotonic() + SEE_SECONDS
+    while True:
+        with suppress(OSError):  # a file handle of NFS may be stale
+            list(folder.path.iterdir())  # makes NFS look again
+            if folder.newest_attempt() == attempt:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+
+
+def _end_together(text: str, exit_code: int) -> None:
+    """Raises Told on all ranks if rank 0 has a reason (`text`), after it has told it. Collective."""
+    if text:
+        tell(text, exit_code)
+    reason = [(text, exit_code)]
+    dist.broadcast_object_list(reason, src=0)
+    if reason[0][0]:
+        dist.barrier()  # all have read it: a rank may leave
+        raise Told(*reason[0])

@@ -1,0 +1,194 @@
+"""How the ranks of a run find each other: each comes to rank 0's store and says who it is; nobody waits for ever.
+
+That is before there is a process group: what would hang one (a rank that is missing, another backend) is seen here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from bigtrain.config.environment import JOIN_SECONDS, tell
+from bigtrain.errors import BigtrainError, ConfigError, Told, shorten
+
+DEFAULT_JOIN_SECONDS = 600.0
+NOTICE_SECONDS = 30.0  # of waiting, until it is said for whom
+LEAVE_SECONDS = 5.0  # that rank 0 keeps its store open for the others to read why all leave
+INTERFACES = (
+    "On hosts with several networks, MASTER_ADDR has to be an address in the one that all hosts share, and "
+    "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name its interface, like eth0, on each host."
+)
+_MEETINGS = itertools.count()  # of this process; all ranks count alike, and a launcher's store outlives a meeting
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank, its host's name, and facts in which all ranks should agree: what they are about -> text."""
+
+    rank: int
+    host: str
+    facts: dict[str, str]
+
+
+def join_seconds() -> float:
+    """How long the ranks wait for each other. Raises ConfigError for a user's setting that is no number."""
+    text = os.environ.get(JOIN_SECONDS, str(DEFAULT_JOIN_SECONDS))
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{JOIN_SECONDS}: {text!r} is no number of seconds.") from None
+
+
+def meet(
+    rank: int, size: int, facts: dict[str, str], disagreements: Callable[[list[Member]], list[str]]
+) -> tuple[dist.Store, int]:
+    """Wait until all ranks are there and agree; returns the store that they share, and the number of their hosts.
+
+    Collective. Raises Told on all ranks when some are missing or `disagreements` (called on rank 0, with the members in
+    order of rank) names any, and BigtrainError on a rank that cannot reach rank 0.
+    """
+    deadline = time.monotonic() + join_seconds()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"bigtrain/{restart}/{next(_MEETINGS)}", _store(rank, deadline))
+    if store.add(f"claims/{rank}", 1) > 1:
+        raise BigtrainError(f"rank {rank} on {platform.node()}: another process has come as rank {rank} already.")
+    store.set(f"member/{rank}", json.dumps(asdict(Member(rank, platform.node(), facts))))
+    if rank == 0:
+        return store, _lead(store, size, deadline, disagreements)
+    try:
+        store.wait(["verdict"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + NOTICE_SECONDS))
+        verdict = json.loads(store.get("verdict"))
+    except dist.DistError as error:
+        reason = f"rank 0 at {_address()} has gone ({first_line(error)})"
+        raise BigtrainError(f"rank {rank} on {platform.node()}: {reason}. Look for what it says.") from None
+    if verdict["text"]:
+        store.set(f"left/{rank}", "")
+        raise Told(verdict["text"], verdict["exit_code"])
+    if size != verdict["size"]:  # a rank that rank 0 does not wait for
+        raise BigtrainError(
+            f"rank {rank} on {platform.node()}: WORLD_SIZE is {size} here and {verdict['size']} at rank 0; tell all "
+            "hosts of the same number of processes."
+        )
+    return store, verdict["hosts"]
+
+
+def _lead(store: dist.Store, size: int, deadline: float, disagreements: Callable[[list[Member]], list[str]]) -> int:
+    """Rank 0's part: it waits for the others, judges, and tells before any rank may leave."""
+    missing = _missing(store, size, deadline)
+    present = [rank for rank in range(size) if rank not in missing]
+    members = [Member(**json.loads(text)) for text in store.multi_get([f"member/{rank}" for rank in present])]
+    hosts = len({member.host for member in members})
+    if missing:
+        text, exit_code = _absent(missing, size), BigtrainError.exit_code
+    else:
+        text, exit_code = "\n".join(disagreements(members)), ConfigError.exit_code
+    if text:
+        tell(text, exit_code)
+    store.set("verdict", json.dumps({"text": text, "exit_code": exit_code, "hosts": hosts, "size": size}))
+    if text:
+        with suppress(dist.DistError):
+            store.wait([f"left/{rank}" for rank in present if rank], timedelta(seconds=LEAVE_SECONDS))
+        raise Told(text, exit_code)
+    return hosts
+
+
+def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
+    """The ranks that have not come until the deadline."""
+    notice = time.monotonic() + NOTICE_SECONDS
+    while not store.check([f"member/{rank}" for rank in range(size)]):
+        now = time.monotonic()
+        if now > deadline or now > notice:
+            missing = [rank for rank in range(size) if not store.check([f"member/{rank}"])]
+            if now > deadline:
+                return missing
+            _say(f"rank 0 at {_address()} waits for {named(missing)} of {size}")
+            notice = deadline + 1
+        time.sleep(0.05)
+    return []
+
+
+def _store(rank: int, deadline: float) -> dist.Store:
+    """A client of the store at MASTER_ADDR, which rank 0 serves unless torchrun does. Raises BigtrainError."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not serves:
+        _reach(rank, host, port, deadline)
+    try:
+        return dist.TCPStore(
+            "127.0.0.1" if serves else host,  # whoever gave this host another's address, the others will say so
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=join_seconds()),
+            wait_for_workers=False,  # it would not say for whom it waits
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if serves:
+            raise BigtrainError(
+                f"rank 0 on {platform.node()} cannot use port {port} (MASTER_PORT): {first_line(error)}. "
+                "Another run may have it: choose another, the same on all hosts."
+            ) from None
+        raise BigtrainError(_unreached(rank, first_line(error))) from None
+
+
+def _reach(rank: int, host: str, port: int, deadline: float) -> None:
+    """Wait until somebody listens there. Raises BigtrainError at the deadline."""
+    notice = time.monotonic() + NOTICE_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))).close()
+            return
+        except OSError as error:
+            now = time.monotonic()
+            if now > deadline:
+                raise BigtrainError(_unreached(rank, error.strerror or str(error))) from None
+            if now > notice:
+                _say(f"rank {rank} on {platform.node()} waits for rank 0 at {_address()}: {error.strerror or error}")
+                notice = deadline + 1
+            time.sleep(0.1)
+
+
+def _unreached(rank: int, reason: str) -> str:
+    return (
+        f"rank {rank} on {platform.node()} cannot reach rank 0 at {_address()}: {reason}. Check that MASTER_ADDR is "
+        "the host of rank 0, by a name or address that this host knows, that MASTER_PORT is the same everywhere and no "
+        f"firewall closes it, and that rank 0 has been started. {INTERFACES} (Waited {join_seconds():.0f} s; "
+        f"{JOIN_SECONDS} changes that.)"
+    )
+
+
+def _absent(missing: list[int], size: int) -> str:
+    return (
+        f"{named(missing)} of {size} did not come to rank 0 on {platform.node()}, {_address()}, within "
+        f"{join_seconds():.0f} s. Look for what these ranks say, and check that they were started, with the same "
+        f"MASTER_ADDR, MASTER_PORT and WORLD_SIZE. {INTERFACES} ({JOIN_SECONDS} changes how long to wait.)"
+    )
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def named(ranks: list[int]) -> str:
+    """In words: `rank 3`, or `ranks 0, 1, 6`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shorten([str(rank) for rank in ranks])}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch says, without the C++ frames."""
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

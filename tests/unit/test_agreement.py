@@ -1,0 +1,85 @@
+"""What differs between ranks is named once for each host: with the ranks, both values, and what to do."""
+
+import pytest
+import yaml
+
+from bigtrain.config import Run, to_yaml
+from bigtrain.errors import ConfigError
+from bigtrain.parallel.agreement import CONFIG, DEVICE, SIZE, disagreements, in_common
+from bigtrain.parallel.meeting import Member, join_seconds, named
+
+CONFIGURATION = {
+    "name": "small",
+    "model": {"from_pretrained": "somewhere"},
+    "stages": [
+        {
+            "name": "pretrain",
+            "task": "pretrain",
+            "data": [{"source": "stdlib"}],
+            "sequence_length": 64,
+            "global_batch_size": 5,
+            "steps": 6,
+            "optimizer": {"lr": 1e-3},
+        }
+    ],
+}
+
+
+def members(*changes):
+    """Rank 0 on node-a, and on node-b a rank for each of the changes to its facts."""
+    facts = in_common(Run.model_validate(CONFIGURATION)) | {SIZE: "8", DEVICE: "cuda", "torch": "2.13.0"}
+    return [Member(0, "node-a", facts), *(Member(n, "node-b", facts | change) for n, change in enumerate(changes, 1))]
+
+
+def config_with(**changes):
+    return {CONFIG: to_yaml(Run.model_validate(yaml.safe_load(to_yaml(Run.model_validate(CONFIGURATION))) | changes))}
+
+
+def test_the_same_on_all_ranks_is_nothing_to_tell():
+    assert disagreements(members({}, {})) == []
+
+
+def test_another_version_is_named_with_both_values():
+    assert disagreements(members({}, {}, {"torch": "2.12.0"})) == [
+        "rank 3 on node-b: torch 2.12.0, rank 0 on node-a has 2.13.0; install the same on all hosts."
+    ]
+
+
+def test_ranks_with_the_same_difference_share_a_line():
+    old = {"torch": "2.12.0", "the source of bigtrain": "0123"}
+    lines = disagreements(members({}, *[old] * 7))
+    assert len(lines) == 2
+    assert lines[0].startswith("ranks 2, 3, 4, 5, 6 and 2 more on node-b: torch 2.12.0")
+    assert lines[1].startswith("ranks 2, 3, 4, 5, 6 and 2 more on node-b: the source of bigtrain 0123, rank 0")
+
+
+def test_of_the_runs_file_the_keys_that_differ_are_named():
+    stage = {**CONFIGURATION["stages"][0], "optimizer": {"lr": 2e-3}}
+    remedy = "start all ranks with the same file and overrides."
+    assert disagreements(members(config_with(seed=1, stages=[stage]))) == [
+        f"rank 1 on node-b: seed: 1, rank 0 on node-a has 0; {remedy}",
+        f"rank 1 on node-b: stages.pretrain.optimizer.lr: 0.002, rank 0 on node-a has 0.001; {remedy}",
+    ]
+    more = [CONFIGURATION["stages"][0], {**CONFIGURATION["stages"][0], "name": "more"}]
+    assert "stages.more.steps: 6, rank 0 on node-a has no such key" in "\n".join(
+        disagreements(members(config_with(stages=more)))
+    )
+
+
+def test_devices_and_world_sizes_have_remedies_of_their_own():
+    lines = disagreements(members({DEVICE: "cpu"}, {SIZE: "4"}))
+    assert lines[0].startswith(
+        "rank 1 on node-b: device cpu, rank 0 on node-a has cuda; look at that host's GPU driver"
+    )
+    assert lines[1].startswith("rank 2 on node-b: WORLD_SIZE 4, rank 0 on node-a has 8; tell all hosts of the same")
+
+
+def test_ranks_in_words():
+    assert named([3]) == "rank 3"
+    assert named([0, 1]) == "ranks 0, 1"
+
+
+def test_a_time_to_wait_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("BIGTRAIN_JOIN_SECONDS", "soon")
+    with pytest.raises(ConfigError, match="BIGTRAIN_JOIN_SECONDS: 'soon' is no number"):
+        join_seconds()

@@ -1,0 +1,104 @@
+"""The loss is made by chunks of tokens for architectures whose logits are their head's alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bigtrain.models.causal_lm import PLAIN_HEADS, plain_head
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SMALL_WHERE_KNOWN = {
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+def small(family, **changes):
+    known = set(AutoConfig.for_model(family).to_dict())
+    values = SMALL | {key: value for key, value in SMALL_WHERE_KNOWN.items() if key in known}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values, **changes)).eval()
+
+
+@pytest.mark.parametrize("family", sorted(PLAIN_HEADS))
+@torch.no_grad()
+def test_logits_are_the_heads_alone(family):
+    model = small(family)
+    for parameter in model.parameters():  # scales and biases too must be other than one and zero
+        parameter.normal_(std=0.3)
+    ids = torch.randint(3, 61, (2, 12))
+    expected = model(input_ids=ids, use_cache=False).logits
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.equal(plain_head(model)(hidden), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {}),
+        ("cohere", {}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}),
+    ],
+)
+def test_capped_and_scaled_logits_are_made_by_the_model(family, changes):
+    assert plain_head(small(family, **changes)) is None
+
+
+PEAKS = """
+import resource
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from bigtrain.parallel import contract
+from bigtrain.tasks.causal_lm import CausalLM
+
+torch.set_num_threads(1)
+config = AutoConfig.for_model("llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                              vocab_size=2**17, tie_word_embeddings=True)
+module = contract.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM())
+ids = torch.randint(0, 2**17, (1, 1024))
+batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
+assert contract.LOGITS_AT_ONCE == 2**26  # half of these logits
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def gradient(at_once):
+    contract.LOGITS_AT_ONCE = at_once
+    module.zero_grad()
+    module(batch)["loss"].backward()
+    return module.model.lm_head.weight.grad.clone()
+
+marks = [peak()]
+chunked = gradient(2**26)
+marks.append(peak())
+whole = gradient(2**40)
+marks.append(peak())
+print(marks[1] - marks[0], marks[2] - marks[0], ((chunked - whole).norm() / whole.norm()).item())
+"""
+
+
+def test_a_vocabulary_of_128k_takes_less_memory():
+    """1,024 tokens: whole logits are 512 MiB in fp32, several times over in the backward pass."""
+    process = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    chunked, whole, error = map(float, process.stdout.split())
+    assert whole > 1024  # MiB
+    assert chunked < 0.7 * whole
+    assert error < 1e-5
