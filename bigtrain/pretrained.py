@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,10 @@ def arguments(source: str) -> tuple[str, dict[str, Any]]:
 
 def quiet() -> None:
     """Keep the progress bars of transformers and datasets out of what bigtrain prints."""
-    import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # importing it takes long, and not all need it
 
 
 @contextmanager

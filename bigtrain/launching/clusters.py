@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from bigtrain.launching.job import PORT, SAVE_SECONDS, SIGNALS, Job, filled, for_torchrun
+from bigtrain.run_folder import RunFolder
 
-PREEMPTED = "preempted"  # the file in a run's folder that says: saved and left early, start me again
 WORKPLACE = "/workspace"  # the folder of a pod that relative paths of the run's file start from
 CONFIG = "/etc/bigtrain/config.yaml"  # where a pod finds the run's file
 
@@ -29,7 +29,7 @@ def slurm(job: Job) -> str:
         processes=job.processes,
         gpus=f"#SBATCH --gpus-per-node={job.processes}\n" if job.uses_gpus else "",
         seconds=SAVE_SECONDS,
-        mark=shlex.quote(str(Path(job.loaded.run.output) / job.name / PREEMPTED)),
+        mark=shlex.quote(str(RunFolder.of(job.loaded.run).preempted)),
         command=shlex.join(["bigtrain", *job.arguments]),
     )
 

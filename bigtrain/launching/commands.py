@@ -100,10 +100,9 @@ def accelerate(job: Job) -> Command:
             Option("--main_process_ip", "the head: one of the nodes", job.head[0]),
             Option("--main_process_port", "a free port there", str(job.head[1])),
         ]
-    if job.total > 1:
-        rest = ("--module", "bigtrain", *for_torchrun(job.arguments))  # accelerate has torchrun start them
-    else:  # which it starts plainly: bigtrain would start several
-        rest = ("--module", "bigtrain", *job.arguments, "parallel.processes=1")
+    # It has torchrun start several processes, and starts a single one itself.
+    arguments = for_torchrun(job.arguments) if job.total > 1 else job.arguments
+    rest = ("--module", "bigtrain", *arguments)
     return Command(("accelerate", "launch"), "accelerate.commands.launch", options, rest)
 
 

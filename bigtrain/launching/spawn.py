@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
-from bigtrain.config.environment import tell as tell  # the command's way to it
 from bigtrain.resilience.stopping import SIGNALS
 
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them

@@ -35,6 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that the run's file names, over the parameters of `model` that train."""
+    """The optimizer that the run's file names, over the parameters of `model` that train, in torch's fused kernel."""
     groups = parameter_groups(model, settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), eps=settings.eps)
+    betas = (settings.betas[0], settings.betas[1])
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)

@@ -1,13 +1,14 @@
 """The torch engine: a mesh of processes, (replicate, shard), over which FSDP2 lays the parameters.
 
-`ddp` is the mesh (world, 1), `fsdp` the mesh (replicate, world / replicate). A world of one in fp32 has nothing to
-shard, reduce or cast, and its module stays as it is.
+`ddp` is the mesh (world, 1), `fsdp` the mesh (replicate, world / replicate). A world of one has nothing to shard or
+reduce: its module stays as it is, and below fp32 computes with a copy of its parameters.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,13 +66,16 @@ class MeshEngine:
         model = build_model()
         self._shape = contract.micro_batch_shape(model, compile)
         self._module: Any = TaskModule(model, task, compile)
-        self._wrapped = self._world_size > 1 or precision != "fp32"
+        self._wrapped = self._world_size > 1
         if self._wrapped:
             _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         model.tie_weights()  # making parameters real one by one has untied them
         self._parameters = dict(model.named_parameters())
         self._optimizer = build_optimizer(model, optimizer)
+        self._copies: _Copies | None = None
+        if not self._wrapped and precision != "fp32":
+            self._copies = _Copies(model, self._parameters, PRECISIONS[precision])
 
     def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
         seed_dropout(self._seed, batch.step, self._rank)
@@ -108,6 +112,8 @@ class MeshEngine:
                 group["lr"] = lr
             self._optimizer.step()
             self._updates += 1
+            if self._copies is not None:
+                self._copies.refresh()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -140,13 +146,15 @@ class MeshEngine:
             _fill(parameter.detach(), reader, name, WEIGHT)
             if moments and parameter.requires_grad:
                 state = self._optimizer.state[parameter]
-                state["step"] = torch.tensor(float(progress["updates"]))
+                state["step"] = torch.tensor(float(progress["updates"]), device=self._device)
                 for slot in moments:
                     state[slot] = torch.empty_like(parameter)
                     _fill(state[slot], reader, name, slot)
         if BUFFER in reader.slots:
             for name, buffer in contract.persistent_buffers(self._module.model):
                 _fill(buffer, reader, name, BUFFER)
+        if self._copies is not None:
+            self._copies.refresh()
         self._updates = int(progress.get("updates", 0))
         if self._loss_scale is not None:
             self._loss_scale.load(progress)
@@ -158,8 +166,41 @@ class MeshEngine:
     def close(self) -> None:
         """Without this, FSDP2's process aborts now and then when the group is torn down before the model."""
         self._optimizer.state.clear()
-        del self._optimizer, self._parameters, self._module
+        del self._optimizer, self._parameters, self._module, self._copies
         gc.collect()
+
+
+class _Copies:
+    """Low-precision copies of the parameters, with which the model computes; their gradients gather on the fp32 ones.
+
+    The model's own parameters become the copies; `masters` stay what the optimizer and the state know.
+    """
+
+    def __init__(self, model: PreTrainedModel, masters: dict[str, torch.nn.Parameter], dtype: torch.dtype):
+        copies = {
+            master: torch.nn.Parameter(master.detach().to(dtype), master.requires_grad) for master in masters.values()
+        }
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):  # a tied one has several places
+                setattr(module, name, copies[parameter])
+        for master, copy in copies.items():
+            if copy.requires_grad:
+                copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
+        self._masters = [master.detach() for master in copies]
+        self._tensors = [copy.detach() for copy in copies.values()]
+
+    def refresh(self) -> None:
+        """Take the masters' values."""
+        torch._foreach_copy_(self._tensors, self._masters)
+
+
+def _hand_over(master: torch.nn.Parameter, copy: torch.nn.Parameter) -> None:
+    assert copy.grad is not None
+    if master.grad is None:
+        master.grad = copy.grad.float()
+    else:
+        master.grad += copy.grad
+    copy.grad = None
 
 
 def _lay_over_mesh(module: TaskModule, copies: int, shard: int, dtype: torch.dtype, device: torch.device) -> None:

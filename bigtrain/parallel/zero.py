@@ -186,7 +186,7 @@ class ZeroEngine:
             for value in state.values():
                 value.zero_()
             if state:
-                state["step"] = torch.tensor(float(self._updates))
+                state["step"] = torch.tensor(float(self._updates), device=flat.device)
 
 
 class _Shard(NamedTuple):

@@ -5,10 +5,12 @@ What a real cluster does, and one machine otherwise does not: names to look up, 
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -48,38 +50,51 @@ class Hosts:
             self._ip("-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 self._ip("-n", space, "link", "set", device, "up")
-        if self.run_on(0, "true").wait(timeout=60):
-            pytest.skip(f"this machine cannot make hosts: {(self.folder / 'host-1.log').read_text().strip()}")
+        tried = subprocess.run([self.shell(0), "true"], capture_output=True, text=True)
+        if tried.returncode:
+            pytest.skip(f"this machine cannot make hosts: {tried.stderr.strip()}")
 
     def end(self):
-        """End what still runs, and take the hosts away."""
-        for process in self.running:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        """End what still runs on them, and take them away."""
         for space in self.spaces:
+            inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout
+            for process in map(int, inside.split()):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+        for process in self.running:
+            process.kill()
+            process.wait()
 
-    def run_on(self, number, *command, **environment):
-        """Start a command on a host; what it prints goes to FOLDER/NAME.log."""
+    def shell(self, number):
+        """A program that runs its words on a host."""
+        file = self.folder / self.names[number]
         become = ["unshare", "--uts", "--mount", "sh", "-c", BECOME, "sh", self.names[number], str(self.file)]
-        with (self.folder / f"{self.names[number]}.log").open("w") as log:
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", self.spaces[number + 1], *become, *command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                start_new_session=True,
-            )
+        file.write_text(
+            f'#!/bin/sh\nexec {shlex.join(["ip", "netns", "exec", self.spaces[number + 1], *become])} "$@"\n'
+        )
+        file.chmod(0o755)
+        return file
+
+    def start(self, name, *command, **environment):
+        """Start a command; what it prints goes to FOLDER/NAME.log."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with (self.folder / f"{name}.log").open("w") as log:
+            words = list(map(str, command))
+            process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self.folder, env=environment)
         self.running.append(process)
         return process
 
     def run_on_all(self, command):
         """Run command(number) on every host to its end, which must be a good one."""
-        started = [self.run_on(number, *map(str, command(number))) for number in range(len(self.names))]
-        codes = [process.wait(timeout=600) for process in started]
-        assert not any(codes), "\n".join((self.folder / f"{name}.log").read_text()[-3000:] for name in self.names)
+        for number, name in enumerate(self.names):
+            self.start(name, self.shell(number), *command(number))
+        self.end_well()
+
+    def end_well(self):
+        """Wait for what was started; all of it must end well."""
+        codes = [process.wait(timeout=600) for process in self.running]
+        assert not any(codes), "\n".join(log.read_text()[-3000:] for log in self.folder.glob("*.log"))
 
     def _ip(self, *words):
         done = subprocess.run(["ip", *words], capture_output=True, text=True)
@@ -114,6 +129,22 @@ def alone(tmp_path_factory):
     return losses(folder)
 
 
+# DeepSpeed asks ssh whether a node is there and for its address, and has pdsh run a command on all of them, in a shell.
+SSH = """#!/usr/bin/env python3
+import sys
+host = next(word for word in sys.argv if word.startswith("host-"))
+print(f"{NETWORK}.{host[5:]}" if sys.argv[-1] == "-I" else host)
+"""
+PDSH = """#!/usr/bin/env python3
+import subprocess, sys
+at = sys.argv.index("-w")
+hosts, command = sys.argv[at + 1].split(","), " ".join(sys.argv[at + 2 :])
+commands = [[f"./{host}", "bash", "-c", command.replace("%n", str(i))] for i, host in enumerate(hosts)]
+ranks = list(map(subprocess.Popen, commands))
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
 def losses(folder):
     rows = read_metrics(folder / "runs" / "small")
     return {(row["kind"], row["stage"], row["step"]): row["loss"] for row in rows}
@@ -142,6 +173,26 @@ def test_hosts_under_accelerate_train_what_one_process_trains(hosts, tmp_path, a
     words = ["--with", "accelerate", "--nodes", 2, "--processes", 1, "--head", "host-1:4000"]
     hosts(2).run_on_all(lambda _: [sys.executable, "-m", "bigtrain", "launch", config, *words])
     agrees(tmp_path, alone, 2)
+
+
+def test_hosts_under_deepspeed_train_what_one_process_trains(hosts, tmp_path, alone):
+    config, two = small_config(tmp_path), hosts(2)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in ("ssh", SSH.replace("{NETWORK}", NETWORK)), ("pdsh", PDSH):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    for number in range(2):
+        two.shell(number)
+    (tmp_path / "hostfile").write_text("host-1 slots=8\nhost-2 slots=8\n")
+    words = ["--with", "deepspeed", "--nodes", 2, "--processes", 1, "--hostfile", "hostfile"]
+    prompts = "stages.pretrain.prompts=[it's, two#; (words)]"  # what a shell would change
+    path = f"{programs}:{os.environ['PATH']}"
+    two.start("launcher", sys.executable, "-m", "bigtrain", "launch", config, prompts, *words, PATH=path)
+    two.end_well()
+    agrees(tmp_path, alone, 2)
+    resolved = yaml.safe_load((tmp_path / "runs" / "small" / "config.yaml").read_text())
+    assert resolved["stages"][0]["prompts"] == ["it's", "two#; (words)"]
 
 
 def test_the_pods_of_the_kubernetes_script_train_what_one_process_trains(hosts, tmp_path, alone):

@@ -103,7 +103,7 @@ def test_another_engine_and_world_size_take_over(tmp_path):
 
 
 def stop_after_step(config, folder, step, send):
-    """Ask a run to stop once it has reported a step of its first stage; returns (its output, the step it stopped at)."""
+    """Ask a run to stop once it has reported a step; returns (its output, the newest checkpoint's name)."""
     command = [sys.executable, "-m", "bigtrain", "run", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not reported(folder, "pretrain", step):

@@ -7,6 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 
@@ -96,7 +98,7 @@ def test_accelerate(config):
         "--machine_rank 0 --main_process_ip node0 --main_process_port 29400 --module bigtrain run CONFIG"
     )
     assert command(config, "accelerate", processes=1) == (
-        f"accelerate launch --num_processes 1 --num_machines 1 {same} --module bigtrain run CONFIG parallel.processes=1"
+        f"accelerate launch --num_processes 1 --num_machines 1 {same} --module bigtrain run CONFIG"
     )
 
 
@@ -227,14 +229,28 @@ def test_printing_does_not_import_torch(config):
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-# --- Slurm: the script itself is run, with srun, scancel and scontrol that note what they are asked for ---
+# --- Slurm: the script itself is run, with an srun and a scontrol that note what they are asked for ---
 
-PRETENDED = {
-    # The step: says that it has begun, and ends with the code that someone writes into the pipe.
-    "srun": 'printf "%s\\n" "$@" >"$AT/srun"; : >"$AT/begun"; read -r code <"$AT/end"; exit "$code"',
-    "scancel": 'echo "$@" >"$AT/scancel"; [ -z "$SAVES" ] || install -D /dev/null "$MARK"; echo 75 >"$AT/end"',
-    "scontrol": 'echo "$@" >"$AT/scontrol"',
-}
+# The step: says that it has begun, and ends with the code that it is given, or when it is told to.
+SRUN = f"""#!{sys.executable}
+import os, pathlib, signal, sys
+at, mark = pathlib.Path(os.environ["AT"]), pathlib.Path(os.environ["MARK"])
+
+def told(number, frame):
+    (at / "signal").write_text(signal.Signals(number).name)
+    if os.environ["SAVES"]:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGUSR1, told)
+(at / "srun").write_text("\\n".join(sys.argv[1:]))
+(at / "begun").write_text("yes")
+sys.exit(int((at / "end").read_text()))
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" >"$AT/scontrol"
+"""
 
 
 class BatchJob:
@@ -244,22 +260,27 @@ class BatchJob:
         self.at, programs = folder / "told", folder / "programs"
         self.at.mkdir()
         programs.mkdir()
-        for pipe in ("begun", "end"):
-            os.mkfifo(self.at / pipe)
-        for name, body in PRETENDED.items():
-            (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        os.mkfifo(self.at / "end")
+        for name, program in ("srun", SRUN), ("scontrol", SCONTROL):
+            (programs / name).write_text(program)
             (programs / name).chmod(0o755)
         facts = {"AT": self.at, "SAVES": "yes" if saves else "", "MARK": mark}
         facts |= {"SLURM_JOB_ID": "4321", "SLURM_CPUS_PER_TASK": "8", "PATH": f"{programs}:{os.environ['PATH']}"}
         (folder / "job.sbatch").write_text(text)
-        self.process = subprocess.Popen(
-            ["bash", "job.sbatch"], cwd=folder, env={**os.environ, **{key: str(fact) for key, fact in facts.items()}}
-        )
-        (self.at / "begun").read_text()  # waits until srun has begun
+        environment = {**os.environ, **{key: str(fact) for key, fact in facts.items()}}
+        self.process = subprocess.Popen(["bash", "job.sbatch"], cwd=folder, env=environment, start_new_session=True)
+        while not (self.at / "begun").exists():
+            assert self.process.poll() is None, "the script ended before it called srun"
+            time.sleep(0.01)
 
     def told(self, program):
         """What a program was asked for; None: it was not called."""
         return (self.at / program).read_text() if (self.at / program).exists() else None
+
+    def kill(self):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def ended(self, code=None):
         """Wait for the script; code: what the step ends with, of itself."""
@@ -268,46 +289,54 @@ class BatchJob:
         return self.process.wait(timeout=60)
 
 
-def slurm_job(odd, tmp_path, saves=True):
-    file, overrides = odd
-    text = shellchecked(script(made(file, "slurm", *overrides, nodes=2, processes=3)), LITERAL)
-    return BatchJob(text, tmp_path, tmp_path / f"out {ODD}" / "small" / "preempted", saves)
+@pytest.fixture
+def batch(odd, tmp_path, request):
+    """A function that starts the batch script; nothing of it is left after the test."""
+
+    def start(saves=True):
+        file, overrides = odd
+        text = shellchecked(script(made(file, "slurm", *overrides, nodes=2, processes=3)), LITERAL)
+        job = BatchJob(text, tmp_path, tmp_path / f"out {ODD}" / "small" / "preempted", saves)
+        request.addfinalizer(job.kill)
+        return job
+
+    return start
 
 
-def test_slurm_starts_the_ranks_with_srun(odd, tmp_path):
-    job = slurm_job(odd, tmp_path)
+def test_slurm_starts_the_ranks_with_srun(odd, batch):
+    job = batch()
     assert job.ended(0) == 0
     file, overrides = odd
     assert job.told("srun").splitlines() == [
         *("--kill-on-bad-exit=0", "--wait=180", "--cpus-per-task=8"),
         *("bigtrain", "run", str(file), *overrides),
     ]
-    assert job.told("scancel") is None
+    assert job.told("signal") is None
     assert job.told("scontrol") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_forwards_the_signal_and_goes_back_into_the_queue(odd, tmp_path, number):
-    job = slurm_job(odd, tmp_path)
+def test_slurm_forwards_the_signal_and_goes_back_into_the_queue(batch, number):
+    job = batch()
     job.process.send_signal(number)
     assert job.ended() != 0
-    assert job.told("scancel") == "--signal=TERM 4321.0\n"
+    assert job.told("signal") == "SIGUSR1"
     assert job.told("scontrol") == "requeue Incomplete 4321\n"
 
 
-def test_slurm_does_not_go_back_without_a_save(odd, tmp_path):
-    job = slurm_job(odd, tmp_path, saves=False)
+def test_slurm_does_not_go_back_without_a_save(batch):
+    job = batch(saves=False)
     job.process.send_signal(signal.SIGUSR1)
     assert job.ended() != 0
-    assert job.told("scancel") == "--signal=TERM 4321.0\n"
+    assert job.told("signal") == "SIGUSR1"
     assert job.told("scontrol") is None
 
 
-def test_slurm_passes_a_failure_on_and_an_old_mark_does_not_count(odd, tmp_path):
+def test_slurm_passes_a_failure_on_and_an_old_mark_does_not_count(batch, tmp_path):
     mark = tmp_path / f"out {ODD}" / "small" / "preempted"
     mark.parent.mkdir(parents=True)
     mark.touch()
-    job = slurm_job(odd, tmp_path)
+    job = batch()
     assert job.ended(1) == 1
     assert job.told("scontrol") is None
     assert not mark.exists()
