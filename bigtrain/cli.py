@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigtrain.errors import BigtrainError, ConfigError, DataError
+from bigtrain.errors import BigtrainError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -47,6 +47,26 @@ def run(
     from bigtrain.launching.start import start
 
     raise typer.Exit(start(loaded.run, restart))
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="The run's file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="That share the work on this machine. Default: one for every 8 cores.", min=1)
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read the token stores to the end and compare their checksums.")
+    ] = False,
+) -> None:
+    """Turn the sources of CONFIG into token stores, ahead of its run; started again, it continues where it was."""
+    from bigtrain.config import load
+    from bigtrain.launching.preparing import prepare as make
+
+    raise typer.Exit(make(load(config, overrides or [], here=True).run, processes, verify))
 
 
 @app.command()
@@ -164,11 +184,11 @@ def evaluate(
 
 
 def main() -> None:
-    """The `bigtrain` command. Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong."""
+    """The `bigtrain` command. Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 75 asked to stop."""
     try:
         app()
     except BigtrainError as error:
-        _end(str(error), 2 if isinstance(error, ConfigError | DataError) else 1)
+        _end(str(error), error.exit_code)
     except Exception:  # noqa: BLE001 - told in full, with the rank that it happened on
         rank = os.environ.get("RANK")
         _end((f"rank {rank} failed:\n" if rank else "") + traceback.format_exc(), 1)
@@ -176,7 +196,7 @@ def main() -> None:
 
 def _end(text: str, code: int) -> NoReturn:
     """Tell why the process ends, and end it. A rank leaves at once: taking its group down may abort."""
-    from bigtrain.launching.spawn import tell
+    from bigtrain.config.environment import tell
 
     tell(text, code)
     if "RANK" in os.environ:

@@ -21,7 +21,7 @@ from bigtrain.checkpoint import Checkpoint, complete, save
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
-from bigtrain.data.prepare import StageData, open_tokenizer, prepare_stage
+from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_stages
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store, make_once
 from bigtrain.data.tokenizer import load_tokenizer
@@ -91,7 +91,9 @@ def _try_inputs(config: Run) -> None:
         held_out = (stage.evaluate.data if stage.evaluate else None) or []
         for source in (*stage.data, *held_out):
             next(documents(source, COLUMNS[stage.task]))
-    try_architecture(config.model, 1, attention=config.attention, added_tokens=config.adds_tokens)
+    try_architecture(
+        config.model, 1, attention=config.attention, isolates=config.isolates, added_tokens=config.adds_tokens
+    )
     if config.tokenizer is None or config.tokenizer.train is None:
         model_config(config.model, open_tokenizer(config), config.adds_tokens)
 
@@ -188,12 +190,7 @@ class _Pipeline:
         tokenizer = self._tokenizer()
         model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
-        data = {}
-        for stage in self.config.stages:
-            self.stream.emit("preparing", what=f"data of {stage.name}")
-            data[stage.name] = prepare_stage(self.config, stage, tasks[stage.name], tokenizer)
-            for store in (*data[stage.name].train, *data[stage.name].held_out):
-                self.stream.emit("prepared", stage=stage.name, folder=str(store.folder), **_counts(store))
+        data = prepare_stages(self.config, tasks, tokenizer, self.stream)
         with StopRequest() as request:
             return all(
                 self._stage(stage, tasks[stage.name], data[stage.name], model, request) for stage in self.config.stages
@@ -283,7 +280,13 @@ class _Pipeline:
         }
         self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
         if self.world.rank == 0 and not resumed:
-            self.folder.record(stage.name, **facts, data=_lineage(data.train), held_out=_lineage(data.held_out))
+            self.folder.record(
+                stage.name,
+                **facts,
+                data=_lineage(data.train),
+                held_out=_lineage(data.held_out),
+                cleaned=str(data.cleaning.folder) if data.cleaning else None,
+            )
         finished = self._train(stage, run, engine, data, sequences, request)
         engine.close()
         if self.world.rank == 0:
@@ -353,12 +356,7 @@ def compiling(stage: str) -> Iterator[None]:
 
 def _lineage(stores: list[Store]) -> list[dict[str, Any]]:
     """What of a store is worth remembering when it is gone."""
-    return [{"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], **_counts(s)} for s in stores]
-
-
-def _counts(store: Store) -> dict[str, Any]:
-    names = ("source", "documents_are", "documents", "tokens", "targets", "dropped", "cut")
-    return {"sequences": store.samples} | {name: store.manifest[name] for name in names}
+    return [{"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], **counts(s)} for s in stores]
 
 
 def _sequences(stage: Stage, samples: int) -> int:

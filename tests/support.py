@@ -65,6 +65,7 @@ def small_config(folder, steps=6, every=None, **changes):
                 "data": [{"source": str(folder / "functions.jsonl")}],
                 **stage,
                 "sequence_length": 128,
+                "max_cut_answers": 1.0,
                 "optimizer": {"lr": 1e-3, "eps": 1e-4},
             },
         ],

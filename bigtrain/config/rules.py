@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Source, Stage
+from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 
-STANDARD_LIBRARY = ("stdlib", "stdlib-functions")
-NAMED = re.compile(r"[A-Za-z_][\w.+-]*:.+")  # module:name, or an address: no path
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -50,6 +47,7 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
         *_pretrained(run),
         *_trackers(run),
         *_flash(run),
+        *(broken for i in range(len(run.stages)) for broken in _cleaning_here(run.stages[i], ("stages", i, "clean"))),
         *(broken for i in range(len(run.stages)) for broken in _sources(run.stages[i], ("stages", i))),
     ]
 
@@ -183,7 +181,40 @@ def _stage(run: Run, i: int) -> Broken:
     yield from _weights(stage.data, (*at, "data"))
     if stage.epochs is not None and any(source.weight is not None for source in stage.data):
         yield (*at, "epochs"), "weighted sources have no common epoch; use steps or tokens."
+    yield from _splits(stage, at)
     yield from _evaluation(stage, at)
+    yield from _cleaning(stage, (*at, "clean"))
+
+
+def _cleaning(stage: Stage, at: KeyPath) -> Broken:
+    clean = stage.clean
+    if clean is None:
+        return
+    if all(value in (None, False, []) for name, value in clean if name != "phone_region"):
+        yield at, "does nothing; turn a step on, like `exact_duplicates: true`, or remove it."
+    if len(set(clean.redact)) < len(clean.redact):
+        yield (*at, "redact"), "names a kind twice; remove one."
+    if clean.phone_region is not None and "phone" not in clean.redact:
+        yield (*at, "phone_region"), "is for `redact: [phone]`; add phone there, or remove it."
+    least, most = clean.min_characters, clean.max_characters
+    if least is not None and most is not None and least > most:
+        yield (*at, "min_characters"), f"{least} is more than max_characters ({most})."
+    if clean.leakage is not None and stage.evaluate is None:
+        yield (*at, "leakage"), "needs held-out documents; add `evaluate:`, or remove it."
+
+
+def _cleaning_here(stage: Stage, at: KeyPath) -> Broken:
+    clean = stage.clean
+    if clean is not None and clean.near_duplicates is not None and importlib.util.find_spec("datasketch") is None:
+        yield (*at, "near_duplicates"), "datasketch is not installed; `pip install 'bigtrain[clean]'`."
+    if clean is not None and clean.phone_region is not None:
+        from phonenumbers import SUPPORTED_REGIONS
+
+        if clean.phone_region not in SUPPORTED_REGIONS:
+            yield (
+                (*at, "phone_region"),
+                f"{clean.phone_region} is no country with phone numbers; write its ISO 3166 code, like US.",
+            )
 
 
 def _evaluation(stage: Stage, at: KeyPath) -> Broken:
@@ -266,22 +297,33 @@ def _positions(run: Run, model: str) -> Broken:
             )
 
 
-def _sources(stage: Stage, at: KeyPath) -> Broken:
+def _all_sources(stage: Stage, at: KeyPath) -> Iterator[tuple[KeyPath, Source]]:
     held_out = stage.evaluate.data if stage.evaluate else None
     for key, sources in (("data",), stage.data), (("evaluate", "data"), held_out or []):
-        for i, source in enumerate(sources):
-            if (wrong := _missing_source(source.source)) is not None:
-                yield (*at, *key, i, "source"), wrong
+        yield from (((*at, *key, i), source) for i, source in enumerate(sources))
 
 
-def _missing_source(source: str) -> str | None:
-    path = Path(source)
-    if source in STANDARD_LIBRARY or path.is_file() or (NAMED.fullmatch(source) and not path.exists()):
-        return None
-    if path.is_dir():
-        return None if any(p.is_file() for p in path.rglob("*")) else f"the folder {source} holds no files."
-    if glob.has_magic(source):
-        found = glob.iglob(source, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-        return None if any(map(os.path.isfile, found)) else f"no file matches {source} (looked in {path.cwd()})."
-    home = f" `~` is not expanded in sources; write {_expanded(source)}." if source.startswith("~") else ""
-    return f"there is no file or folder {source!r} (looked in {path.cwd()}).{home}"
+def _splits(stage: Stage, at: KeyPath) -> Broken:
+    for place, source in _all_sources(stage, at):
+        try:
+            parse_split(source.split)
+        except ValueError as error:
+            yield (*place, "split"), str(error)
+
+
+def _sources(stage: Stage, at: KeyPath) -> Broken:
+    for place, source in _all_sources(stage, at):
+        if (wrong := wrong_with(source)) is not None:
+            yield (*place, "source"), wrong
+        elif kind_of(source) != "hub":
+            given = [name for name in ("config", "revision") if getattr(source, name) is not None]
+            yield from (((*place, name), _for_the_hub(name, source)) for name in given)
+            split = parse_split(source.split)[0]
+            if kind_of(source) != "saved" and split not in (None, "train"):
+                yield (*place, "split"), f"{source.source} is one split, `train`; there is no {split}."
+
+
+def _for_the_hub(key: str, source: Source) -> str:
+    is_id = HUB_ID.fullmatch(source.source) is not None
+    reason = "exists on this disk and is read from it" if is_id else "is none"
+    return f"is for datasets of the Hub, and {source.source} {reason}; remove {key}."

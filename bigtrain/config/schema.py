@@ -9,12 +9,13 @@ Every field carries its unit in the description and one mark:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Mark = Literal["mathematics", "execution", "reporting"]
 Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -106,17 +107,103 @@ class StageParallel(Section):
 
 class Source(Section):
     source: str = mathematics(
-        "Where documents come from: a path or a glob (.json and .jsonl: rows; any other file: one document), a folder "
-        "(every file below it), `stdlib` (the source of Python's standard library), `stdlib-functions` (its functions "
-        "as prompt and completion), or module:name of a function that yields rows."
+        "Where documents come from. A file, a glob, a folder (every file below it) or any URL of fsspec, like "
+        "s3://bucket/*.parquet: .jsonl, .json, .csv, .tsv, .parquet and .arrow files hold rows, any other file is one "
+        "document; .gz, .bz2, .xz and .zst are decompressed. Or a folder of datasets' `save_to_disk`; a dataset of the "
+        "Hub, owner/name with its `split`; module:name of a function that yields rows; `stdlib` (the source of "
+        "Python's standard library) or `stdlib-functions` (its functions as prompt and completion)."
     )
+    config: str | None = mathematics("Configuration (subset) of a Hub dataset; null: its only or default one.", None)
+    split: str | None = mathematics(
+        "Split of a Hub dataset or of a saved one, or rows of it counted from 0: `train`, `train[:1000]`, "
+        "`train[1000:2000]`. All other sources are one split, `train`. null: all rows.",
+        None,
+    )
+    revision: str | None = mathematics("Branch, tag or commit of a Hub dataset; null: main.", None)
     columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
+    on_error: Literal["error", "skip"] = mathematics(
+        "What a row does that cannot be used (broken, not UTF-8, without its columns, too long). error: it ends the "
+        "run, with file and line; skip: it is left out and counted. A file that cannot be read is always an error.",
+        "error",
+    )
+    max_characters: int = mathematics("Longest document, in characters; a longer one cannot be used.", 10_000_000, ge=1)
     weight: float | None = mathematics(
         "Share of the sequences that come from this source, relative to the other weights. Without weights the sources "
         "are taken as one.",
         None,
         gt=0,
     )
+
+
+class Repetition(Section):
+    """Limits above which a document is dropped; the defaults are Gopher's (Rae et al. 2021, table A1)."""
+
+    duplicate_lines: Share | None = mathematics("Lines that stood there before, as a part of all; null: any.", 0.30)
+    duplicate_line_characters: Share | None = mathematics("The same as a part of the characters; null: any.", 0.20)
+    duplicate_paragraphs: Share | None = mathematics("Paragraphs that stood there before; null: any.", 0.30)
+    duplicate_paragraph_characters: Share | None = mathematics("The same in characters; null: any.", 0.20)
+    top_ngrams: list[Share] | None = mathematics(
+        "Part of the characters in the most frequent run of 2, 3 and 4 words; null: any.",
+        [0.20, 0.18, 0.16],
+        min_length=3,
+        max_length=3,
+    )
+    duplicate_ngrams: list[Share] | None = mathematics(
+        "Part of the characters in runs of 5, 6, 7, 8, 9 and 10 words that stood there before; null: any.",
+        [0.15, 0.14, 0.13, 0.12, 0.11, 0.10],
+        min_length=6,
+        max_length=6,
+    )
+
+
+class NearDuplicates(Section):
+    threshold: float = mathematics(
+        "Estimated Jaccard similarity of the sets of runs of words from which on two documents are alike.",
+        0.8,
+        ge=0.1,
+        le=1,
+    )
+    permutations: int = mathematics(
+        "Numbers of a document's MinHash signature; the similarity's standard error is at most 0.5 / their root.",
+        128,
+        ge=16,
+        le=4096,
+    )
+    words: int = mathematics("Words of a run; a character of Chinese or Japanese is one.", 5, ge=1)
+
+
+class Leakage(Section):
+    words: int = mathematics("Words of the runs that training and held-out documents are compared by.", 13, ge=1)
+    overlap: float = mathematics(
+        "A training document is dropped if this part of its runs stands in held-out documents, or this part of the "
+        "runs of one of them stands in it.",
+        0.5,
+        gt=0,
+        le=1,
+    )
+
+
+class Clean(Section):
+    repair: bool = mathematics("Undo mojibake, control characters and the like (ftfy).", False)
+    normalize: Literal["NFC", "NFKC"] | None = mathematics("Unicode form of the texts; null: as they are.", None)
+    redact: list[Literal["email", "phone", "card", "ip", "secret"]] = mathematics(
+        "Kinds of personal data to replace by <EMAIL>, <PHONE>, <CARD>, <IP>, <SECRET> (keys and tokens).", []
+    )
+    phone_region: str | None = mathematics(
+        "Country (ISO 3166, like US) whose phone numbers are known without a country code; null: none.",
+        None,
+        pattern=r"^[A-Z]{2}$",
+    )
+    min_characters: int | None = mathematics("Shorter documents are dropped; null: none.", None, ge=1)
+    max_characters: int | None = mathematics("Longer documents are dropped; null: none.", None, ge=1)
+    repetition: Repetition | None = mathematics("Drop documents that repeat themselves; null: none.", None)
+    exact_duplicates: bool = mathematics(
+        "Drop documents that equal an earlier one of any source, but for white space.", False
+    )
+    near_duplicates: NearDuplicates | None = mathematics(
+        "Drop documents that are like an earlier one of any source; null: none.", None
+    )
+    leakage: Leakage | None = mathematics("Drop training documents that held-out ones give away; null: none.", None)
 
 
 class Optimizer(Section):
@@ -157,8 +244,10 @@ class Checkpoint(Section):
 class Stage(Section):
     name: str = mathematics("Names the stage's folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     task: Literal["pretrain", "sft"] = mathematics(
-        "pretrain: next token of every document (column `text`). sft: completion after prompt "
-        "(columns `prompt` and `completion`), with the loss on the completion alone."
+        "pretrain: next token of every document (column `text`). sft: conversations through the tokenizer's chat "
+        "template, with the loss on the assistant's turns and the token that ends each. Columns: `messages` (role, "
+        "content); `conversations` (ShareGPT's from, value); `instruction`, `input` if there is one, and `output`; or "
+        "`prompt` and `completion`, as texts or as messages."
     )
     from_stage: str | None = mathematics(
         "The earlier stage whose weights this one starts from; optimizer and step start anew.",
@@ -172,7 +261,24 @@ class Stage(Section):
         ge=0,
         lt=1,
     )
-    sequence_length: int = mathematics("Tokens of a sequence.", ge=2)
+    clean: Clean | None = mathematics(
+        "What is done to the training documents before they are tokenized; held-out ones stay as they are. "
+        "null: nothing.",
+        None,
+    )
+    sequence_length: int = mathematics(
+        "Tokens of a sequence. With sft, conversations are packed into it whole; a longer one is cut at its end.", ge=2
+    )
+    max_cut_answers: Share = mathematics(
+        "sft: the part of a source's answers that may lose their end because their conversation is longer than "
+        "sequence_length; with more the run is refused, since the model would not learn where they end.",
+        0.1,
+    )
+    documents_may_read_each_other: bool = mathematics(
+        "Whether a document may read those before it in its sequence. false: positions begin anew with each document, "
+        "and architectures for which that is not shown to keep them apart are refused.",
+        False,
+    )
     global_batch_size: int = mathematics("Sequences of a step, over all processes.", ge=1)
     steps: int | None = mathematics("Length of the stage in optimizer steps.", None, ge=1)
     tokens: int | None = mathematics("Length in tokens; rounded up to whole steps.", None, ge=1)
@@ -216,6 +322,11 @@ class Run(Section):
     )
     profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
+
+    @property
+    def isolates(self) -> bool:
+        """Whether some stage relies on the architecture to keep the documents of a sequence apart."""
+        return not all(stage.documents_may_read_each_other for stage in self.stages)
 
     @property
     def adds_tokens(self) -> bool:

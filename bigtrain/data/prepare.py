@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
-from bigtrain.data.sources import COLUMNS, Columns, Row, documents, fingerprint, is_held_out
-from bigtrain.data.store import FORMAT, Store, make_once, open_store
+from bigtrain.data.cleaning import Decisions, decide, kept
+from bigtrain.data.disk import remove
+from bigtrain.data.shards import Shards, batched, text_of
+from bigtrain.data.sources import COLUMNS, Columns, Row, documents, fingerprint, is_held_out, size_of
+from bigtrain.data.store import FORMAT, Store, is_made, make_once, open_store
 from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from bigtrain.data.writing import Document, Layout, write_store
+from bigtrain.data.writing import Document, Encoded, Layout, assemble, count_answers, gather, token_dtype
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.observability.stream import Stream
 
-BATCH_CHARACTERS = 2_000_000  # of text, given to the tokenizer's threads at once
+BATCH_BYTES = 2_000_000  # of text, given to the tokenizer's threads at once
 
 
 class Encoder(Protocol):
@@ -28,7 +34,8 @@ class Encoder(Protocol):
     columns: Columns  # the sets of columns that it can read
 
     def encode(self, rows: list[Row], tokenizer: Any) -> list[Document]:
-        """(ids, which of them are trained or None for all) of each row; empty if there is nothing to learn.
+        """(ids, which of them are trained or None for all) of each row, which may become several; empty if there is
+        nothing to learn.
         Raises DataError if the tokenizer lacks a special token that the encoding needs."""
         ...
 
@@ -38,36 +45,62 @@ class StageData:
     """The stores of a stage, one per source, in the order of the run's file.
 
     weights: one per training store, or None if they are taken as one.
-    held_out: empty without `evaluate`.
+    held_out: empty without `evaluate`. cleaning: what was decided about the training documents, with `clean`.
     """
 
     train: list[Store]
     weights: list[float] | None
     held_out: list[Store]
+    cleaning: Decisions | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the documents of a source: one side of a split by the hash of their keys."""
+    """Some of the documents of a source: one side of a split by the hash of their keys.
+
+    cleaning: decides which of them stay; number: of the source among those that it is about.
+    """
 
     source: Source
     fraction: float = 0.0
     held_out: bool = False
+    cleaning: Decisions | None = None
+    number: int = 0
 
-    def documents(self, columns: Columns) -> Iterator[Row]:
-        rows = documents(self.source, columns)
+    def documents(self, columns: Columns, dropped: Counter[str] | None = None) -> Iterator[Row]:
+        """Those that stay, as they stand in the source."""
+        rows = documents(self.source, columns, dropped)
+        if self.cleaning is not None:
+            rows = kept(rows, self.cleaning, self.number)
         return (row for row in rows if is_held_out(row["key"], self.fraction) == self.held_out)
+
+    def cleaned(self, row: Row) -> Row:
+        """One of the documents as it is tokenized; apart from `documents`, so that processes share this work."""
+        return row if self.cleaning is None else self.cleaning.steps(row)
+
+    def size(self) -> int | None:
+        """Bytes of its text, about; None if the source's files do not say."""
+        whole = size_of(self.source)
+        share = self.fraction if self.held_out else 1 - self.fraction
+        return None if whole is None else round(whole * share)
 
     def facts(self, columns: Columns) -> dict[str, Any]:
         """What decides which documents these are, in words; `source_fingerprint` stands for their content."""
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
             "source": self.source.source,
-            "source_fingerprint": fingerprint(self.source.source),
+            "source_fingerprint": fingerprint(self.source),
             "columns": {ours: self.source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")},
             "held_out": self.fraction,
             "documents_are": side,
+            **({"clean": None} if self.cleaning is None else self.cleaning.facts),
         }
+
+
+def training_parts(run: Run, stage: Stage, columns: Columns, make: bool = True) -> list[Part]:
+    """The training documents of a stage. Without `make`, the decisions of its `clean` may be missing."""
+    cleaning = decide(run.output, stage, columns, make)
+    return [Part(source, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)]
 
 
 def prepare_tokenizer(run: Run) -> str:
@@ -83,7 +116,7 @@ def prepare_tokenizer(run: Run) -> str:
     train: TrainTokenizer = run.tokenizer.train
     stage = run.stages[0]
     columns = COLUMNS[stage.task]
-    parts = [Part(source, stage.held_out) for source in stage.data]
+    parts = training_parts(run, stage, columns)
     facts = {
         "format": FORMAT,
         "kind": "byte-level BPE",
@@ -93,9 +126,9 @@ def prepare_tokenizer(run: Run) -> str:
     }
 
     def build(folder: Path) -> None:
-        turns = itertools.zip_longest(*(part.documents(columns) for part in parts))
+        turns = itertools.zip_longest(*(map(part.cleaned, part.documents(columns)) for part in parts))
         rows = (row for turn in turns for row in turn if row is not None)
-        texts = (_text(row) for row in rows)
+        texts = (text_of(row) for row in rows)
         train_tokenizer(texts, train.vocab_size, train.sample_bytes, folder)
         (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -107,26 +140,45 @@ def open_tokenizer(run: Run) -> Any:
     return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens if run.tokenizer else ())
 
 
-def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any) -> StageData:
+def prepare_stages(run: Run, tasks: Mapping[str, Encoder], tokenizer: Any, stream: Stream) -> dict[str, StageData]:
+    """`prepare_stage` for all of them, by name, with a word on each store. tasks: by the names of the stages."""
+    data = {}
+    for stage in run.stages:
+        stream.emit("preparing", what=f"data of {stage.name}")
+        data[stage.name] = prepare_stage(run, stage, tasks[stage.name], tokenizer, stream)
+        if (cleaning := data[stage.name].cleaning) is not None:
+            stream.emit("cleaned", stage=stage.name, **cleaning.summary())
+        for store in (*data[stage.name].train, *data[stage.name].held_out):
+            stream.emit("prepared", stage=stage.name, folder=str(store.folder), **counts(store))
+    return data
+
+
+def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream: Stream | None = None) -> StageData:
     """Open the token stores of a stage; those that no run with the same ingredients has left are made first.
 
-    Raises DataError for sources that cannot be read or hold too little.
+    Processes that call it at the same time share the work: ranks of a run, or several runs. Raises DataError for
+    sources that cannot be read or hold too little, and for a disk without room.
     """
-    train = [Part(source, stage.held_out) for source in stage.data]
+    train = training_parts(run, stage, task.columns)
     evaluation: list[Part] = []
     if stage.evaluate is not None and stage.evaluate.data is not None:
         evaluation = [Part(source) for source in stage.evaluate.data]
     elif stage.evaluate is not None:
         evaluation = [Part(source, stage.held_out, held_out=True) for source in stage.data]
     weights = [source.weight for source in stage.data if source.weight is not None]
-    return StageData(
-        train=[_store(run, stage, part, task, tokenizer) for part in train],
-        weights=weights or None,
-        held_out=[_store(run, stage, part, task, tokenizer) for part in evaluation],
-    )
+    stores = [_store(run, stage, part, task, tokenizer, stream or Stream()) for part in (*train, *evaluation)]
+    for store, part in zip(stores, train, strict=False):
+        _check_answers(store, stage, part, task, tokenizer)
+    return StageData(stores[: len(train)], weights or None, held_out=stores[len(train) :], cleaning=train[0].cleaning)
 
 
-def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any) -> Store:
+def counts(store: Store) -> dict[str, Any]:
+    """What of a store's manifest is worth telling."""
+    names = ("source", "documents_are", "documents", "tokens", "targets", "dropped", "cut", "fill")
+    return {"sequences": store.samples} | {name: store.manifest[name] for name in names if name in store.manifest}
+
+
+def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any, stream: Stream) -> Store:
     layout = Layout(task.layout)
     if task.layout == "bins":
         layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer))
@@ -136,19 +188,68 @@ def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any) ->
         "seed": run.seed,
     }
     ingredients = facts | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
+    folder = _folder(run, layout.name, ingredients)
+    if not is_made(folder):
+        _make(folder, part, task, tokenizer, layout, facts | {"fingerprint": _hash(ingredients)}, stream)
+    if (shards := _shards_of(folder)).exists():
+        remove(shards)
+    return open_store(folder, stage.sequence_length, isolated=not stage.documents_may_read_each_other)
 
-    def build(folder: Path) -> None:
-        batches = _batched(part.documents(task.columns))
-        write_store(
-            folder,
-            itertools.chain.from_iterable(task.encode(rows, tokenizer) for rows in batches),
-            layout,
-            vocabulary_size=len(tokenizer),
-            seed=run.seed,
-            facts=facts | {"fingerprint": _hash(ingredients)},
-        )
 
-    return open_store(make_once(_folder(run, layout.name, ingredients), build), stage.sequence_length)
+def _check_answers(store: Store, stage: Stage, part: Part, task: Encoder, tokenizer: Any) -> None:
+    """Raises DataError if too many answers have lost their end, naming the first row that has such a one."""
+    answers, cut = (store.manifest.get(name, 0) for name in ("answers", "cut_answers"))
+    if cut <= stage.max_cut_answers * answers:
+        return
+    first = next(
+        row["key"]
+        for row in part.documents(task.columns)
+        for _, mask in task.encode([part.cleaned(row)], tokenizer)
+        if count_answers(mask or (), stage.sequence_length + 1)
+    )
+    raise DataError(
+        f"{part.source.source}: {cut} of {answers} answers lose their end, since their conversations are longer than "
+        f"sequence_length ({stage.sequence_length} tokens); the first is in the row with key {first}. The model would "
+        f"not learn where they end: raise stages.{stage.name}.sequence_length, split or leave out long "
+        f"conversations, or allow more with max_cut_answers ({stage.max_cut_answers})."
+    )
+
+
+def _make(
+    folder: Path, part: Part, task: Encoder, tokenizer: Any, layout: Layout, facts: dict[str, Any], stream: Stream
+) -> None:
+    """Take part in making a store; it is there afterwards."""
+    dtype = token_dtype(len(tokenizer))
+
+    def encode(rows: list[Row]) -> Encoded:
+        batches = batched(map(part.cleaned, rows), BATCH_BYTES)
+        encoded = itertools.chain.from_iterable(task.encode(batch, tokenizer) for batch in batches)
+        try:
+            return gather(encoded, layout, dtype)
+        except DataError as error:
+            raise DataError(f"{part.source.source}: {error}") from error
+
+    made = Shards(
+        _shards_of(folder),
+        facts,
+        partial(part.documents, task.columns),
+        encode,
+        lambda: is_made(folder),
+        part.size(),
+        stream,
+    ).make()
+    if made is not None:
+        shards, dropped = made
+
+        def build(empty: Path) -> None:
+            assemble(empty, shards, layout, dtype=dtype, seed=facts["seed"], facts=facts, dropped=dropped)
+
+        make_once(folder, build)
+
+
+def _shards_of(folder: Path) -> Path:
+    """Where the shards of a store lie until it is made of them."""
+    return folder.with_name(folder.name + ".shards")
 
 
 def _pad_id(tokenizer: Any) -> int:
@@ -157,26 +258,6 @@ def _pad_id(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise DataError("the tokenizer has neither a pad nor an end token, which finetuning needs.")
-
-
-def _text(row: Row) -> str:
-    """All that a row says, for training a tokenizer."""
-    if "messages" in row:
-        return "\n".join(message["content"] for message in row["messages"])
-    return "".join(value for name, value in row.items() if name != "key")
-
-
-def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += len(_text(row))
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _folder(run: Run, kind: str, ingredients: dict[str, Any]) -> Path:

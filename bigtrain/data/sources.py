@@ -1,45 +1,49 @@
-"""Sources of documents: files, folders, Python's standard library or a function, all as rows with a key."""
+"""Sources of documents: files, tables, the Hub, Python's standard library or a function, all as rows with a key."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import hashlib
 import importlib
 import itertools
 import json
-import re
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config.schema import Source
+from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
-from bigtrain.errors import DataError
+from bigtrain.data.conversations import LISTS, SHAPES, one_shape, turns
+from bigtrain.data.files import Located, Unusable, find, rows_of
+from bigtrain.errors import DataError, shorten
 
 Row = dict[str, Any]
 Columns = tuple[tuple[str, ...], ...]
-Located = tuple[str, dict[str, Any]]  # where the row stands, for messages; the row
 
-ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+VERSION = 2  # of how rows are read; part of every fingerprint
 # What each task reads: the first set of columns that a row has all of.
-COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": (("messages",), ("prompt", "completion"))}
+COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": SHAPES}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
-FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+# What of a source, beside its content and columns, decides which rows it gives.
+CHOICES = {"source", "config", "split", "revision", "on_error", "max_characters"}
 
 
-def documents(source: Source, columns: Columns) -> Iterator[Row]:
-    """The rows of a source, in the same order every time: `key` and the first of the sets of columns that the row has.
+def documents(source: Source, columns: Columns, dropped: Counter[str] | None = None) -> Iterator[Row]:
+    """The rows of a source, in the same order every time: `key` and the first of the sets of columns that the row has,
+    conversations as `one_shape` gives them.
 
-    All values are str, but for `messages`: a list of dicts of str with `role` and `content`.
+    All values are str, but for `messages`: a list of dicts with at least `role` and `content`, both str.
 
     The key decides on which side of a split a document falls (`is_held_out`); without a `key` column it is a
     hash of the row's texts, so that exact duplicates share it. Files are read in the order of their paths.
 
-    Raises DataError for a source that is missing, empty or unreadable, a column that is missing, a value that
-    is no text.
+    dropped: counts the rows that `on_error: skip` leaves out, by reason, as far as the rows have been read.
+
+    Raises DataError for a source that is missing, empty or unreadable, and with `on_error: error` for a row that is
+    broken or too long, lacks a column or holds no text there.
     """
     theirs = {ours: source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")}
     for ours in source.columns:
@@ -48,30 +52,82 @@ def documents(source: Source, columns: Columns) -> Iterator[Row]:
                 f"{source.source}: `columns` maps `{ours}`, which this task does not read; "
                 f"the nearest of its columns is `{_nearest(ours, theirs)}`."
             )
-    empty = True
-    for where, row in _rows(source.source):
-        empty = False
-        chosen = next((names for names in columns if all(theirs[name] in row for name in names)), columns[-1])
-        texts = {ours: _value(row, ours, theirs[ours], where) for ours in chosen}
-        key = row.get(theirs["key"])
-        yield {"key": content_key(texts) if key is None else str(key), **texts}
-    if empty:
-        raise DataError(f"{source.source}: holds no documents.")
+    first_wrong, used = None, False
+    for where, row in _rows(source):
+        try:
+            document = _document(row, columns, theirs, where, source.max_characters)
+        except DataError as error:
+            if source.on_error == "error":
+                hint = " `on_error: skip` leaves such rows out." if isinstance(error, Unusable) else ""
+                raise DataError(f"{error}{hint}") from error
+            first_wrong = first_wrong or error
+            if dropped is not None:
+                dropped[error.reason if isinstance(error, Unusable) else "without usable turns"] += 1
+            continue
+        used = True
+        yield document
+    if first_wrong is not None and not used:
+        raise DataError(f"{source.source}: no row can be used. The first: {first_wrong}") from first_wrong
+    if not used:
+        raise DataError(f"{source.source}: holds no documents{f' in {source.split}' if source.split else ''}.")
 
 
-def fingerprint(source: str) -> str:
-    """A hash that changes with the files of the source (paths, sizes, modification times) or, for
-    `module:name`, with the source code of the module. What such a function reads by itself is not seen."""
+def _document(row: Row | Unusable, columns: Columns, theirs: dict[str, str], where: str, longest: int) -> Row:
+    if isinstance(row, Unusable):
+        raise row
+    chosen = next((names for names in columns if all(theirs[name] in row for name in names)), columns[-1])
+    texts = {ours: _value(row, ours, theirs[ours], where) for ours in chosen}
+    if (length := _length(texts)) > longest:
+        raise Unusable(
+            "longer than max_characters",
+            f"{where}: is {length:,} characters long, more than max_characters ({longest:,}); split it or raise it.",
+        )
+    key = row.get(theirs["key"])
+    return {"key": content_key(texts) if key is None else str(key), **one_shape(texts, where)}
+
+
+def _length(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_length, held))
+
+
+def fingerprint(source: Source) -> str:
+    """A hash that changes with the rows that the source gives.
+
+    Of files it sees names, sizes and modification times (of URLs what the file system tells of them), of the Hub the
+    commit, of `module:name` the code of the module. What such a function reads by itself is not seen.
+    """
     facts: list[Any]
-    if source in STDLIB:
-        facts = [stdlib.VERSION, sys.version, _file_facts(stdlib.files())]
-    elif _is_function(source):
-        _load(source)
-        file = getattr(sys.modules[source.partition(":")[0]], "__file__", None)
+    kind = kind_of(source)
+    if kind == "stdlib":
+        facts = [stdlib.VERSION, sys.version, [f.facts() for file in stdlib.files() for f in find(str(file))]]
+    elif kind == "function":
+        _load(source.source)
+        file = getattr(sys.modules[source.source.partition(":")[0]], "__file__", None)
         facts = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None]
+    elif kind == "hub":
+        from bigtrain.data.tables import hub_commit
+
+        facts = [hub_commit(source)]
     else:
-        facts = [_file_facts(_paths(source))]
-    return hashlib.sha256(json.dumps([source, *facts]).encode()).hexdigest()
+        facts = [file.facts() for file in find(source.source)]
+    return hashlib.sha256(
+        json.dumps([VERSION, source.model_dump(include=CHOICES), facts], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def size_of(source: Source) -> int | None:
+    """Bytes of the source's files, about those of its text; None where the files do not say."""
+    if source.source == "stdlib":
+        return sum(file.stat().st_size for file in stdlib.files())
+    _, start, stop = parse_split(source.split)
+    if kind_of(source) not in ("files", "url") or start or stop is not None:
+        return None
+    sizes = [file.bytes() for file in find(source.source)]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def content_key(texts: Row) -> str:
@@ -85,48 +141,64 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _rows(source: str) -> Iterator[Located]:
-    if source in STDLIB:
-        return ((f"{source}: {row['key']}", row) for row in STDLIB[source]())
-    if _is_function(source):
-        return _function_rows(source)
-    return _file_rows(source)
+def _rows(source: Source) -> Iterator[Located]:
+    name, start, stop = parse_split(source.split)
+    kind = kind_of(source)
+    if kind not in ("hub", "saved") and name not in (None, "train"):
+        raise DataError(f"{source.source}: is one split, `train`; there is no {name}.")
+    return itertools.islice(_all_rows(source, kind), start, stop)
+
+
+def _all_rows(source: Source, kind: Kind) -> Iterator[Located]:
+    if kind == "stdlib":
+        return ((f"{source.source}: {row['key']}", row) for row in STDLIB[source.source]())
+    if kind == "function":
+        return _function_rows(source.source)
+    if kind in ("hub", "saved"):
+        from bigtrain.data.tables import hub_rows, saved_rows
+
+        return hub_rows(source) if kind == "hub" else saved_rows(source)
+    files = find(source.source)
+    return itertools.chain.from_iterable(rows_of(file, source.max_characters) for file in files)
 
 
 def _value(row: dict[str, Any], ours: str, theirs: str, where: str) -> Any:
-    if ours != "messages":
-        return _text(row, ours, theirs, where)
-    messages = row[theirs]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise DataError(f"{where}: column `{theirs}` must be a list of {{role, content}}, both of them text.")
-    return messages
+    if ours in LISTS or (ours in ("prompt", "completion") and isinstance(row.get(theirs), list)):
+        return turns(row[theirs], f"{where}: column `{theirs}`")
+    if ours == "input" and row[theirs] is None:  # an instruction may have none
+        return ""
+    return _text(row, ours, theirs, where)
 
 
 def _text(row: dict[str, Any], ours: str, theirs: str, where: str) -> str:
     if theirs not in row:
         nearest = _nearest(theirs, row)
-        raise DataError(
-            f"{where}: no column `{theirs}`; there are {', '.join(f'`{name}`' for name in row) or 'none'}. "
-            f"The nearest is `{nearest}`: if it is meant, write `columns: {{{ours}: {nearest}}}`."
+        raise Unusable(
+            "without a column that the task reads",
+            f"{where}: no column `{theirs}`; there are {shorten([_shown(name) for name in row]) or 'none'}. "
+            f"The nearest is {_shown(nearest)}: if it is meant, write `columns: {{{ours}: {_shown(nearest)[1:-1]}}}`.",
         )
     value = row[theirs]
     if not isinstance(value, str):
-        raise DataError(f"{where}: column `{theirs}` holds {type(value).__name__} instead of text.")
+        raise Unusable(
+            "with a column that is no text", f"{where}: column `{theirs}` holds {type(value).__name__} instead of text."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text.") from error
+        text = f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text."
+        raise Unusable("with half of a surrogate pair", text) from error
     return value
+
+
+def _shown(name: str) -> str:
+    """A column's name in a message; of a CSV file without a header it may be a whole text."""
+    line = " ".join(name.split())
+    return f"`{line if len(line) <= 60 else line[:60] + '...'}`"
 
 
 def _nearest(name: str, names: Any) -> str:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), "")
-
-
-def _is_function(source: str) -> bool:
-    return FUNCTION.fullmatch(source) is not None and not Path(source).exists()
 
 
 def _load(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
@@ -146,82 +218,5 @@ def _load(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
 def _function_rows(source: str) -> Iterator[Located]:
     for number, row in enumerate(_load(source)()):
         where = f"{source}: row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is {type(row).__name__} instead of a dict.")
-        yield where, row
-
-
-def _paths(source: str) -> list[Path]:
-    """The files of a path, a glob, or all below a folder, sorted; hidden ones only where they are named."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    pattern = f"{glob.escape(source)}/**/*" if path.is_dir() else source
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-    files = sorted(file for file in map(Path, found) if file.is_file())
-    if files:
-        return files
-    if path.is_dir():
-        raise DataError(f"{source}: the folder holds no files.")
-    if glob.has_magic(source):
-        raise DataError(f"{source}: no file matches.")
-    raise DataError(f"{source}: there is no such file or folder (looked in {Path.cwd()}).")
-
-
-def _file_facts(files: list[Path]) -> list[tuple[str, int, int]]:
-    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-
-
-def _file_rows(source: str) -> Iterator[Located]:
-    for holds_rows, group in itertools.groupby(_paths(source), lambda file: file.name.endswith(ROW_FILES)):
-        if holds_rows:
-            for file in group:
-                yield from _json_rows(source, file)
-        else:
-            yield from _text_rows(source, list(group))
-
-
-def _json_rows(source: str, file: Path) -> Iterator[Located]:
-    """One file at a time: the columns of one file say nothing about the next one's."""
-    if file.stat().st_size == 0:
-        return
-    where = f"{source}: {file}"
-    try:
-        # Chat logs may look like agent traces, which datasets would rewrite.
-        for number, row in enumerate(_stream("json", [file], parse_agent_traces=False)):
-            yield f"{where}, row {number}", row
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        OSError,
-        StopIteration,
-    ) as error:  # what pyarrow and datasets raise
-        raise DataError(f"{where}: cannot be read as JSON rows: {error}") from error
-
-
-def _text_rows(source: str, files: list[Path]) -> Iterator[Located]:
-    """Each file is one document; line ends become newlines, as everywhere in Python's text mode."""
-    rows = iter(_stream("text", files, sample_by="document"))
-    for file in files:
-        where = f"{source}: {file}"
-        try:
-            row = next(rows)
-        except (UnicodeDecodeError, OSError) as error:
-            raise DataError(f"{where}: cannot be read as UTF-8 text: {error}") from error
-        yield where, row
-
-
-def _stream(kind: str, files: list[Path], **options: Any) -> Any:
-    """datasets' reader, streaming: nothing is copied into a cache."""
-    import datasets
-
-    with tempfile.TemporaryDirectory() as scratch:  # datasets leaves a lock file there even when it streams
-        return datasets.load_dataset(
-            kind,
-            data_files=[glob.escape(str(file.absolute())) for file in files],
-            split="train",
-            streaming=True,
-            cache_dir=scratch,
-            **options,
-        )
+        wrong = None if isinstance(row, dict) else f"{where} is {type(row).__name__} instead of a dict."
+        yield where, row if wrong is None else Unusable("not a dict", wrong)

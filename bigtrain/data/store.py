@@ -4,7 +4,7 @@
     documents.bin  where each document starts in it, and the end of the last (int64, one more than documents)
     trained.bin    one byte per token, 0 where nothing is to be learned; absent where everything is
     bins.bin       bins only: where each bin starts in documents.bin, and the end of the last (int64)
-    manifest.json  what made the store, counts, and size and sha256 of each file; written last
+    manifest.json  what made the store, counts, size and sha256 of each file, and its own sha256; written last
 
 `windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, whatever their
 borders. `bins` (finetuning): whole documents, packed into samples of at most L targets; longer ones are cut
@@ -13,8 +13,9 @@ at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.batches import IGNORE
+from bigtrain.data.disk import publish
 from bigtrain.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+MADE_AGAIN = "Remove the folder; it will be made again."
 
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
@@ -35,28 +38,32 @@ Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 def make_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Have `build` fill the folder, with `manifest.json` as its last file, unless that has been done.
 
-    Of several processes the first one builds and the others wait for it; what a killed one left is removed.
+    Of several processes the first one builds and the others wait for it; what a killed one left is removed. Raises
+    DataError when the disk is full.
     """
-    if (folder / "manifest.json").is_file():
+    if is_made(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_name(folder.name + ".lock")):
-        if (folder / "manifest.json").is_file():
-            return folder
-        partial = folder.with_name(folder.name + ".partial")
-        for leftover in (partial, folder):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir()
-        build(partial)
-        partial.rename(folder)
+        if not is_made(folder):
+            publish(folder, build)
     return folder
 
 
-def open_store(folder: Path, sequence_length: int) -> Store:
-    """Map a store. Raises DataError if it is not complete, of another format or without a sample."""
+def is_made(folder: Path) -> bool:
+    """Whether `make_once` has finished a folder."""
+    return (folder / "manifest.json").is_file()
+
+
+def open_store(folder: Path, sequence_length: int, isolated: bool = True) -> Store:
+    """Map a store: its manifest and the sizes of its files are checked, what is in the files by `verify_store`.
+    Without `isolated` the documents of a sample share one run of positions.
+
+    Raises DataError if it is not complete, of another format or without a sample.
+    """
     manifest = _checked_manifest(folder)
     store = {"windows": Windows, "bins": Bins}[manifest["layout"]](folder, manifest, sequence_length)
+    store.isolated = isolated
     if store.samples == 0:
         raise DataError(
             f"{manifest['source']} ({manifest['documents_are']}): {manifest['tokens']} tokens are fewer than "
@@ -65,10 +72,39 @@ def open_store(folder: Path, sequence_length: int) -> Store:
     return store
 
 
+def verify_store(folder: Path) -> int:
+    """Read a store's files to the end; returns their bytes. Raises DataError that names a file with a changed byte."""
+    size = 0
+    for name, facts in _checked_manifest(folder)["files"].items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                raise DataError(f"{folder / name} is not what was written: its checksum differs. {MADE_AGAIN}")
+        size += facts["bytes"]
+    return size
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """A store's manifest as text, with a checksum of itself."""
+    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps(manifest | {"sha256": checksum}, indent=2) + "\n"
+
+
+def map_file(path: Path, dtype: str, anywhere: bool = False) -> NDArray[Any]:
+    """A file as an array that is read when it is looked at; `anywhere`: not from its begin to its end."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if anywhere:
+        content.madvise(mmap.MADV_RANDOM)  # else each look at a cold place reads megabytes ahead
+    return np.frombuffer(content, dtype=dtype)
+
+
 class Store(ABC):
     """A memory-mapped token store: its folder, manifest, sequence_length and number of samples."""
 
     samples: int
+    isolated = True  # whether positions begin anew with each document
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         self.folder = folder
@@ -83,11 +119,14 @@ class Store(ABC):
         """(input_ids, targets, position_ids) of sample i, int64 of shape (sequence_length,).
 
         Targets are shifted already and IGNORE where nothing is to be learned; positions restart at 0 with
-        each document. Raises IndexError.
+        each document (`isolated`). Raises IndexError.
         """
 
+    def _positions(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        return _positions(starts[starts < length] if self.isolated else starts[:0], length)
+
     def _map(self, name: str, dtype: str) -> NDArray[Any]:
-        return np.memmap(self.folder / name, dtype=dtype, mode="r").view(np.ndarray)  # slices of a memmap are slow
+        return map_file(self.folder / name, dtype, anywhere=True)
 
 
 class Windows(Store):
@@ -111,7 +150,7 @@ class Windows(Store):
         ]
         starts = borders - first  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
-        return tokens[:-1], targets, _positions(starts[starts < length], length)
+        return tokens[:-1], targets, self._positions(starts, length)
 
 
 class Bins(Store):
@@ -144,7 +183,7 @@ class Bins(Store):
         input_ids[:used] = tokens[is_input]
         padded_targets[:used] = targets[is_target]
         starts = borders[1:] - first - np.arange(1, len(borders))  # of the second document on, and of the tail
-        return input_ids, padded_targets, _positions(starts[starts < length], length)
+        return input_ids, padded_targets, self._positions(starts, length)
 
 
 def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -158,18 +197,20 @@ def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 def _checked_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
+        written_in = manifest.get("format")
     except FileNotFoundError as error:
         raise DataError(f"{folder} is no complete token store: it has no manifest.json.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Remove the folder; it will be made again.") from error
-    if manifest.get("format") != FORMAT:
-        raise DataError(
-            f"{folder} has format {manifest.get('format')}, this bigtrain reads {FORMAT}. Remove the folder."
-        )
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}. {MADE_AGAIN}") from error
+    if written_in != FORMAT:
+        raise DataError(f"{path} has format {written_in}, this bigtrain reads {FORMAT}. {MADE_AGAIN}")
+    if text != seal({name: value for name, value in manifest.items() if name != "sha256"}):
+        raise DataError(f"{path} is not what was written: its checksum differs. {MADE_AGAIN}")
     for name, facts in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
-            raise DataError(f"{folder / name} {found}. Remove the folder; it will be made again.")
+            raise DataError(f"{folder / name} {found}. {MADE_AGAIN}")
     return manifest

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtrain.data.chat import MARK, Rendered, Span
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
+
+Masked = tuple[list[int], list[bool]]  # ids; which of them are learned
 
 BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 
@@ -89,22 +96,116 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([content, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
 
 
-def encode_rendered(tokenizer: Any, texts: list[str]) -> list[Encoding]:
-    """Ids and character offsets of what a chat template made: special tokens in it are obeyed, none is added."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
-    return backend.encode_batch(texts, add_special_tokens=False)
+def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rendered]) -> list[Masked]:
+    """Ids of what a chat template made, and which of them are learned. No special token is added; those that stand
+    there are obeyed, unless between two MARKs, as `tokens` may.
+
+    What comes before an answer is tokenized apart from it, as when a model is asked. Only with tokenizers that begin
+    every text with a blank (SentencePiece's) both are tokenized as one, and a token that begins before an answer and
+    reaches into it is read: no model could begin its answer with it.
+    """
+    with _untouched(tokenizer, encode_special_tokens=False) as backend:
+        cut = _ids(backend, "\nab") == _ids(backend, "\n") + _ids(backend, "ab")
+        pieces = [_pieces(document) if cut else [(document.text, list(document.learned))] for document in documents]
+        plain = [text for parts in pieces for text, _ in parts if MARK not in text]
+        encodings = iter(backend.encode_batch(plain, add_special_tokens=False))
+    encoded = []
+    for parts in pieces:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, learned in parts:
+            disguised = MARK in text
+            new = (
+                _encode_disguised(tokenizer, tokens, text, learned) if disguised else _masked(next(encodings), learned)
+            )
+            ids += new[0]
+            trained += new[1]
+        encoded.append((ids, trained))
+    return encoded
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of each text, whole: no special token is added, and one that is spelt out is not obeyed."""
-    backend = tokenizer.backend_tokenizer  # twice as fast as calling the tokenizer itself
+    with _untouched(tokenizer, encode_special_tokens=True) as backend:  # twice as fast as calling the tokenizer itself
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextmanager
+def _untouched(tokenizer: Any, *, encode_special_tokens: bool) -> Iterator[Tokenizer]:
+    """The `tokenizers` object, for a while neither cutting nor padding; afterwards it is as it was."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding, flag = backend.truncation, backend.padding, backend.encode_special_tokens
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    backend.encode_special_tokens = encode_special_tokens
+    try:
+        yield backend
+    finally:
+        backend.encode_special_tokens = flag
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def _ids(backend: Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _pieces(document: Rendered) -> list[tuple[str, list[Span]]]:
+    """Its text up to the first answer, then from each answer up to the next, with what is learned of each piece."""
+    borders = [0, *document.answers, len(document.text)]
+    return [
+        (document.text[begin:end], [(a - begin, b - begin) for a, b in document.learned if begin <= a < end])
+        for begin, end in itertools.pairwise(borders)
+    ]
+
+
+def _masked(encoding: Encoding, learned: Sequence[Span]) -> Masked:
+    """learned: spans of characters, in order."""
+    ids, offsets = encoding.ids, encoding.offsets  # each access makes a new list
+    trained = [False] * len(ids)
+    at = 0
+    for start, stop in learned:
+        while at < len(trained) and offsets[at][0] < stop:
+            begin, end = offsets[at]
+            trained[at] = begin >= start and end > start  # a blank before it may have been trimmed to no width
+            at += 1
+    return ids, trained
+
+
+def _encode_disguised(tokenizer: Any, tokens: frozenset[str], whole: str, learned: Sequence[Span]) -> Masked:
+    """With the template's own tokens written as characters that no text has, so that the others are text like any."""
+    backend, names = _disguised(tokenizer.backend_tokenizer.to_str(), tokens)
+    any_token = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    either = re.compile(f"{MARK}({any_token}){MARK}|({any_token})")
+    borders = [0, *(place for span in learned for place in span), len(whole)]
+    text, moved = "", []
+    for start, stop in itertools.pairwise(borders):
+        text += either.sub(lambda found: found[1] or names[found[2]], whole[start:stop])
+        moved.append(len(text))
+    return _masked(backend.encode(text, add_special_tokens=False), list(zip(moved[::2], moved[1::2], strict=False)))
+
+
+@lru_cache(maxsize=1)
+def _disguised(serialized: str, tokens: frozenset[str]) -> tuple[Tokenizer, dict[str, str]]:
+    """(A tokenizer with the same ids, where each of `tokens` is written as one private-use character, which)."""
+    from tokenizers import Tokenizer
+
+    names = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(tokens))}
+    content = json.loads(serialized)
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), *rest] for piece, *rest in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for added_around in ("post_processor", "truncation", "padding"):
+        content[added_around] = None
+    return Tokenizer.from_str(json.dumps(content)), names
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Writes a token store: documents in the order they come, then shuffled, packed and counted."""
+"""Writes a token store: documents become shards, all shards together are then shuffled, packed and counted."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtrain.data.disk import check_free
 from bigtrain.data.order import make_key, permute
-from bigtrain.data.store import FORMAT
+from bigtrain.data.store import FORMAT, map_file, seal
 from bigtrain.errors import DataError
+
+ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
 Document = tuple[Sequence[int], Sequence[bool] | None]  # ids; which of them are trained, None for all
 Indices = NDArray[np.int64]
+COUNTS = ("documents", "tokens", "targets", "cut", "answers", "cut_answers")
 
 
 @dataclass
@@ -31,6 +35,80 @@ class Layout:
     pad_id: int | None = None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Documents in the order they came, cut to what a sample takes; those with nothing to learn are left out.
+
+    tokens: all ids, one document after the other. trained: bool of the same shape, None if everything is.
+    lengths: tokens of each document. counts: COUNTS, and what was left out by reason in `dropped`.
+    """
+
+    tokens: NDArray[Any]
+    trained: NDArray[np.bool_] | None
+    lengths: Indices
+    counts: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return self.tokens.nbytes + (0 if self.trained is None else self.trained.nbytes) + self.lengths.nbytes
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The smallest that holds every id."""
+    return np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
+
+
+def gather(documents: Iterable[Document], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
+    """Documents as arrays, for one shard."""
+    limit = layout.sequence_length
+    kept: list[Sequence[int]] = []
+    masks: list[Sequence[bool] | None] = []
+    dropped: Counter[str] = Counter()
+    cut = targets = answers = cut_answers = 0
+    for ids, mask in documents:
+        if len(ids) < (1 if limit is None else 2):
+            dropped["empty"] += 1
+            continue
+        size = len(ids) if limit is None else min(len(ids), limit + 1)
+        learned = size - 1 if mask is None else int(sum(mask[1:size]))
+        if mask is not None:
+            answers += count_answers(mask)
+            cut_answers += count_answers(mask, size)
+        if limit is not None and learned == 0:
+            dropped["without a trained target within sequence_length"] += 1
+            continue
+        cut += size < len(ids)
+        targets += learned
+        kept.append(ids[:size] if size < len(ids) else ids)
+        masks.append(None if mask is None else mask[:size])
+    lengths = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept))
+    tokens = np.empty(int(lengths.sum()), dtype=dtype)
+    trained = np.ones(len(tokens), dtype=bool)
+    for end, ids, mask in zip(lengths.cumsum().tolist(), kept, masks, strict=True):
+        tokens[end - len(ids) : end] = ids
+        if mask is not None:
+            trained[end - len(ids) : end] = mask
+    numbers = (len(lengths), len(tokens), targets, cut, answers, cut_answers)
+    counts = dict(zip(COUNTS, numbers, strict=True)) | {"dropped": dict(dropped)}
+    return Encoded(tokens, None if trained.all() else trained, lengths, counts)
+
+
+def count_answers(mask: Sequence[bool], first: int = 0) -> int:
+    """Runs of learned tokens of which the last one is token `first` or a later one."""
+    learned = np.asarray([*mask, False], dtype=bool)
+    return int((learned[:-1] & ~learned[1:])[first:].sum())
+
+
+def write_shard(folder: Path, encoded: Encoded, facts: dict[str, Any]) -> None:
+    """Fill an empty folder with tokens.bin, lengths.bin, trained.bin (unless everything is trained), manifest.json."""
+    arrays = {"tokens.bin": encoded.tokens, "lengths.bin": encoded.lengths, "trained.bin": encoded.trained}
+    for name, array in arrays.items():
+        if array is not None:
+            (folder / name).write_bytes(array.data)
+    manifest = facts | encoded.counts | {"trained": encoded.trained is None}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def write_store(
     folder: Path,
     documents: Iterable[Document],
@@ -40,96 +118,114 @@ def write_store(
     seed: int,
     facts: dict[str, Any],
 ) -> None:
-    """Fill an empty folder with a token store. Memory holds O(1) per document; tokens pass through the disk.
+    """Fill an empty folder with the store of documents that memory can hold; see `assemble`."""
+    dtype = token_dtype(vocabulary_size)
+    shard = folder.with_name(folder.name + ".shard")
+    shard.mkdir()
+    write_shard(shard, gather(documents, layout, dtype), {})
+    assemble(folder, [shard], layout, dtype=dtype, seed=seed, facts=facts)
+    for path in shard.iterdir():
+        path.unlink()
+    shard.rmdir()
+
+
+def assemble(
+    folder: Path,
+    shards: Sequence[Path],
+    layout: Layout,
+    *,
+    dtype: np.dtype[Any],
+    seed: int,
+    facts: dict[str, Any],
+    dropped: Counter[str] | None = None,
+) -> None:
+    """Fill an empty folder with the store of all shards' documents, shuffled. How the documents are spread over shards
+    makes no difference. Memory holds O(1) per document and ASSEMBLY_BYTES of tokens.
 
     facts: what shaped the documents, for the manifest; `source` and `documents_are` name them in messages.
-    Raises DataError if no document is left.
+    dropped: what never came into a shard, by reason. Raises DataError if no document is left, or no room on the disk.
     """
-    dtype = np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
-    arrived = _Arrived(folder, dtype, layout)
-    for ids, trained in documents:
-        arrived.add(ids, trained)
-    arrived.close()
-    if not arrived.lengths:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in arrived.dropped.items()) or "there were none"
+    manifests = [json.loads((shard / "manifest.json").read_text()) for shard in shards]
+    all_dropped = sum((Counter(manifest["dropped"]) for manifest in manifests), Counter(dropped))
+    counts: dict[str, Any] = {name: sum(manifest[name] for manifest in manifests) for name in COUNTS}
+    counts["dropped"] = dict(all_dropped)
+    whose = f"{facts['source']} ({facts['documents_are']})"
+    if not counts["documents"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in all_dropped.items()) or "there were none"
         hint = " Raise held_out, or give more documents." if facts["documents_are"] == "held-out side" else ""
-        raise DataError(f"{facts['source']} ({facts['documents_are']}): no document is left: {dropped}.{hint}")
+        raise DataError(f"{whose}: no document is left: {reasons}.{hint}")
+    everything = all(manifest["trained"] for manifest in manifests)
+    per_token = dtype.itemsize + (0 if everything else 1)
+    check_free(folder, counts["tokens"] * per_token + 16 * counts["documents"], f"{whose}, as a store,")
 
-    lengths = np.asarray(arrived.lengths, dtype=np.int64)
+    lengths = np.concatenate([map_file(shard / "lengths.bin", "int64") for shard in shards])
     order = permute(np.arange(len(lengths)), len(lengths), make_key(seed, "documents"))
-    counts: dict[str, Any] = {
-        "documents": len(lengths),
-        "tokens": int(lengths.sum()),
-        "targets": arrived.targets,
-        "dropped": dict(arrived.dropped),
-        "cut": arrived.cut,
-    }
+    files = {}
     if layout.sequence_length is not None:
         order, bins = _packed(order, lengths, layout.sequence_length, seed)
-        bins.tofile(folder / "bins.bin")
+        files["bins.bin"] = _write(folder / "bins.bin", [bins])
         samples = len(bins) - 1
         counts |= {"samples": samples, "fill": int((lengths - 1).sum()) / (samples * layout.sequence_length)}
-    arrived.write_ordered(order, lengths)
-    files = {file.name: _file_facts(file) for file in sorted(folder.iterdir())}
+    borders = np.concatenate(([0], lengths[order].cumsum()))
+    files["documents.bin"] = _write(folder / "documents.bin", [borders])
+    shuffled = _Shuffled(shards, [manifest["documents"] for manifest in manifests], lengths, order, borders)
+    files["tokens.bin"] = _write(folder / "tokens.bin", shuffled.pieces("tokens.bin", dtype))
+    if not everything:
+        files["trained.bin"] = _write(folder / "trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | facts
-    manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | {"files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | {"files": dict(sorted(files.items()))}
+    (folder / "manifest.json").write_text(seal(manifest))
 
 
 @dataclass
-class _Arrived:
-    """Documents on the disk in the order in which they came."""
+class _Shuffled:
+    """The documents of all shards in another order. `order[i]` is the document that takes `borders[i:i + 2]`."""
 
-    folder: Path
-    dtype: np.dtype[Any]
-    layout: Layout
-    lengths: list[int] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: int = 0
-    targets: int = 0
-    untrained: int = 0
+    shards: Sequence[Path]
+    documents: Sequence[int]  # of each shard
+    lengths: Indices
+    order: Indices
+    borders: Indices
 
-    def __post_init__(self) -> None:
-        self._ids_path, self._trained_path = self.folder / "ids.arrived", self.folder / "trained.arrived"
-        self._ids, self._trained = self._ids_path.open("wb"), self._trained_path.open("wb")
+    def pieces(self, name: str, dtype: np.dtype[Any]) -> Iterable[NDArray[Any]]:
+        """The arrays `name` of the shards, ones where a shard has none, as consecutive pieces of the shuffled array.
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool] | None) -> None:
-        limit = self.layout.sequence_length
-        if len(ids) < (1 if limit is None else 2):
-            self.dropped["empty"] += 1
-            return
-        kept = len(ids) if limit is None else min(len(ids), limit + 1)
-        tokens = np.asarray(ids[:kept], dtype=self.dtype)
-        mask = np.ones(kept, dtype=bool) if trained is None else np.asarray(trained[:kept], dtype=bool)
-        targets = int(mask[1:].sum())
-        if limit is not None and targets == 0:
-            self.dropped["without a trained target within sequence_length"] += 1
-            return
-        self._ids.write(tokens.data)
-        self._trained.write(mask.data)
-        self.lengths.append(kept)
-        self.cut += kept < len(ids)
-        self.targets += targets
-        self.untrained += kept - int(mask.sum())
+        Each piece visits the shards in turn, so that reading goes forward through the disk.
+        """
+        ends = self.lengths.cumsum()
+        shard_ends = np.cumsum(self.documents)
+        first = 0
+        while first < len(self.order):
+            limit = self.borders[first] + ASSEMBLY_BYTES // dtype.itemsize
+            last = max(first + 1, int(np.searchsorted(self.borders, limit, "right")) - 1)
+            base = self.borders[first]
+            piece = np.ones(self.borders[last] - base, dtype=dtype)
+            chosen = self.order[first:last]
+            forward = np.argsort(chosen)
+            documents, to = chosen[forward], self.borders[first:last][forward] - base
+            shares = np.searchsorted(documents, shard_ends, "left")  # where each shard's documents end
+            for shard, begin, end in zip(range(len(self.shards)), (0, *shares[:-1]), shares, strict=True):
+                if begin < end and (self.shards[shard] / name).exists():
+                    start = ends[shard_ends[shard - 1] - 1] if shard and shard_ends[shard - 1] else 0
+                    source = map_file(self.shards[shard] / name, dtype.name)
+                    sizes = self.lengths[documents[begin:end]]
+                    stops = ends[documents[begin:end]] - start
+                    spans = zip(stops.tolist(), sizes.tolist(), to[begin:end].tolist(), strict=True)
+                    for stop, size, place in spans:
+                        piece[place : place + size] = source[stop - size : stop]
+            yield piece
+            first = last
 
-    def close(self) -> None:
-        self._ids.close()
-        self._trained.close()
 
-    def write_ordered(self, order: Indices, lengths: Indices) -> None:
-        """tokens.bin, documents.bin and, unless everything is trained, trained.bin."""
-        ends = lengths.cumsum()
-        np.concatenate(([0], lengths[order].cumsum())).tofile(self.folder / "documents.bin")
-        parts = [(self._ids_path, "tokens.bin", self.dtype)]
-        if self.untrained:
-            parts.append((self._trained_path, "trained.bin", np.dtype(bool)))
-        for arrived, name, dtype in parts:
-            source = np.memmap(arrived, dtype=dtype, mode="r").view(np.ndarray)
-            with (self.folder / name).open("wb") as file:
-                for i in order:
-                    file.write(source[ends[i] - lengths[i] : ends[i]].data)
-        self._ids_path.unlink()
-        self._trained_path.unlink()
+def _write(path: Path, pieces: Iterable[NDArray[Any]]) -> dict[str, Any]:
+    """Write arrays one after the other; what the manifest says about the file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece.data)
+            digest.update(piece.data)
+            size += piece.nbytes
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _packed(order: Indices, lengths: Indices, sequence_length: int, seed: int) -> tuple[Indices, Indices]:
@@ -161,8 +257,3 @@ def _packed(order: Indices, lengths: Indices, sequence_length: int, seed: int) -
     shuffled = [bins[i] for i in permute(np.arange(len(bins)), len(bins), make_key(seed, "bins"))]
     documents = np.asarray([document for members in shuffled for document in members], dtype=np.int64)
     return documents, np.cumsum([0, *map(len, shuffled)], dtype=np.int64)
-
-
-def _file_facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -83,7 +83,9 @@ def model_size(run: Run) -> Size | str:
 def _built(run: Run, entries: int) -> Size:
     from bigtrain.models.causal_lm import try_architecture
 
-    empty = try_architecture(run.model, entries, attention=run.attention, added_tokens=run.adds_tokens)
+    empty = try_architecture(
+        run.model, entries, attention=run.attention, isolates=run.isolates, added_tokens=run.adds_tokens
+    )
     embedding: Any = empty.get_input_embeddings()
     return Size(empty.config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
 
@@ -192,7 +194,7 @@ def _sequences(run: Run, stage: Stage) -> int | None:
 
 def _samples(run: Run, stage: Stage) -> int | None:
     """Samples of an epoch, if all the stage's stores are there."""
-    from bigtrain.data.prepare import Part
+    from bigtrain.data.prepare import training_parts
     from bigtrain.data.store import open_store
     from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
     from bigtrain.tasks import TASKS
@@ -204,7 +206,8 @@ def _samples(run: Run, stage: Stage) -> int | None:
     tokenizer = load_tokenizer(where, run.tokenizer.add_tokens if run.tokenizer else ())
     same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
     same |= {"layout": task.layout} | ({"sequence_length": stage.sequence_length} if task.layout == "bins" else {})
-    found = [_made(run, Part(s, stage.held_out).facts(task.columns) | same) for s in stage.data]
+    parts = training_parts(run, stage, task.columns, make=False)
+    found = [_made(run, part.facts(task.columns) | same) for part in parts]
     folders = [folder for folder in found if folder is not None]
     if len(folders) < len(found):
         return None
@@ -213,11 +216,11 @@ def _samples(run: Run, stage: Stage) -> int | None:
 
 def _tokenizer_folder(run: Run) -> Path | None:
     if run.tokenizer is not None and run.tokenizer.train is not None:
-        from bigtrain.data.prepare import Part
+        from bigtrain.data.prepare import training_parts
         from bigtrain.data.sources import COLUMNS
 
-        first = run.stages[0]
-        parts = [Part(source, first.held_out).facts(COLUMNS[first.task]) for source in first.data]
+        columns = COLUMNS[run.stages[0].task]
+        parts = [part.facts(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
     name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
     return _folder(name) if name is not None and _folder(name).exists() else None

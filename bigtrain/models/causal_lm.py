@@ -49,6 +49,51 @@ PLAIN_HEADS = frozenset(
         "starcoder2",
     }
 )
+# Architectures that are shown to keep the documents of a sequence apart by positions that begin anew with each.
+ISOLATED = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+ISOLATED_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what `layer_types` of these may name
 ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # where transformers' names are not ours
 
 
@@ -96,16 +141,35 @@ def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     return kind(**values)
 
 
-def try_architecture(model: Model, entries: int, *, attention: str, added_tokens: bool = False) -> PreTrainedModel:
+def check_isolated(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for an architecture that is not shown to keep the documents of a sequence apart."""
+    others = set(getattr(config, "layer_types", None) or ()) - ISOLATED_LAYERS
+    if config.model_type in ISOLATED and not others:
+        return
+    why = f"has layers of the kind {', '.join(sorted(others))}" if others else "is none of those that were looked at"
+    raise ConfigError(
+        f"model: {config.model_type} is not shown to keep the documents of a sequence apart: it {why}. State-space, "
+        "convolution and linear-attention layers read on from one document into the next, whatever the positions. "
+        "Choose another architecture, or let documents read those before them in their sequence with "
+        "`documents_may_read_each_other: true` on every stage."
+    )
+
+
+def try_architecture(
+    model: Model, entries: int, *, attention: str, isolates: bool, added_tokens: bool = False
+) -> PreTrainedModel:
     """The model on the meta device, as it would be for a tokenizer of `entries` ids. Loads and writes nothing.
 
-    Raises ConfigError for keys and values that transformers refuses.
+    isolates: whether it has to keep the documents of a sequence apart.
+    Raises ConfigError for keys and values that transformers refuses, and if it cannot keep documents apart.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     stands_in: Any = _Tokenizer(entries)
     try:
         config = model_config(model, stands_in, added_tokens)
+        if isolates:
+            check_isolated(config)
         attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
         return empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

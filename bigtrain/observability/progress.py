@@ -54,8 +54,44 @@ class Progress:
             f"on {plural(event['hosts'], 'host', 'hosts')}"
         )
 
+    def _renew(self, line: str) -> None:
+        """Show a line in the place of the one before, where there is a terminal."""
+        if self._console.is_terminal:
+            self._console.file.write(f"\r\x1b[K{line[: self._console.width - 1]}")
+            self._console.file.flush()
+            self._open_line = True
+        else:
+            self._print(line)
+
     def _on_preparing(self, event: Event) -> None:
         self._print(f"{'prepare':<10} {event['what']}")
+
+    def _on_tokenizing(self, event: Event) -> None:
+        now = time.monotonic()
+        if now - self._shown < self._seconds:
+            return
+        self._shown = now
+        expected, left = event["expected_bytes"], event["seconds_left"]
+        of = "" if expected is None else f" of about {expected / 1e6:.1f}"
+        self._renew(
+            f"  {event['source']} ({event['documents_are']}): {event['documents']} documents, "
+            f"{event['text_bytes'] / 1e6:.1f}{of} MB of text  "
+            f"{count(event['documents_per_second'])} documents/s  {event['text_bytes_per_second'] / 1e6:.1f} MB/s  "
+            f"{count(event['tokens_per_second'])} tok/s" + ("" if left is None else f"  {duration(left)} left")
+        )
+
+    def _on_cleaned(self, event: Event) -> None:
+        training = event["documents"] - event["held_out"]
+        share = event["characters_kept"] / event["characters"] if event["characters"] else 1.0
+        self._print(
+            f"  cleaned: {event['kept']} of {plural(training, 'training document', 'training documents')} stay, "
+            f"{share:.1%} of the characters"
+        )
+        for what in ("changed", "redacted", "dropped"):
+            told = ", ".join(f"{number} {name}" for name, number in event[what].items() if number)
+            if told:
+                self._print(f"           {what}: {told}")
+        self._print(f"           examples in {event['folder']}/report.json")
 
     def _on_prepared(self, event: Event) -> None:
         lost = [f"{number} {reason}" for reason, number in event["dropped"].items()]
@@ -63,8 +99,12 @@ class Progress:
         self._print(
             f"  {event['source']} ({event['documents_are']}): {event['documents']} documents, "
             f"{count(event['tokens'])} tokens, {event['sequences']} sequences"
+            + (f", {event['fill']:.1%} full" if "fill" in event else "")
             + (f"; dropped or cut: {', '.join(lost)}" if lost else "")
         )
+
+    def _on_verified(self, event: Event) -> None:
+        self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
 
     def _on_stage_started(self, event: Event) -> None:
         resumed = f", resumed at step {event['done']}" if event["done"] else ""
@@ -95,12 +135,7 @@ class Progress:
             f"  step {done}/{steps}  loss {event['loss']:.4f}  grad {event['grad_norm']:.3f}  lr {event['lr']:.2e}  "
             f"{count(event['tokens_per_second'])} tok/s  {event['memory_bytes'] / 2**30:.2f} GiB  {left} left"
         )
-        if self._console.is_terminal:
-            self._console.file.write(f"\r\x1b[K{line[: self._console.width - 1]}")
-            self._console.file.flush()
-            self._open_line = True
-        else:
-            self._print(line)
+        self._renew(line)
 
     def _on_evaluation(self, event: Event) -> None:
         stage, loss = event["stage"], event["loss"]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bigtrain.data.sources import COLUMNS
+from bigtrain.data.chat import ChatTemplate, Rendered
+from bigtrain.data.sources import COLUMNS, Row
 from bigtrain.data.tokenizer import encode_rendered, encode_texts
 from bigtrain.data.writing import Document
 from bigtrain.errors import DataError
 from bigtrain.tasks.causal_lm import CausalLM
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
-Message = dict[str, str]
 
 
 class Sft(CausalLM):
@@ -23,72 +19,42 @@ class Sft(CausalLM):
     """
 
     layout = "bins"
-    encoding = "sft-2"
+    encoding = "sft-3"
     columns = COLUMNS["sft"]
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: Any) -> list[Document]:
+    def encode(self, rows: list[Row], tokenizer: Any) -> list[Document]:
         """Ids and which of them are learned: the assistant's turns and the token that ends each.
 
-        A row without an answer becomes an empty document. Raises DataError for a tokenizer that cannot end an answer,
-        for conversations without a chat template, and for a template that rewrites earlier turns.
+        One or more documents for each row (`ChatTemplate.documents`); a row without an answer becomes an empty one.
+        Raises DataError for a tokenizer that cannot end an answer, for conversations without a chat template, and
+        for a row that the template refuses.
         """
         if tokenizer.chat_template is None:
             return _joined(rows, tokenizer)
-        rendered = [_render(_messages(row), tokenizer) for row in rows]
-        encodings = encode_rendered(tokenizer, [text for text, _ in rendered])
-        specials = set(tokenizer.added_tokens_decoder)
-        return [_document(e, spans, specials) for e, (_, spans) in zip(encodings, rendered, strict=True)]
+        template = ChatTemplate(tokenizer)
+        rendered = [document for row in rows for document in _documents(row, template)]
+        return list(encode_rendered(tokenizer, template.tokens, rendered))
 
 
-def _messages(row: dict[str, Any]) -> list[Message]:
-    if "messages" in row:
-        return row["messages"]
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+def _documents(row: Row, template: ChatTemplate) -> list[Rendered]:
+    messages = row.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    try:
+        return template.documents(messages, row.get("read_only", 0)) or [Rendered()]
+    except DataError as error:
+        raise DataError(f"the conversation with key {row['key']}: {error}") from error
 
 
-def _render(messages: list[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and the spans of the assistant's turns in it, each with what ends it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and message["content"]:
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    f"the tokenizer's chat template writes turn {i + 1} of {len(messages)} differently once more "
-                    "turns follow, so the answers cannot be marked. Split such conversations into single turns."
-                )
-            spans.append((len(before), len(after)))
-    return text, spans
-
-
-def _document(encoding: Encoding, spans: list[tuple[int, int]], specials: set[int]) -> Document:
-    if not spans:
-        return [], []
-    trained = [False] * len(encoding.ids)
-    at = 0
-    for start, stop in spans:
-        ends = False
-        while at < len(trained) and encoding.offsets[at][0] < stop:
-            if encoding.offsets[at][0] >= start:
-                trained[at] = True
-                ends = ends or encoding.ids[at] in specials
-            at += 1
-        if not ends:
-            raise DataError(
-                "the tokenizer's chat template ends answers without a special token, "
-                "so the model would never learn to stop."
-            )
-    return encoding.ids, trained
-
-
-def _joined(rows: list[dict[str, Any]], tokenizer: Any) -> list[Document]:
+def _joined(rows: list[Row], tokenizer: Any) -> list[Document]:
     """bos (where the tokenizer has one) + prompt, then completion + eos, tokenized apart."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end token (eos_token), so a completion could not be ended.")
     if any("messages" in row for row in rows):
-        raise DataError("the tokenizer has no chat template, which conversations (`messages`) need.")
+        raise DataError(
+            "the tokenizer has no chat template, which conversations need. Use a tokenizer that has one, or give "
+            "`prompt` and `completion` as texts."
+        )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = encode_texts(tokenizer, [row["prompt"] for row in rows])
     completions = encode_texts(tokenizer, [row["completion"] for row in rows])

@@ -99,6 +99,16 @@ OUT_OF_RANGE = {
     "num_key_value_heads": [0, 5],
     "max_position_embeddings": [0],
     "name": ["", "a/b", "-x", "ä"],
+    "phone_region": ["us", "USA", "XX"],
+    "min_characters": [0, 10**9],
+    "duplicate_lines": [-0.1, 1.5, float("nan")],
+    "duplicate_paragraph_characters": [-0.1, 1.5],
+    "top_ngrams": [[0.2, 0.2], [0.2, 0.2, 1.2], []],
+    "duplicate_ngrams": [[0.1] * 5, [-0.1] * 6],
+    "threshold": [0, 1.5, float("nan")],
+    "permutations": [0, 15],
+    "words": [0, -1],
+    "overlap": [0, 1.5],
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bigtrain.data.batches import Batch, Batches, Prefetched, held_out_batches
 from bigtrain.data.store import Store, open_store
 from bigtrain.data.writing import Layout, write_store
+from bigtrain.parallel.contract import micro_batches
 
 LENGTH = 4
 NAMES = ("input_ids", "targets", "position_ids")
@@ -91,6 +92,56 @@ def test_any_step_can_be_asked_for_alone(stores, size, world, total, data) -> No
         walked(earlier)
     fresh = ranks(stores, None, size, total, world)[0]
     assert all(torch.equal(walked(step).tensors[name], fresh(step).tensors[name]) for name in NAMES)
+
+
+@given(
+    size=st.integers(1, 60),
+    total=st.integers(1, 300),
+    weights=st.sampled_from([None, (1.0, 3.0)]),
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=5),
+    micro=st.integers(1, 16),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_resumed_anywhere_on_any_number_of_ranks(stores, size, total, weights, worlds, micro, data) -> None:
+    """Each world takes over at a step that the one before has reached: the samples that are trained on are the same,
+    in the same order, however the ranks' rows are split into micro-batches."""
+    whole = ranks(stores, weights, size, total, 1)[0]
+    cuts = [data.draw(st.integers(0, whole.steps)) for _ in worlds[1:]]
+    borders = [0, *sorted(cuts), whole.steps]
+    seen: list[tuple[int, int]] = []
+    for world, first, last in zip(worlds, borders, borders[1:], strict=False):
+        shares = ranks(stores, weights, size, total, world)  # nothing but the step is handed over
+        for step in range(first, last):
+            batches = [share(step) for share in shares]
+            expected = np.stack([stores[s].sample(i)[0] for s, i in whole.ids(step)])
+            assert torch.equal(rows_of(batches)["input_ids"], torch.from_numpy(expected))
+            inputs = []
+            for batch in batches:
+                micros = micro_batches(batch, micro, world)
+                inputs.append(torch.cat([part["input_ids"] for part in micros])[: len(batch.tensors["input_ids"])])
+            assert torch.equal(torch.cat(inputs), torch.from_numpy(expected))
+            seen += shares[0].ids(step)
+    assert len(seen) == total
+    if weights is None:
+        everything = {(0, i) for i in range(37)} | {(1, i) for i in range(11)}
+        for epoch in range(total // 48):
+            assert set(seen[epoch * 48 : (epoch + 1) * 48]) == everything
+
+
+def test_weights_count_tokens(tmp_path: Path) -> None:
+    """Of two sources with documents of very different lengths, by the tokens of the batches themselves."""
+    opened = []
+    for number, length in enumerate((3, 200)):
+        (tmp_path / str(number)).mkdir()
+        documents = [([number] * length, None) for _ in range(3000 // length)]
+        facts = {"source": str(number), "documents_are": "all"}
+        write_store(tmp_path / str(number), documents, Layout("windows"), vocabulary_size=2, seed=0, facts=facts)
+        opened.append(open_store(tmp_path / str(number), LENGTH))
+    batches = ranks(opened, [1.0, 3.0], 64, 64 * 40, 1)[0]
+    for first in (0, 7, 20):
+        tokens = torch.cat([batches(step).tensors["input_ids"].flatten() for step in range(first, first + 16)])
+        assert tokens.float().mean().item() == pytest.approx(0.75, abs=0.005)
 
 
 def test_a_rank_without_rows(stores) -> None:

@@ -93,6 +93,32 @@ def test_mixing_keeps_the_shares(weights: list[float], start: int) -> None:
     assert np.abs(so_far - wanted).max() < 3
 
 
+@given(weights=WEIGHTS, start=st.integers(0, 10**9), size=st.integers(1, 3 * PATTERN))
+@settings(max_examples=50, deadline=None)
+def test_mixing_keeps_the_shares_in_any_window(weights: list[float], start: int, size: int) -> None:
+    """Up to a few samples, and one for each pattern that the window goes through."""
+    stores, _ = Order([1000] * len(weights), weights, seed=0)(np.arange(start, start + size))
+    wanted = np.asarray(weights) / sum(weights) * size
+    assert np.abs(np.bincount(stores, minlength=len(weights)) - wanted).max() < 6 + size / PATTERN
+
+
+def test_a_used_up_source_is_reshuffled_by_itself() -> None:
+    stores, picked = Order([40, 1000], [1.0, 1.0], seed=2)(np.arange(400))
+    epochs = picked[stores == 0].reshape(5, 40)
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+    assert len(set(picked[stores == 1].tolist())) == 200  # the other one is still in its first
+
+
+def test_the_order_holds_nothing_that_grows_with_the_samples() -> None:
+    held = [
+        sum(value.nbytes for value in vars(Order([size, size], weights, seed=0)).values() if hasattr(value, "nbytes"))
+        for size in (10, 10**12)
+        for weights in (None, [1.0, 2.0])
+    ]
+    assert held[:2] == held[2:]
+    assert max(held) < 300_000
+
+
 @given(
     samples=st.lists(st.integers(30, 300), min_size=2, max_size=4),
     data=st.data(),

@@ -100,7 +100,7 @@ def test_nothing_is_copied_to_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["absent.txt", "absent/", "*.nothing", "empty"])
 def test_a_source_that_is_not_there(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    for ask in (texts, lambda source: fingerprint(str(source))):
+    for ask in (texts, lambda source: fingerprint(Source(source=str(source)))):
         with pytest.raises(DataError, match=r"no such file|no file matches|holds no files"):
             ask(tmp_path / name)
 
@@ -114,7 +114,7 @@ def test_an_empty_source(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"id": 1, "txt": "x"})
-    with pytest.raises(DataError, match=r"a\.jsonl, row 0: no column `text`.*`id`, `txt`.*columns: \{text: txt\}"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column `text`.*`id`, `txt`.*columns: \{text: txt\}"):
         texts(tmp_path)
     with pytest.raises(DataError, match=r"no column `tx`.*nearest is `txt`"):
         texts(file, text="tx")
@@ -127,15 +127,28 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, 3, ["x"]])
 def test_a_column_that_is_no_text(tmp_path: Path, value: object) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"text": "x"}, {"text": value})
-    with pytest.raises(DataError, match=r"a\.jsonl, row 1: column `text` holds \w+ instead of text"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: column `text` holds \w+ instead of text"):
         texts(file)
 
 
-@pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": \n', "[1, 2", '{"text": "\\ud800"}\n'])
-def test_broken_json(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n\n{"text": \n', ":3: is not JSON: Expecting value, in column 1"),
+        ('{"text": "a"} {"text": "b"}\n', ":1: is not JSON: Extra data, in column 15"),
+        ('["text"]\n', ", row 0: is a JSON str, a row must be an object"),
+        ("[1, 2", ", row 0: is a JSON int"),
+        ('[{"text": "a"}, {"text": ', ", row 1: is not JSON: .*EOF.* What follows it cannot be read"),
+        ("7\n", ":1: is a JSON int, a row must be an object"),
+        ("[" * 500, ", row 0: is not JSON"),
+        ('{"a": ' * 100_000, ":1: is not JSON that can be read: maximum recursion"),
+        ('{"text": "\\ud800"}\n', ":1: column `text` holds half of a surrogate pair"),
+    ],
+)
+def test_broken_json(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "good.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "sad.jsonl").write_text(content)
-    with pytest.raises(DataError, match=r"sad\.jsonl: cannot be read as JSON rows"):
+    with pytest.raises(DataError, match=r"sad\.jsonl" + message):
         texts(tmp_path)
 
 
@@ -143,7 +156,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "b.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "c.txt").write_text("fine")
-    with pytest.raises(DataError, match=r"b\.txt: cannot be read as UTF-8 text"):
+    with pytest.raises(DataError, match=r"b\.txt: is not UTF-8 text: byte 0 of the file, 0xe9"):
         texts(tmp_path)
 
 
@@ -198,30 +211,31 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
     os.utime(file, ns=(0, 10**18))
-    seen = [fingerprint(str(tmp_path))]
-    assert fingerprint(str(tmp_path)) == seen[0]
+    seen = [fingerprint(Source(source=str(tmp_path)))]
+    assert fingerprint(Source(source=str(tmp_path))) == seen[0]
     os.utime(file, ns=(0, 2 * 10**18))
-    seen.append(fingerprint(str(tmp_path)))
+    seen.append(fingerprint(Source(source=str(tmp_path))))
     file.write_text("longer")
     os.utime(file, ns=(0, 2 * 10**18))
-    seen.append(fingerprint(str(tmp_path)))
+    seen.append(fingerprint(Source(source=str(tmp_path))))
     file.rename(tmp_path / "b.txt")
-    seen.append(fingerprint(str(tmp_path)))
+    seen.append(fingerprint(Source(source=str(tmp_path))))
     (tmp_path / "c.txt").write_text("")
-    seen.append(fingerprint(str(tmp_path)))
+    seen.append(fingerprint(Source(source=str(tmp_path))))
     assert len(set(seen)) == 5
 
 
 def test_fingerprint_follows_the_function(module: str, tmp_path: Path) -> None:
-    first = fingerprint(f"{module}:rows")
-    assert fingerprint(f"{module}:rows") == first != fingerprint(f"{module}:none")
+    first = fingerprint(Source(source=f"{module}:rows"))
+    assert fingerprint(Source(source=f"{module}:rows")) == first != fingerprint(Source(source=f"{module}:none"))
     file = tmp_path / f"{module}.py"
     file.write_text(file.read_text() + "# changed\n")
-    assert fingerprint(f"{module}:rows") != first
+    assert fingerprint(Source(source=f"{module}:rows")) != first
 
 
 def test_fingerprints_of_the_library_differ() -> None:
-    assert fingerprint("stdlib") == fingerprint("stdlib") != fingerprint("stdlib-functions")
+    modules, functions = Source(source="stdlib"), Source(source="stdlib-functions")
+    assert fingerprint(modules) == fingerprint(modules) != fingerprint(functions)
 
 
 # The standard library.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
-import signal
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from bigtrain.config.schema import (
     Tokenizer,
     TrainTokenizer,
 )
-from bigtrain.data.batches import IGNORE
+from bigtrain.data import writing
+from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
-from bigtrain.data.store import Store, open_store
+from bigtrain.data.store import Store, open_store, seal, verify_store
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.data.writing import Document, Layout, write_store
+from bigtrain.data.writing import Document, Layout, assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
 from bigtrain.tasks import TASKS
 
@@ -184,7 +186,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
         open_store(folder, 4)
     (folder / "tokens.bin").write_bytes(tokens)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match="has format 0, this bigtrain reads 1"):
+    with pytest.raises(DataError, match="has format 0, this bigtrain reads 2"):
         open_store(folder, 4)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
@@ -192,6 +194,101 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):
         open_store(folder, 4)
+
+
+@given(
+    lengths=LENGTHS,
+    length=st.integers(1, 16),
+    layout=st.sampled_from(["windows", "bins"]),
+    piece=st.integers(1, 200),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_shards_of_any_size_make_the_same_store(tmp_path_factory, lengths, length, layout, piece, data) -> None:
+    masks = [data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    documents = [(ids, mask) for (ids, _), mask in zip(numbered(lengths), masks, strict=True)]
+    borders = data.draw(st.lists(st.integers(0, len(documents)), max_size=6))
+    chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
+    root = tmp_path_factory.mktemp("shards")
+    shards = []
+    for begin, end in itertools.pairwise([0, *sorted(borders), len(documents)]):
+        shards.append(root / f"shard-{len(shards)}")
+        shards[-1].mkdir()
+        write_shard(shards[-1], gather(documents[begin:end], chosen, np.dtype(np.uint16)), {})
+    (root / "whole").mkdir()
+    (root / "pieced").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "ASSEMBLY_BYTES", piece)  # shuffled a few tokens at a time
+        try:
+            write_store(root / "whole", documents, chosen, vocabulary_size=10_000, seed=3, facts=FACTS)
+        except DataError:
+            with pytest.raises(DataError, match="no document is left"):
+                assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, facts=FACTS)
+            return
+        assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, facts=FACTS)
+    assert contents(root / "pieced") == contents(root / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["windows", "bins"])
+def test_a_flipped_byte_is_found_and_its_file_named(tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "s"
+    documents: list[Document] = [([i, i + 1, i + 2], [False, True, i % 2 == 0]) for i in range(50)]
+    make_store(folder, documents, layout, 8)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files if file.name != "bins.bin"] == [
+        "documents.bin",
+        "manifest.json",
+        "tokens.bin",
+        "trained.bin",
+    ]
+    assert verify_store(folder) == sum(file.stat().st_size for file in files if file.suffix == ".bin")
+    for file in files:
+        whole = file.read_bytes()
+        for place in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+            for flip in (1, 128):
+                file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+                with pytest.raises(DataError, match=re.escape(str(file))):
+                    verify_store(folder)
+        file.write_bytes(whole)
+    verify_store(folder)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("layout", ["windows", "bins"])
+def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> None:
+    """A store of 10 billion tokens, almost all of them holes of sparse files."""
+    tokens, documents, length = 10**10, 10**7, 2048
+    folder = tmp_path / "s"
+    folder.mkdir()
+    sizes = {"tokens.bin": 2 * tokens, "documents.bin": 8 * (documents + 1), "trained.bin": tokens}
+    if layout == "bins":
+        sizes["bins.bin"] = 8 * (tokens // length + 1)
+    for name, size in sizes.items():
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+    with (folder / "documents.bin").open("r+b") as file:
+        file.seek(8 * documents)
+        file.write(np.int64(tokens).tobytes())
+    manifest = {"format": 2, "layout": layout, "sequence_length": length, **FACTS, "pad_id": 0, "dtype": "uint16"}
+    (folder / "manifest.json").write_text(
+        seal(manifest | {"tokens": tokens, "files": {name: {"bytes": size} for name, size in sizes.items()}})
+    )
+    before = resident_bytes()
+    store = open_store(folder, length)
+    batches = Batches([store], None, seed=0, global_batch_size=4, total_samples=10**9, rank=0, world_size=1)
+    if layout == "windows":
+        assert batches(1_000_000).tensors["input_ids"].shape == (4, length)
+    else:
+        assert len(batches.ids(1_000_000)) == 4
+    assert store.samples > 4_000_000
+    assert resident_bytes() - before < 50_000_000
 
 
 # Preparing a run's stores.
@@ -206,9 +303,6 @@ def rows():
     with (folder / "calls").open("a") as calls:
         calls.write("called\\n")
     for i in range(60):
-        if i == 30 and (folder / "kill").exists():
-            (folder / "kill").unlink()
-            os.kill(os.getpid(), 9)
         if i == 30 and (folder / "gate").exists():
             (folder / "gate").read_text()  # a FIFO: waits until the test writes
             (folder / "gate").unlink()
@@ -231,7 +325,7 @@ def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Ru
         name="s",
         task=task,
         data=[Source(source=source)],
-        **{"held_out": 0.2, "sequence_length": 16, "evaluate": Evaluate()} | changes.pop("stage", {}),
+        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": Evaluate()} | changes.pop("stage", {}),
         global_batch_size=2,
         steps=1,
         optimizer=Optimizer(lr=1e-3),
@@ -317,12 +411,12 @@ def test_evaluation_data_of_its_own_is_taken_whole(tmp_path: Path, rows: str) ->
     assert [store.manifest["documents"] for store in data.held_out] == [60]
 
 
-def test_two_processes_prepare_once(tmp_path: Path, rows: str) -> None:
-    """A FIFO holds the builder of the tokenizer inside the source until the other process has come too."""
+def test_two_processes_train_the_tokenizer_once(tmp_path: Path, rows: str) -> None:
+    """A FIFO holds the one that trains inside the source until the other process has come too."""
     run = make_run(tmp_path, rows)
     os.mkfifo(tmp_path / "gate")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        results = [pool.apply_async(prepare_folders, (run,)) for _ in range(2)]
+        results = [pool.apply_async(prepare_tokenizer, (run,)) for _ in range(2)]
         gate = None
         while gate is None:
             results[0].wait(0.1)
@@ -336,22 +430,7 @@ def test_two_processes_prepare_once(tmp_path: Path, rows: str) -> None:
         first, second = (result.get(timeout=60) for result in results)
     assert first == second
     assert len(set(lines(tmp_path / "arrivals"))) == 2
-    assert calls(tmp_path) == 3  # tokenizer, training side, held-out side
-
-
-def test_what_a_killed_preparation_left_is_cleared_away(tmp_path: Path, rows: str) -> None:
-    run = make_run(tmp_path, rows)
-    prepare_tokenizer(run)
-    (tmp_path / "kill").touch()
-    process = multiprocessing.get_context("spawn").Process(target=prepare_folders, args=(run,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    stores = tmp_path / "out" / "stores"
-    assert [path.name for path in stores.glob("windows-*.partial")]
-    data = prepare(run)
-    assert not list(stores.glob("*.partial"))
-    assert data.train[0].manifest["documents"] > 30
+    assert calls(tmp_path) == 1
 
 
 def test_too_little_data_says_whose(tmp_path: Path, rows: str) -> None:

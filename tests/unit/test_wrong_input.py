@@ -127,6 +127,24 @@ stages:
         ("optimizer: {lr: 3e-4}", "optimizer: {lr: 3e-4}\n    schedule: {warmup_steps: 11}",
          "longer than the whole stage"),
         ("stdlib", "~/text", "`~` is not expanded in sources; write /"),
+        ("source: stdlib", "source: data/text", "run.yaml:7: stages.pretrain.data.0.source: there is no file or folder "
+         "'data/text'"),
+        ("source: stdlib", "source: data/text", "If the dataset data/text of the Hub is meant, say which split"),
+        ("source: stdlib", "source: data/texts, split: 'train[:10%]'", "data.0.split: write a split, like `train`, or "
+         "rows of it, like `train[:1000]`, got 'train[:10%]'. A percentage would need the number of rows first."),
+        ("source: stdlib", "source: data/texts, split: 'train[5:5]'", "data.0.split: train[5:5] holds no rows."),
+        ("source: stdlib", "source: data/texts, split: test", "data.0.split: data/texts is one split, `train`; there "
+         "is no test."),
+        ("source: stdlib", "source: data/texts, revision: main, split: train", "data.0.revision: is for datasets of "
+         "the Hub, and data/texts exists on this disk"),
+        ("source: stdlib", "source: stdlib, config: en", "data.0.config: is for datasets of the Hub, and stdlib is "
+         "none; remove config."),
+        ("source: stdlib", "source: data/thesis.pdf", ".pdf files are no text; convert them"),
+        ("source: stdlib", "source: 'data/*.zip'", "For what is in it write `zip://*::data/*.zip`."),
+        ("source: stdlib", "source: htps://host/a.txt", "fsspec knows no protocol htps; did you mean `https`?"),
+        ("source: stdlib", "source: empty", "the folder empty holds no files."),
+        ("source: stdlib", "source: stdlib, on_error: ignore", "on_error: 'ignore' is not one of"),
+        ("source: stdlib", "source: stdlib, max_characters: 0", "max_characters: "),
         ("name: test", "name: taken", "run.yaml:1: name: runs/taken is not empty and holds no run"),
         ("name: test", "name: test\nattention: flash\nparallel: {device: cpu}", "attention: flash needs a GPU"),
         ("name: test", "name: test\nattention: flash\nprecision: fp32", "attention: flash has no fp32"),
@@ -138,6 +156,8 @@ stages:
 def test_names_key_line_and_remedy(workplace, old, new, message):
     (workplace / "runs" / "taken").mkdir(parents=True)
     (workplace / "runs" / "taken" / "thesis.doc").write_text("mine")
+    (workplace / "data" / "thesis.pdf").write_bytes(b"%PDF")
+    (workplace / "empty").mkdir()
     assert message in refusal(GOOD.replace(old, new, 1))
 
 
@@ -174,9 +194,18 @@ def test_what_is_not_here_matters_only_where_the_run_starts(workplace):
     assert load("run.yaml").run.stages[0].data[0].source == "elsewhere/*.txt"
 
 
-@pytest.mark.parametrize("source", ["stdlib", "data/texts", "data/texts/a.txt", "data/**/*.jsonl", "my.module:rows"])
+@pytest.mark.parametrize(
+    "source", ["stdlib", "data/texts", "data/texts/a.txt", "data/**/*.jsonl", "my.module:rows", "memory://a"]
+)
 def test_sources_that_may_be_there(workplace, source):
     Path("run.yaml").write_text(GOOD.replace("{source: stdlib}", f'{{source: "{source}"}}'))
+    load("run.yaml", here=True)
+
+
+def test_a_hub_dataset_is_named_by_its_split(workplace):
+    Path("run.yaml").write_text(
+        GOOD.replace("{source: stdlib}", "{source: owner/name, split: 'train[:9]', revision: v1}")
+    )
     load("run.yaml", here=True)
 
 

@@ -1,0 +1,359 @@
+"""The data's way against the usual ones: tokenizing, feeding, packing, seeking.
+
+    python benchmarks/data.py [--rounds 7] [--only tokenizing,feeding,packing,seeking]
+
+On the source of Python's standard library, on a CPU. The contestants of a comparison take turns in one run, so that
+whatever disturbs the machine disturbs all of them; a ratio is the median of the rounds' ratios with a 95 % confidence
+interval (bootstrap). Ratios above 1 are in bigtrain's favour.
+
+tokenizing  `prepare_stage` (sources read, shards and the shuffled store written, synced to the disk) against
+            `tokenizers`' encode_batch on texts that lie in memory, in one process with the same threads; and two
+            processes of it against `datasets`' map(batched=True, num_proc=2) with the same tokenizer.
+feeding     `batches(step)` of 8 x 2048 tokens against a torch DataLoader over a tokenized `datasets` set with a
+            collator that packs documents and restarts positions; one core each.
+packing     finetuning a small Llama on conversations that are packed into bins, against the same conversations one a
+            row, padded to the longest of each batch: targets that are trained on, per second.
+seeking     batches(1,000,000) of a new Batches, and opening a store of 10 billion tokens (sparse files).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from bigtrain.config import Run, load_config
+from bigtrain.data import shards
+from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.sources import documents
+from bigtrain.data.store import FORMAT, Store, open_store, seal
+from bigtrain.data.writing import Layout, gather
+from bigtrain.tasks import TASKS
+from bigtrain.tasks.sft import Sft
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+ROWS, LENGTH = 8, 2048
+COPIES = 4  # of the standard library, so that starting processes is not all that is measured
+
+
+def median(values: list[float], digits: int = 2) -> str:
+    """The median with its 95 % confidence interval (bootstrap)."""
+    draws = np.random.default_rng(0).choice(values, size=(4000, len(values)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return f"{np.median(values):,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def turns(rounds: int, contestants: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each contestant returns in each round, in rotating order, after a round that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            value = contestants[name]()
+            if number:
+                found[name].append(value)
+    return found
+
+
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+# Tokenizing.
+
+
+def library() -> Iterator[dict[str, str]]:
+    """The rows of the source that is tokenized: COPIES of the standard library."""
+    for copy in range(COPIES):
+        for row in documents(load_config(CONFIG).stages[0].data[0], (("text",),)):
+            yield {"key": f"{copy}/{row['key']}", "text": row["text"]}
+
+
+def pretraining(output: str, folder: Path) -> Run:
+    given = [f"output={output}", "seed=1", f"stages.pretrain.data=[{{source: {folder / 'texts'}}}]"]
+    return load_config(CONFIG, [*given, "stages.pretrain.held_out=0.0", "stages.pretrain.evaluate=null"])
+
+
+def write_texts(folder: Path) -> list[str]:
+    """The documents as files, and as texts in memory."""
+    (folder / "texts").mkdir()
+    texts = [row["text"] for row in library()]
+    for number, text in enumerate(texts):
+        (folder / "texts" / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    return texts
+
+
+def prepare(run: Run, tokenizer: Any) -> Store:
+    return prepare_stage(run, run.stages[0], TASKS["pretrain"](), tokenizer).train[0]
+
+
+def helper(pipe: Any, folder: Path) -> None:
+    """A process that prepares what it is told to, together with others."""
+    shards.BLOCK_BYTES = 2_000_000
+    for output in iter(pipe.recv, None):
+        run = pretraining(output, folder)
+        prepare(run, open_tokenizer(run))
+        pipe.send("done")
+
+
+def tokenizing(rounds: int, folder: Path) -> None:
+    from datasets import Dataset, disable_caching, disable_progress_bars
+
+    disable_progress_bars()
+    disable_caching()
+    texts = write_texts(folder)
+    size = sum(len(text.encode()) for text in texts)
+    first = pretraining(str(folder / "runs"), folder)
+    tokenizer = open_tokenizer(first)
+    backend = tokenizer.backend_tokenizer
+    dataset = Dataset.from_dict({"text": texts})
+    dataset.save_to_disk(str(folder / "set"))
+    dataset = Dataset.load_from_disk(str(folder / "set"))
+    fresh = itertools.count()
+    shards.BLOCK_BYTES = 2_000_000
+    spawned = multiprocessing.get_context("spawn")
+    pipes = [spawned.Pipe() for _ in range(2)]
+    helpers = [spawned.Process(target=helper, args=(theirs, folder), daemon=True) for _, theirs in pipes]
+    for process in helpers:
+        process.start()
+
+    def output() -> str:
+        """A folder of runs that has the tokenizer and no stores."""
+        where = folder / f"out-{next(fresh)}"
+        shutil.copytree(folder / "runs", where, ignore=shutil.ignore_patterns("windows-*"))
+        return str(where)
+
+    def ours(where: str, work: Callable[[str], Any]) -> float:
+        rate = size / seconds_of(lambda: work(where))
+        shutil.rmtree(where)
+        return rate
+
+    def together(where: str) -> None:
+        for pipe, _ in pipes:
+            pipe.send(where)
+        for pipe, _ in pipes:
+            pipe.recv()
+
+    def raw() -> float:
+        def work() -> None:
+            for begin in range(0, len(texts), 100):
+                backend.encode_batch(texts[begin : begin + 100], add_special_tokens=False)
+
+        return size / seconds_of(work)
+
+    def mapped() -> float:
+        def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            return {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}
+
+        return size / seconds_of(lambda: dataset.map(encode, batched=True, num_proc=2, remove_columns=["text"]))
+
+    found = turns(
+        rounds,
+        {
+            "one": lambda: ours(output(), lambda where: prepare(pretraining(where, folder), tokenizer)),
+            "raw": raw,
+            "two": lambda: ours(output(), together),
+            "map": mapped,
+        },
+    )
+    for pipe, _ in pipes:
+        pipe.send(None)
+    print(f"tokenizing  {size / 1e6:.0f} MB of text, {len(texts)} documents")
+    print(f"  prepare, one process        {median([r / 1e6 for r in found['one']])} MB/s")
+    print(f"  tokenizers' encode_batch    {median([r / 1e6 for r in found['raw']])} MB/s")
+    print(f"    ratio                     {median(ratios(found['one'], found['raw']))}   (bar: 0.9)")
+    print(f"  prepare, two processes      {median([r / 1e6 for r in found['two']])} MB/s")
+    print(f"  datasets.map, num_proc=2    {median([r / 1e6 for r in found['map']])} MB/s")
+    print(f"    ratio                     {median(ratios(found['two'], found['map']))}   (bar: 1.3)")
+
+
+# Feeding.
+
+
+def packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What a collator does that packs the documents of a batch into rows of LENGTH tokens."""
+    ids = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+    positions = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])
+    targets = ids.roll(-1)
+    targets[positions.roll(-1) == 0] = IGNORE
+    kept = len(ids) // LENGTH * LENGTH
+    shape = (-1, LENGTH)
+    return {
+        "input_ids": ids[:kept].view(shape),
+        "targets": targets[:kept].view(shape),
+        "position_ids": positions[:kept].view(shape),
+    }
+
+
+def feeding(rounds: int, folder: Path) -> None:
+    from datasets import Dataset
+
+    longer = (f"stages.pretrain.sequence_length={LENGTH}", f"model.from_config.max_position_embeddings={LENGTH}")
+    run = load_config(CONFIG, [f"output={folder / 'runs'}", *longer])
+    store = prepare_stage(run, run.stages[0], TASKS["pretrain"](), open_tokenizer(run)).train[0]
+    ends = np.fromfile(store.folder / "documents.bin", dtype=np.int64)
+    tokens = np.fromfile(store.folder / "tokens.bin", dtype=store.manifest["dtype"]).astype(np.int64)
+    rows = [tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(str(folder / "tokens"))
+    dataset = Dataset.load_from_disk(str(folder / "tokens"))
+    documents_a_batch = max(1, round(ROWS * LENGTH / (len(tokens) / len(rows))))
+    steps = 200
+    numbers = itertools.count()
+    batches = Batches([store], None, seed=0, global_batch_size=ROWS, total_samples=ROWS * 10**6, rank=0, world_size=1)
+
+    def ours() -> float:
+        first = next(numbers) * steps
+        begun = time.perf_counter()
+        for step in range(first, first + steps):
+            batches(step)
+        return steps * ROWS * LENGTH / (time.perf_counter() - begun)
+
+    def loader() -> float:
+        given = 0
+        begun = time.perf_counter()
+        for batch in DataLoader(dataset, batch_size=documents_a_batch, shuffle=True, collate_fn=packed):
+            given += batch["input_ids"].numel()
+        return given / (time.perf_counter() - begun)
+
+    found = turns(rounds, {"ours": ours, "loader": loader})
+    print(f"feeding     batches of {ROWS} x {LENGTH} tokens, one core")
+    print(f"  batches(step)               {median([r / 1e6 for r in found['ours']])} M tokens/s   (bar: 20)")
+    print(f"  torch DataLoader            {median([r / 1e6 for r in found['loader']])} M tokens/s")
+    print(f"    ratio                     {median(ratios(found['ours'], found['loader']))}   (bar: 10)")
+
+
+# Packing.
+
+
+def packing(rounds: int, folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    run = load_config(CONFIG, [f"output={folder / 'runs'}"])
+    stage, rows, length = run.stages[1], 8, run.stages[1].sequence_length
+    tokenizer = open_tokenizer(run)
+    store = prepare_stage(run, stage, TASKS["sft"](), tokenizer).train[0]
+    found_rows = list(itertools.islice(documents(stage.data[0], Sft.columns), 1500))
+    encoded = gather(Sft().encode(found_rows, tokenizer), Layout("bins", length, 0), np.dtype(np.int64))
+    ends = encoded.lengths.cumsum()
+    assert encoded.trained is not None
+    singles = [
+        (encoded.tokens[end - n : end], encoded.trained[end - n : end])
+        for end, n in zip(ends, encoded.lengths, strict=True)
+    ]
+    shuffled = np.random.default_rng(0).permutation(len(singles))
+    torch.manual_seed(0)
+    shape = {**(run.model.from_config or {}), "vocab_size": len(tokenizer)}
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in shape.items() if k != "model_type"}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    packed_batches = Batches(
+        [store], None, seed=0, global_batch_size=rows, total_samples=rows * 10**6, rank=0, world_size=1
+    )
+    steps = itertools.count()
+
+    def padded(number: int) -> dict[str, torch.Tensor]:
+        chosen = [singles[shuffled[i % len(shuffled)]] for i in range(number * rows, (number + 1) * rows)]
+        longest = max(len(ids) for ids, _ in chosen) - 1
+        inputs = torch.zeros(rows, longest, dtype=torch.int64)
+        targets = torch.full((rows, longest), IGNORE)
+        for row, (ids, trained) in enumerate(chosen):
+            inputs[row, : len(ids) - 1] = torch.from_numpy(ids[:-1])
+            learned = torch.from_numpy(np.where(trained[1:], ids[1:], IGNORE))
+            targets[row, : len(ids) - 1] = learned
+        return {"input_ids": inputs, "targets": targets, "position_ids": torch.arange(longest).expand(rows, -1)}
+
+    def trained_targets(batch: Callable[[int], dict[str, torch.Tensor]]) -> float:
+        """Targets a second over a few steps: the padded rows need no mask, as what follows a row is never looked at."""
+        targets = 0
+        begun = time.perf_counter()
+        for _ in range(4):
+            tensors = batch(next(steps))
+            logits = model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tensors["targets"].flatten(), ignore_index=IGNORE)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            targets += int((tensors["targets"] != IGNORE).sum())
+        return targets / (time.perf_counter() - begun)
+
+    found = turns(
+        rounds,
+        {
+            "packed": lambda: trained_targets(lambda step: packed_batches(step).tensors),
+            "padded": lambda: trained_targets(padded),
+        },
+    )
+    print(f"packing     finetuning on stdlib-functions, {rows} rows a step, bins {store.manifest['fill']:.1%} full")
+    print(f"  packed                      {median(found['packed'], 0)} targets/s")
+    print(f"  padded per batch            {median(found['padded'], 0)} targets/s")
+    print(f"    ratio                     {median(ratios(found['packed'], found['padded']))}   (bar: 1.5)")
+
+
+# Seeking.
+
+
+def sparse_store(folder: Path) -> Path:
+    """A store of 10 billion tokens in 10 million documents, almost all of them holes."""
+    tokens, count = 10**10, 10**7
+    folder.mkdir()
+    sizes = {"tokens.bin": 2 * tokens, "documents.bin": 8 * (count + 1)}
+    for name, size in sizes.items():
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+    (np.arange(count + 1) * 1000).tofile(folder / "documents.bin")
+    manifest = {
+        **{"format": FORMAT, "layout": "windows", "sequence_length": None, "source": "holes", "documents_are": "all"},
+        **{"pad_id": None, "dtype": "uint16", "documents": count, "tokens": tokens},
+        "files": {name: {"bytes": size} for name, size in sizes.items()},
+    }
+    (folder / "manifest.json").write_text(seal(manifest))
+    return folder
+
+
+def seeking(rounds: int, folder: Path) -> None:
+    where = sparse_store(folder / "sparse")
+    seeks, opens = [], []
+    for number in range(max(rounds, 7)):
+        begun = time.perf_counter()
+        store = open_store(where, LENGTH)
+        opens.append(time.perf_counter() - begun)
+        batches = Batches([store], None, seed=number, global_batch_size=ROWS, total_samples=10**8, rank=0, world_size=1)
+        seeks.append(seconds_of(lambda batches=batches: batches(1_000_000)))
+    print("seeking     in a store of 10 billion tokens")
+    print(f"  batches(1,000,000)          {median([s * 1e3 for s in seeks])} ms   (bar: 10)")
+    print(f"  opening it                  {median([s * 1e3 for s in opens])} ms   (bar: 1000)")
+
+
+def main() -> None:
+    parts = {"tokenizing": tokenizing, "feeding": feeding, "packing": packing, "seeking": seeking}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default=",".join(parts))
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in asked.only.split(","):
+            part = Path(folder) / name
+            part.mkdir()
+            parts[name](asked.rounds, part)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the `source` of a run's file means, and what is wrong with it, as far as this disk can tell."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from bigtrain.config.schema import Source
+from bigtrain.errors import nearest
+
+Kind = Literal["stdlib", "function", "url", "hub", "saved", "files"]
+
+STANDARD_LIBRARY = ("stdlib", "stdlib-functions")
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+ROWS = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", re.ASCII)
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` of datasets writes
+# Named by themselves or in a glob they are a mistake; below a folder their bytes will tell.
+NO_TEXT = {
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".epub", ".png", ".jpg"),
+    *(".npy", ".npz", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".orc", ".avro", ".sqlite"),
+}
+
+
+def kind_of(source: Source) -> Kind:
+    """How a source is read. What exists as a path is a path; `owner/name` is a Hub id only where `split` is given."""
+    name, path = source.source, Path(source.source)
+    if name in STANDARD_LIBRARY:
+        return "stdlib"
+    if any(all((path / file).is_file() for file in files) for files in SAVED):
+        return "saved"
+    if path.exists():
+        return "files"
+    if FUNCTION.fullmatch(name):
+        return "function"
+    if "://" in name:
+        return "url"
+    return "hub" if source.split is not None and HUB_ID.fullmatch(name) else "files"
+
+
+def parse_split(split: str | None) -> tuple[str | None, int, int | None]:
+    """(name or None, first row, the row after the last or None for all) of `name` or `name[start:stop]`.
+
+    Raises ValueError with a sentence for anything else.
+    """
+    if split is None:
+        return None, 0, None
+    match = ROWS.fullmatch(split)
+    if match is None:
+        percent = " A percentage would need the number of rows first." if "%" in split else ""
+        raise ValueError(f"write a split, like `train`, or rows of it, like `train[:1000]`, got {split!r}.{percent}")
+    start, stop = int(match[2] or 0), int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise ValueError(f"{split} holds no rows.")
+    return match[1], start, stop
+
+
+def wrong_with(source: Source) -> str | None:
+    """What keeps a source from being read here, in a sentence; None if nothing is known to."""
+    kind, name = kind_of(source), source.source
+    if kind == "url":
+        return _protocol(name)
+    if kind != "files":
+        return None
+    path = Path(name)
+    if path.is_file() or glob.has_magic(name):
+        suffix = path.suffix.lower()
+        if suffix in NO_TEXT:
+            within = f" For what is in it write `zip://*::{name}`." if suffix == ".zip" else ""
+            return f"{suffix} files are no text; convert them to .txt, .jsonl or .parquet.{within}"
+    if path.is_file():
+        return None
+    if path.is_dir():
+        return None if any(p.is_file() for p in path.rglob("*")) else f"the folder {name} holds no files."
+    if glob.has_magic(name):
+        found = glob.iglob(name, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+        return None if any(map(os.path.isfile, found)) else f"no file matches {name} (looked in {path.cwd()})."
+    return f"there is no file or folder {name!r} (looked in {path.cwd()}).{_other_reading(name)}"
+
+
+def _other_reading(name: str) -> str:
+    if name.startswith("~"):
+        return f" `~` is not expanded in sources; write {os.path.expanduser(name)}."  # noqa: PTH111 - does not raise
+    if HUB_ID.fullmatch(name):
+        return f" If the dataset {name} of the Hub is meant, say which split, like `split: train`."
+    return ""
+
+
+def _protocol(url: str) -> str | None:
+    """Whether fsspec can open the URL's protocols; whether anything is there, opening will tell."""
+    import fsspec
+
+    for part in url.split("::"):
+        protocol = part.partition("://")[0]
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ValueError:
+            return f"fsspec knows no protocol {protocol}; {nearest(protocol, fsspec.available_protocols())}"
+        except ImportError as error:
+            return f"{protocol}: {error}"
+    return None

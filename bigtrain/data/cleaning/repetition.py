@@ -1,0 +1,88 @@
+"""Texts that repeat themselves, told by the filters of Gopher."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.config.schema import Repetition
+from bigtrain.data.cleaning.ngrams import hash_words, ngrams
+
+TOP = (2, 3, 4)  # lengths in words of `top_ngrams`
+DUPLICATE = (5, 6, 7, 8, 9, 10)  # and of `duplicate_ngrams`
+
+
+def too_repetitive(text: str, words: list[str], limits: Repetition) -> str | None:
+    """The first filter that a text fails, in words, or None.
+
+    The filters of Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
+    arXiv:2112.11446, appendix A.1.1, table A1. What has stood in the text before counts as a duplicate. An n-gram
+    is repeated from its second occurrence on: a text in which nothing occurs twice passes all of them.
+    """
+    for name, parts, share, character_share in (
+        ("lines", text.split("\n"), limits.duplicate_lines, limits.duplicate_line_characters),
+        (
+            "paragraphs",
+            re.split(r"\n[^\S\n]*\n", text),
+            limits.duplicate_paragraphs,
+            limits.duplicate_paragraph_characters,
+        ),
+    ):
+        by_number, by_characters = _duplicates(parts)
+        if share is not None and by_number > share:
+            return f"duplicate {name}"
+        if character_share is not None and by_characters > character_share:
+            return f"characters in duplicate {name}"
+    lengths = np.array([len(word) for word in words], dtype=np.int64)
+    hashes = hash_words(words)
+    for n, limit in zip(TOP, limits.top_ngrams or (), strict=False):
+        if _top_share(ngrams(hashes, n), lengths, n) > limit:
+            return f"most frequent {n}-gram"
+    for n, limit in zip(DUPLICATE, limits.duplicate_ngrams or (), strict=False):
+        if _duplicate_share(ngrams(hashes, n), lengths, n) > limit:
+            return f"duplicate {n}-grams"
+    return None
+
+
+def _duplicates(parts: list[str]) -> tuple[float, float]:
+    """The share of the parts that stood there before, in number and in characters; blank ones do not count."""
+    parts = [part.strip() for part in parts if not part.isspace() and part]
+    if not parts:
+        return 0.0, 0.0
+    distinct = dict.fromkeys(parts)
+    return 1 - len(distinct) / len(parts), 1 - sum(map(len, distinct)) / sum(map(len, parts))
+
+
+def _top_share(grams: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
+    """The share of the words' characters in the most frequent n-gram; of equally frequent ones in the largest."""
+    if len(grams) == 0:
+        return 0.0
+    _, inverse, counts = np.unique(grams, return_inverse=True, return_counts=True)
+    most = int(counts.max())
+    if most == 1:
+        return 0.0
+    tied = np.flatnonzero(counts == most)
+    sizes = np.convolve(lengths, np.ones(n, dtype=np.int64), "valid")
+    largest = np.zeros(len(counts), dtype=np.int64)
+    np.maximum.at(largest, inverse, sizes)
+    return _covered(inverse == tied[largest[tied].argmax()], lengths, n)
+
+
+def _duplicate_share(grams: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
+    """The share of the words' characters that lie in n-grams which stood there before, each character counted once."""
+    if len(grams) == 0:
+        return 0.0
+    _, first, inverse = np.unique(grams, return_index=True, return_inverse=True)
+    return _covered(first[inverse] != np.arange(len(grams)), lengths, n)
+
+
+def _covered(begins: NDArray[np.bool_], lengths: NDArray[np.int64], n: int) -> float:
+    """The share of the characters that lie in one of the n-grams which begin where `begins` says."""
+    steps = np.zeros(len(lengths) + 1, dtype=np.int64)
+    starts = np.flatnonzero(begins)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, starts + n, -1)
+    inside = steps.cumsum()[:-1] > 0
+    return float(lengths[inside].sum() / lengths.sum())

@@ -1,0 +1,82 @@
+"""Writing to a disk that may fill up or lose power: folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bigtrain.errors import DataError
+
+
+def publish(folder: Path, build: Callable[[Path], None]) -> None:
+    """Have `build` fill a folder under another name; it gets its own once all of it is on the disk.
+
+    What an earlier attempt has left is removed: the caller sees to it that it is the only one. Raises DataError when
+    the disk is full.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    with _room_on_the_disk(folder):
+        for leftover in (partial, folder):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        try:
+            build(partial)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for what nobody will read
+            raise
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that others may be looking into: they see all of it or nothing."""
+    going = folder.with_name(f"{folder.name}.removed-{os.uname().nodename}-{os.getpid()}")
+    try:
+        folder.rename(going)
+    except FileNotFoundError:  # somebody else was faster
+        return
+    shutil.rmtree(going)
+
+
+def check_free(folder: Path, needed: float, what: str) -> None:
+    """Raises DataError if the disk of `folder` has fewer than `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{what} needs about {megabytes(needed)}, and the disk of {folder} has {megabytes(free)} free. Make room "
+            "there, or set `output` to a folder on another disk."
+        )
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes to be read: 12.3 MB."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+@contextmanager
+def _room_on_the_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"the disk is full: {folder} could not be written ({error.strerror}). Make room there, or set `output` to "
+            "a folder on another disk, and start again: what was finished before is kept."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Return once a file's content, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""Prepare the data of a run without training: by this process, by several, or as one rank of a launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from bigtrain.config import Run, to_yaml
+from bigtrain.launching.launchers import adopt
+from bigtrain.launching.spawn import spawn
+
+CORES_PER_PROCESS = 8  # that a tokenizer's threads keep busy
+
+
+def prepare(config: Run, processes: int | None, verify: bool) -> int:
+    """Make the tokenizer and the token stores of all stages; returns the exit code.
+
+    processes: that share the work on this machine, None for one per CORES_PER_PROCESS. verify: compare all checksums
+    as well. Raises DataError for sources that cannot be read, a disk without room, and a changed byte.
+    """
+    cores = os.cpu_count() or 1
+    processes = processes or max(1, cores // CORES_PER_PROCESS)
+    if processes == 1 or adopt() is not None:
+        return _here(config, verify)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // processes)))  # the tokenizer's
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
+        resolved = Path(temporary) / "config.yaml"
+        resolved.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "bigtrain", "prepare", str(resolved), *(["--verify"] if verify else [])]
+        return spawn(command, processes, "as --processes says")
+
+
+def _here(config: Run, verify: bool) -> int:
+    from bigtrain.data.prepare import open_tokenizer, prepare_stages
+    from bigtrain.data.store import verify_store
+    from bigtrain.observability.progress import Progress
+    from bigtrain.observability.stream import Stream
+    from bigtrain.pretrained import quiet
+    from bigtrain.tasks import TASKS
+
+    quiet()
+    first = int(os.environ.get("RANK", 0)) == 0
+    stream = Stream([Progress()] if first else [])
+    stream.emit("preparing", what="tokenizer")
+    tokenizer = open_tokenizer(config)
+    data = prepare_stages(config, {s.name: TASKS[s.task]() for s in config.stages}, tokenizer, stream)
+    if verify and first:
+        stream.emit("preparing", what="checksums")
+        stores = [store.folder for stage in data.values() for store in (*stage.train, *stage.held_out)]
+        for folder in dict.fromkeys(stores):
+            stream.emit("verified", folder=str(folder), bytes=verify_store(folder))
+    return 0

