@@ -325,7 +325,8 @@ def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Ru
         name="s",
         task=task,
         data=[Source(source=source)],
-        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": Evaluate()} | changes.pop("stage", {}),
+        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": Evaluate()}
+        | changes.pop("stage", {}),
         global_batch_size=2,
         steps=1,
         optimizer=Optimizer(lr=1e-3),
