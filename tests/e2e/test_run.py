@@ -142,7 +142,7 @@ def test_a_source_that_is_not_there(tmp_path):
     ("content", "message"),
     [
         ("", "holds no documents"),
-        ("{not json\n", "cannot be read as JSON rows"),
+        ("{not json\n", "is not JSON"),
         ('{"txt": "words"}\n', "no column `text`"),
     ],
 )
