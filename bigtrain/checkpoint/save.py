@@ -9,7 +9,6 @@ step-00000100/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from bigtrain.disk import sync
 from bigtrain.state import Box
 
 FORMAT = 1
@@ -69,7 +69,7 @@ def _write_boxes(path: Path, boxes: Iterable[Box]) -> list[dict[str, Any]]:
         )
     if tensors:
         save_file(tensors, path)
-        _sync(path)
+        sync(path)
     return entries
 
 
@@ -85,17 +85,9 @@ def _write_json(path: Path, value: Any) -> None:
     """Write so that the file is either absent or whole, also after a power cut."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _retain(root: Path, keep: int) -> None:

@@ -306,15 +306,13 @@ def _lines(stream: io.BufferedReader, max_characters: int) -> Lines:
 
 def _decoded(data: bytes, where: str, offset: int) -> str | Unusable:
     """offset: of the data in the file; a mark of the byte order at its beginning is no text."""
+    text = data if offset else data.removeprefix(codecs.BOM_UTF8)
     try:
-        return (data if offset else data.removeprefix(codecs.BOM_UTF8)).decode()
-    except UnicodeDecodeError:
-        pass
-    try:
-        data.decode()  # once more for the position, with the mark
+        return text.decode()
     except UnicodeDecodeError as error:
-        at = f"byte {offset + error.start} of the file, 0x{data[error.start]:02x}"
-    return Unusable("not UTF-8", f"{where}: is not UTF-8 text: {at}. Save it as UTF-8.")
+        at = offset + len(data) - len(text) + error.start
+        wrong = f"byte {at} of the file, 0x{text[error.start]:02x}"
+        return Unusable("not UTF-8", f"{where}: is not UTF-8 text: {wrong}. Save it as UTF-8.")
 
 
 def _too_long(where: str, max_characters: int) -> Unusable:

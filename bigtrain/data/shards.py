@@ -23,9 +23,9 @@ from typing import Any
 
 import filelock
 
-from bigtrain.data.disk import check_free, publish
 from bigtrain.data.sources import Row
 from bigtrain.data.writing import Encoded, write_shard
+from bigtrain.disk import check_free, publish
 from bigtrain.errors import DataError
 from bigtrain.observability.stream import Stream
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.batches import IGNORE
-from bigtrain.data.disk import publish
+from bigtrain.disk import publish
 from bigtrain.errors import DataError
 
 FORMAT = 2

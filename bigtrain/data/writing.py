@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.disk import check_free
 from bigtrain.data.order import make_key, permute
 from bigtrain.data.store import FORMAT, map_file, seal
+from bigtrain.disk import check_free
 from bigtrain.errors import DataError
 
 ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once

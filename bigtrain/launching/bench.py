@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from pathlib import Path
-
-from bigtrain.config import Run, to_yaml
+from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.errors import ConfigError, Told, nearest
 from bigtrain.launching.launchers import adopt
-from bigtrain.launching.spawn import processes_here, spawn
+from bigtrain.launching.spawn import processes_here, spawn_command
 
 
 def bench(config: Run, stage: str | None, steps: int) -> int:
@@ -27,11 +23,7 @@ def bench(config: Run, stage: str | None, steps: int) -> int:
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
     if processes == 1:
         return _here(config, stages[name], steps)
-    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
-        resolved = Path(temporary) / "config.yaml"
-        resolved.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "bigtrain", "bench", str(resolved), "--stage", name, "--steps", str(steps)]
-        return spawn(command, processes, why)
+    return spawn_command(config, "bench", ["--stage", name, "--steps", str(steps)], processes, why)
 
 
 def _here(config: Run, stage: Stage, steps: int) -> int:

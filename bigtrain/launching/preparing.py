@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-from pathlib import Path
 
-from bigtrain.config import Run, to_yaml
+from bigtrain.config import Run
 from bigtrain.launching.launchers import adopt
-from bigtrain.launching.spawn import spawn
+from bigtrain.launching.spawn import spawn_command
 
 CORES_PER_PROCESS = 8  # that a tokenizer's threads keep busy
 
@@ -25,11 +22,7 @@ def prepare(config: Run, processes: int | None, verify: bool) -> int:
     if processes == 1 or adopt() is not None:
         return _here(config, verify)
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // processes)))  # the tokenizer's
-    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
-        resolved = Path(temporary) / "config.yaml"
-        resolved.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "bigtrain", "prepare", str(resolved), *(["--verify"] if verify else [])]
-        return spawn(command, processes, "as --processes says")
+    return spawn_command(config, "prepare", ["--verify"] if verify else [], processes, "as --processes says")
 
 
 def _here(config: Run, verify: bool) -> int:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from bigtrain.config import Run, to_yaml
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
 from bigtrain.resilience.stopping import SIGNALS
 
@@ -52,6 +53,14 @@ def spawn(command: list[str], processes: int, why: str) -> int:
                 return _wait(ranks, failures)
         finally:
             _stop(ranks)
+
+
+def spawn_command(config: Run, command: str, options: list[str], processes: int, why: str) -> int:
+    """`spawn` for `bigtrain COMMAND CONFIG OPTIONS`: every rank gets the file as it is resolved here."""
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
+        resolved = Path(temporary) / "config.yaml"
+        resolved.write_text(to_yaml(config), encoding="utf-8")
+        return spawn([sys.executable, "-m", "bigtrain", command, str(resolved), *options], processes, why)
 
 
 @contextmanager

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from pathlib import Path
 
-from bigtrain.config import Run, load, to_yaml
+from bigtrain.config import Run, load
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
 from bigtrain.errors import BigtrainError, Told
 from bigtrain.launching.launchers import Launcher, adopt
-from bigtrain.launching.spawn import processes_here, spawn
+from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.run_folder import RunFolder
 
 
@@ -48,11 +46,7 @@ def start(config: Run, restart: str | None = None) -> int:
     if processes == 1:
         os.environ[PROCESSES_WHY] = why
         return _here(config, restart)
-    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
-        resolved = Path(temporary) / "config.yaml"
-        resolved.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "bigtrain", "run", str(resolved)]
-        return spawn(command + (["--restart", restart] if restart else []), processes, why)
+    return spawn_command(config, "run", ["--restart", restart] if restart else [], processes, why)
 
 
 def _why(launcher: Launcher, config: Run) -> str:

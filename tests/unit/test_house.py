@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "bigtrain"
 FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"errors", "config"},
-    {"run_folder", "pretrained", "state"},
+    {"disk", "run_folder", "pretrained", "state"},
     {"observability", "resilience"},
     {"models", "data"},
     {"tasks"},

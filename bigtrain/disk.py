@@ -30,9 +30,9 @@ def publish(folder: Path, build: Callable[[Path], None]) -> None:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for what nobody will read
             raise
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def remove(folder: Path) -> None:
@@ -73,7 +73,7 @@ def _room_on_the_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Return once a file's content, or a folder's list of names, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
