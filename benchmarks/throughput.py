@@ -11,6 +11,9 @@ Printed are the median time of a step and, as medians of the paired ratios with 
 what bigtrain takes of the others' time: at 1.00 it adds nothing, at 0.50 it is twice as fast. Speed is also given as
 model FLOP/s by the formula of `bigtrain.models.flops`, and as MFU where the GPU's peak is known.
 
+Where bigtrain computes linear layers with oneDNN (`bigtrain.models.linear`), a second plain loop does so too: it shows
+what else a step costs.
+
 On a GPU the larger sizes do not leave room for all at once; `--contestants` says who is in memory together:
 
     python benchmarks/throughput.py --device cuda --precision bf16 --sizes 8B --contestants plain,bigtrain
@@ -43,6 +46,7 @@ from bigtrain.data.store import open_store
 from bigtrain.data.writing import Layout, write_store
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
+from bigtrain.models.linear import mkl_is_slow, use_onednn
 from bigtrain.models.weights import ModelWeights
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
@@ -117,9 +121,11 @@ class Setting:
 Report = Callable[[float], None]  # of a step's loss; ends the turn
 
 
-def plain(setting: Setting, report: Report) -> None:
-    """A plain PyTorch loop, as one would write it by hand."""
+def plain(setting: Setting, report: Report, *, onednn: bool = False) -> None:
+    """A plain PyTorch loop, as one would write it by hand. With `onednn` its linear layers are bigtrain's."""
     model = setting.copy().to(setting.device).train()
+    if onednn:
+        use_onednn(model)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -228,8 +234,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "bigtrain compiled": {"compile": True},
     "bigtrain compiled flash": {"compile": True, "attention": "flash"},
 }
+ONEDNN = "plain with oneDNN"
 CONTESTANTS: dict[str, Callable[[Setting, Report], None]] = {
     "plain": plain,
+    ONEDNN: partial(plain, onednn=True),
     "Trainer": trainer,
     **{name: partial(bigtrain, **layout) for name, layout in LAYOUTS.items()},
 }
@@ -347,7 +355,7 @@ def show(name: str, setting: Setting, contestants: dict[str, Contestant]) -> Non
             line += f"  {contestants[who].peak_bytes / 2**30:.1f} GiB"
         print(line)
     for who in LAYOUTS:
-        for other in ("plain", "Trainer"):
+        for other in ("plain", ONEDNN, "Trainer"):
             if who in times and other in times:
                 ratios = times[who] / times[other]
                 low, high = interval(ratios)
@@ -363,7 +371,9 @@ def main() -> None:
     parser.add_argument("--contestants", help=f"of {', '.join(CONTESTANTS)}; default: all that can compute there")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    able = [name for name in CONTESTANTS if device.type == "cuda" or "flash" not in name]
+    used = device.type == "cpu" and arguments.precision == "fp32" and mkl_is_slow()
+    able = [name for name in CONTESTANTS if used or name != ONEDNN]
+    able = [name for name in able if device.type == "cuda" or "flash" not in name]
     names = arguments.contestants.split(",") if arguments.contestants else able
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
     print(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import compile_layers, plain_head
+from bigtrain.models.linear import mkl_is_slow, use_onednn
 from bigtrain.state import Box, Reader
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class TaskModule(nn.Module):
         self.model = model
         self.task = task
         self._token_sums = _token_sums
+        if mkl_is_slow():
+            use_onednn(model)
         if compile:
             compile_layers(model)
             self._token_sums = torch.compile(_token_sums, fullgraph=True, dynamic=False)
