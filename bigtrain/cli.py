@@ -70,6 +70,24 @@ def prepare(
 
 
 @app.command()
+def preview(
+    config: Annotated[Path, typer.Argument(help="The run's file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage to look at; default: all.")] = None,
+    step: Annotated[int, typer.Option(help="The step whose batch is shown, from 0.", min=0)] = 0,
+    rows: Annotated[int, typer.Option(help="Sequences of the batch that are shown.", min=0)] = 2,
+    html: Annotated[Path | None, typer.Option(help="Write the same as one page.", metavar="FILE")] = None,
+) -> None:
+    """Show what the model will see: tokens and which are trained, documents, sources, lengths, what was dropped."""
+    from bigtrain.config import load
+    from bigtrain.preview import preview as look
+
+    look(load(config, overrides or [], here=True).run, stage=stage, step=step, rows=rows, html=html)
+
+
+@app.command()
 def launch(
     config: Annotated[str, typer.Argument(help="The run's file.")],
     launcher: Annotated[

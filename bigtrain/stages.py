@@ -243,7 +243,7 @@ class _Pipeline:
 
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, request: StopRequest) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
-        sequences = _sequences(stage, sum(store.samples for store in data.train))
+        sequences = stage.sequences(data.samples)
         newest = self._newest(stage.name)
         resumed = Checkpoint(newest) if newest else None
         run = StageRun(
@@ -357,14 +357,3 @@ def compiling(stage: str) -> Iterator[None]:
 def _lineage(stores: list[Store]) -> list[dict[str, Any]]:
     """What of a store is worth remembering when it is gone."""
     return [{"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], **counts(s)} for s in stores]
-
-
-def _sequences(stage: Stage, samples: int) -> int:
-    """Sequences of a whole stage, of which one epoch has `samples`."""
-    if stage.steps is not None:
-        return stage.steps * stage.global_batch_size
-    if stage.tokens is not None:
-        steps = -(-stage.tokens // (stage.global_batch_size * stage.sequence_length))
-        return steps * stage.global_batch_size
-    assert stage.epochs is not None
-    return max(1, round(stage.epochs * samples))

@@ -291,6 +291,16 @@ class Stage(Section):
     export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the run's end.", True)
     prompts: list[str] = reporting("Prompts that the exported model answers at the run's end, to be read.", [])
 
+    def sequences(self, samples: int) -> int:
+        """That the whole stage trains on, where one epoch has `samples`."""
+        if self.steps is not None:
+            return self.steps * self.global_batch_size
+        if self.tokens is not None:
+            steps = -(-self.tokens // (self.global_batch_size * self.sequence_length))
+            return steps * self.global_batch_size
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples))
+
 
 class Profile(Section):
     steps: list[int] = reporting(

@@ -59,6 +59,11 @@ class Batches:
     def steps(self) -> int:
         return self._shares.steps
 
+    @property
+    def shares(self) -> list[float]:
+        """Of the stage's samples, those that each store gives."""
+        return self._order.shares.tolist()
+
     def __call__(self, step: int) -> Batch:
         """This rank's contiguous share of the global batch of `step`; may have no rows. Raises IndexError."""
         rows, numbers = self._shares.of(step)

@@ -79,6 +79,12 @@ class Order:
             self._counts = taken.sum(axis=0)
             self._before = np.take_along_axis(taken.cumsum(axis=0) - 1, self._pattern[:, None], axis=1)[:, 0]
 
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Of all samples, those that each store gives."""
+        counts = self._samples if self._pattern is None else self._counts
+        return counts / counts.sum()
+
     def __call__(self, numbers: Indices) -> tuple[Indices, Indices]:
         """(stores, samples), int64 of the shape of `numbers` (n,)."""
         if self._pattern is None:

@@ -53,6 +53,11 @@ class StageData:
     held_out: list[Store]
     cleaning: Decisions | None = None
 
+    @property
+    def samples(self) -> int:
+        """Of one epoch of all training stores."""
+        return sum(store.samples for store in self.train)
+
 
 @dataclass(frozen=True)
 class Part:

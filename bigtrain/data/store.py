@@ -19,7 +19,7 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -100,6 +100,18 @@ def map_file(path: Path, dtype: str, anywhere: bool = False) -> NDArray[Any]:
     return np.frombuffer(content, dtype=dtype)
 
 
+class Borders(NamedTuple):
+    """The documents of a sample.
+
+    first: number of the one it begins with, in the store. whole: whether that one begins here, or in an earlier sample.
+    at: where each begins in the sample, and where the last one ends, int64 in 0..sequence_length.
+    """
+
+    first: int
+    whole: bool
+    at: NDArray[np.int64]
+
+
 class Store(ABC):
     """A memory-mapped token store: its folder, manifest, sequence_length and number of samples."""
 
@@ -122,6 +134,18 @@ class Store(ABC):
         each document (`isolated`). Raises IndexError.
         """
 
+    @abstractmethod
+    def borders(self, i: int) -> Borders:
+        """Which documents stand where in sample i. Raises IndexError."""
+
+    def document_lengths(self, limit: int) -> NDArray[np.int64]:
+        """Tokens of the first `limit` documents."""
+        return np.diff(self._documents[: limit + 1])
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < self.samples:
+            raise IndexError(f"sample {i} of {self.samples}")
+
     def _positions(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         return _positions(starts[starts < length] if self.isolated else starts[:0], length)
 
@@ -137,8 +161,7 @@ class Windows(Store):
         self.samples = (len(self._tokens) - 1) // sequence_length
 
     def sample(self, i: int) -> Sample:
-        if not 0 <= i < self.samples:
-            raise IndexError(f"sample {i} of {self.samples}")
+        self._check(i)
         length = self.sequence_length
         first = i * length
         tokens = self._tokens[first : first + length + 1].astype(np.int64)
@@ -152,6 +175,14 @@ class Windows(Store):
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
         return tokens[:-1], targets, self._positions(starts, length)
 
+    def borders(self, i: int) -> Borders:
+        self._check(i)
+        first, length = i * self.sequence_length, self.sequence_length
+        begins, ends = np.searchsorted(self._documents, (first, first + length), "right")
+        inside = self._documents[begins:ends] - first
+        at = np.concatenate(([0], inside[inside < length], [length]))
+        return Borders(int(begins) - 1, bool(self._documents[begins - 1] == first), at)
+
 
 class Bins(Store):
     """Samples made of whole documents; the tail that none fits is filled with the pad id."""
@@ -164,8 +195,7 @@ class Bins(Store):
         self.samples = len(self._bins) - 1
 
     def sample(self, i: int) -> Sample:
-        if not 0 <= i < self.samples:
-            raise IndexError(f"sample {i} of {self.samples}")
+        self._check(i)
         length = self.sequence_length
         borders = self._documents[self._bins[i] : self._bins[i + 1] + 1]
         first, last = borders[0], borders[-1]
@@ -182,8 +212,17 @@ class Bins(Store):
         padded_targets = np.full(length, IGNORE, dtype=np.int64)
         input_ids[:used] = tokens[is_input]
         padded_targets[:used] = targets[is_target]
-        starts = borders[1:] - first - np.arange(1, len(borders))  # of the second document on, and of the tail
-        return input_ids, padded_targets, self._positions(starts, length)
+        return input_ids, padded_targets, self._positions(_without_last(borders)[1:], length)
+
+    def borders(self, i: int) -> Borders:
+        self._check(i)
+        documents = self._documents[self._bins[i] : self._bins[i + 1] + 1]
+        return Borders(int(self._bins[i]), True, _without_last(documents))
+
+
+def _without_last(borders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Borders of documents, from 0 on, once each has lost its last token, which is no input."""
+    return borders - borders[0] - np.arange(len(borders))
 
 
 def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:

@@ -183,13 +183,10 @@ def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tu
 
 def _sequences(run: Run, stage: Stage) -> int | None:
     """Sequences of a whole stage; None where they depend on a token store that nobody has made."""
-    if stage.steps is not None:
-        return stage.steps * stage.global_batch_size
-    if stage.tokens is not None:
-        return -(-stage.tokens // (stage.global_batch_size * stage.sequence_length)) * stage.global_batch_size
-    assert stage.epochs is not None
+    if stage.epochs is None:
+        return stage.sequences(0)
     samples = _samples(run, stage) if (Path(run.output) / "stores").is_dir() else None
-    return None if samples is None else max(1, round(stage.epochs * samples))
+    return None if samples is None else stage.sequences(samples)
 
 
 def _samples(run: Run, stage: Stage) -> int | None:

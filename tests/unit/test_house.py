@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"checkpoint"},
     {"training"},
     {"inference"},
-    {"stages", "bench"},
+    {"stages", "bench", "preview"},
     {"launching"},
     {"cli", "testing", "__init__", "__main__"},
 ]

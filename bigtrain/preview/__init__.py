@@ -1,0 +1,40 @@
+"""`bigtrain preview`: what a stage shows its model in one step, on the terminal or as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Run
+from bigtrain.config.schema import Stage
+from bigtrain.data.prepare import open_tokenizer, prepare_stages
+from bigtrain.errors import ConfigError, nearest
+from bigtrain.observability.progress import Progress
+from bigtrain.observability.stream import Stream
+from bigtrain.pretrained import quiet
+from bigtrain.preview.batch import view
+from bigtrain.preview.page import write_page
+from bigtrain.preview.terminal import show
+from bigtrain.tasks import TASKS
+
+
+def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path | None) -> None:
+    """Show batch `step` (from 0) of a stage, None for all, and facts about its data; what is missing is prepared first.
+
+    rows: sequences of the batch whose tokens are shown. html: the page to write as well.
+    Raises ConfigError for a stage or step that there is not, DataError for sources that cannot be read.
+    """
+    stages = {known.name: known for known in config.stages}
+    if stage is not None and stage not in stages:
+        raise ConfigError(f"--stage {stage}: there is no such stage; {nearest(stage, stages)}")
+    chosen: list[Stage] = config.stages if stage is None else [stages[stage]]
+    quiet()
+    tokenizer: Any = open_tokenizer(config)
+    only = config.model_copy(update={"stages": chosen})
+    data = prepare_stages(only, {s.name: TASKS[s.task]() for s in chosen}, tokenizer, Stream([Progress()]))
+    views = [view(config, one, data[one.name], tokenizer, step, rows) for one in chosen]
+    for one in views:
+        show(one)
+    if html is not None:
+        write_page(html, config.name, views)
+        print(f"written to {html}")
