@@ -40,6 +40,7 @@ from greenlet import getcurrent, greenlet
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from bigtrain.checkpoint import NoSaver
 from bigtrain.config.schema import Optimizer, Schedule, Source, Stage
 from bigtrain.data.batches import Batches, Prefetched
 from bigtrain.data.store import open_store
@@ -51,7 +52,7 @@ from bigtrain.models.weights import ModelWeights
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
 from bigtrain.parallel import build_engine
-from bigtrain.resilience.stopping import StopRequest
+from bigtrain.resilience.requests import Requests
 from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -224,7 +225,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
     ):
         stream = Stream([Files(Path(folder)), Progress(), turns])
         run = StageRun(stage, setting.steps * size.rows, 0, stream)
-        train(run, engine, batches, held_out=tuple, save=lambda: Path(folder), request=StopRequest())
+        train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
         stream.close()
     engine.close()
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bigtrain.checkpoint import NoSaver
 from bigtrain.config import Run
 from bigtrain.config.schema import Checkpoint, Stage
 from bigtrain.data.batches import Batch, Batches, Prefetched
@@ -37,7 +37,7 @@ from bigtrain.parallel.agreement import in_common
 from bigtrain.parallel.contract import Engine, TaskModule
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
-from bigtrain.resilience.stopping import StopRequest
+from bigtrain.resilience.requests import Requests
 from bigtrain.stages import check_attention, compiling, stage_engine
 from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
@@ -98,7 +98,7 @@ def _timed(stage: Stage, engine: Engine, batches: Callable[[int], Batch], steps:
     stream = Stream([rows.append])
     run = StageRun(plain, steps * stage.global_batch_size, 0, stream, skips_overflows=True)  # of random weights in fp16
     with compiling(stage.name):
-        train(run, engine, batches, held_out=tuple, save=Path, request=StopRequest())
+        train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
     return [row for row in rows if row["kind"] == "step"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class BigtrainError(Exception):
@@ -26,6 +27,17 @@ class DataError(BigtrainError):
 
 class CheckpointError(BigtrainError):
     """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written; `folder` is where it lies."""
+
+    def __init__(self, folder: Path, text: str):
+        super().__init__(text)
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[Path, str]]:
+        return DamagedError, (self.folder, str(self))  # ranks tell each other of it
 
 
 class Told(BigtrainError):

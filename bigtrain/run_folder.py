@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "preempted"
 
     @property
+    def save_request(self) -> Path:
+        """A file that asks the running job for a checkpoint; the job takes it away."""
+        return self.path / "save-now"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer that the run trains with, kept with it."""
         return self.path / "tokenizer"
@@ -114,6 +119,7 @@ class RunFolder:
         )
         self._write(facts)
         self.preempted.unlink(missing_ok=True)
+        self.save_request.unlink(missing_ok=True)
         return len(facts["attempts"])
 
     def newest_attempt(self) -> str | None:

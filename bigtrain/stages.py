@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 import bigtrain
-from bigtrain.checkpoint import Checkpoint, complete, save
+from bigtrain.checkpoint import Checkpoint, Retention, Saver, discard_incomplete, newest, set_aside
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
@@ -25,7 +26,8 @@ from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_sta
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store, make_once
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DataError
+from bigtrain.disk import megabytes
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import open_model
@@ -33,15 +35,16 @@ from bigtrain.models.causal_lm import empty_model, model_config, parameter_shape
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
-from bigtrain.observability.stream import Files, Stream
+from bigtrain.observability.stream import Event, Files, Stream
 from bigtrain.observability.summary import summary
 from bigtrain.observability.trackers import trackers
+from bigtrain.optim import slots
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
-from bigtrain.parallel.contract import Engine
+from bigtrain.parallel.contract import Engine, read_together
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
-from bigtrain.resilience.stopping import StopRequest
+from bigtrain.resilience.requests import Requests, TimeLimit
 from bigtrain.run_folder import RunFolder
 from bigtrain.state import Reader
 from bigtrain.tasks import TASKS, Task
@@ -64,8 +67,11 @@ def run_here(config: Run, restart: str | None = None) -> int:
     folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision, in_common(config)) as world:
         check_attention(config, world)
-        stream = _open(config, folder, world, restart)
-        finished = _Pipeline(config, world, folder, stream).run()
+        limit = None
+        if config.time_limit_seconds is not None:
+            limit = TimeLimit(config.time_limit_seconds, begun)
+        stream = _open(config, folder, world, restart, limit)
+        finished = _Pipeline(config, world, folder, stream, limit).run()
     if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
         _finish(config, folder, stream)
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
@@ -98,7 +104,7 @@ def _try_inputs(config: Run) -> None:
         model_config(config.model, open_tokenizer(config), config.adds_tokens)
 
 
-def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> Stream:
+def _open(config: Run, folder: RunFolder, world: World, restart: str | None, limit: TimeLimit | None) -> Stream:
     """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
         "world_size": world.size,
@@ -116,7 +122,13 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None) -> 
     check_same_folder(folder, attempt)
     if world.rank != 0:
         return Stream()
-    stream = Stream([Files(folder.path), Progress(), *trackers(config, folder.path)], attempt=number)
+    readers: list[Callable[[Event], None]] = [
+        Files(folder.path),
+        Progress(),
+        *trackers(config, folder.path),
+        *([limit] if limit else []),
+    ]
+    stream = Stream(readers, attempt=number)
     stream.emit(
         "started",
         version=bigtrain.__version__,
@@ -176,7 +188,9 @@ def stage_engine(
 class _Pipeline:
     """One rank's way through the stages."""
 
-    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream):
+    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream, limit: TimeLimit | None):
+        """limit: reads the stream of rank 0; asked there only."""
+        self.limit = limit if world.rank == 0 else None
         self.config = config
         self.world = world
         self.folder = folder
@@ -191,10 +205,28 @@ class _Pipeline:
         model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = prepare_stages(self.config, tasks, tokenizer, self.stream)
-        with StopRequest() as request:
-            return all(
-                self._stage(stage, tasks[stage.name], data[stage.name], model, request) for stage in self.config.stages
-            )
+        with Requests(self.folder.save_request if self.world.rank == 0 else None, self.limit) as requests:
+            while True:
+                try:
+                    return all(
+                        self._stage(stage, tasks[stage.name], data[stage.name], model, requests)
+                        for stage in self.config.stages
+                    )
+                except DamagedError as damaged:
+                    self._set_aside(damaged)
+
+    def _set_aside(self, damaged: DamagedError) -> None:
+        """Let no rank find a damaged checkpoint again; collective. Finished stages that it was of are so no more."""
+        if self.world.rank == 0:
+            try:
+                aside = set_aside(damaged.folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{damaged}. It cannot be set aside ({error.strerror}): remove it, and the run goes on from the "
+                    "checkpoint before it."
+                ) from None
+            self.stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
+        dist.barrier()
 
     def _tokenizer(self) -> Any:
         """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
@@ -207,12 +239,17 @@ class _Pipeline:
 
         return load_tokenizer(make_once(self.folder.tokenizer, keep))
 
-    def _newest(self, stage: str) -> Path | None:
+    def _newest(self, stage: str, weights_only: bool = False) -> Path | None:
         """The newest complete checkpoint of a stage that rank 0 sees: a shared disk may show the others less."""
-        found = complete(self.folder.checkpoints(stage))
-        choice = [found[-1] if found else None]
+        choice = [newest(self.folder.checkpoints(stage), weights_only)]
         dist.broadcast_object_list(choice, src=0)
         return choice[0]
+
+    def _checkpoint(self, folder: Path, weights_only: bool = False) -> Checkpoint:
+        """Open a checkpoint; collective. Raises DamagedError on all ranks if one of them cannot."""
+        opened: list[Checkpoint] = []
+        read_together(self.world.device, lambda: opened.append(Checkpoint(folder, weights_only)))
+        return opened[0]
 
     def _is_over(self, stage: Stage) -> bool:
         """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
@@ -222,7 +259,7 @@ class _Pipeline:
         if not self.folder.facts()["stages"].get(stage.name, {}).get("finished"):
             return False
         for later in self.config.stages:
-            if later.from_stage == stage.name and self._newest(later.name) is None:
+            if later.from_stage == stage.name and self._newest(later.name) is None:  # it has not begun
                 raise CheckpointError(
                     f"stage {stage.name} is finished, but {self.folder.checkpoints(stage.name)} is empty, and "
                     f"stage {later.name} starts from it. Put a checkpoint back, or train it anew with "
@@ -241,11 +278,11 @@ class _Pipeline:
                     f"or begin the stage anew with `--restart {stage.name}`."
                 )
 
-    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, request: StopRequest) -> bool:
+    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, requests: Requests) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
         sequences = stage.sequences(data.samples)
-        newest = self._newest(stage.name)
-        resumed = Checkpoint(newest) if newest else None
+        folder = self._newest(stage.name)
+        resumed = self._checkpoint(folder) if folder else None
         run = StageRun(
             stage,
             sequences,
@@ -267,11 +304,19 @@ class _Pipeline:
         shapes = parameter_shapes(empty)
         if isinstance(reader, Checkpoint):
             reader.check_fit(shapes)
-        engine.load(reader, resumed.progress if resumed else {"updates": 0})
+        try:
+            engine.load(reader, resumed.progress if resumed else {"updates": 0})
+        except DamagedError:
+            engine.close()
+            raise
+        finally:
+            if isinstance(reader, Checkpoint):
+                reader.close()
+        parameters = sum(math.prod(shape) for shape in shapes.values())
         facts = {
             "from": origin,
             "model": model.model_type,
-            "parameters": sum(math.prod(shape) for shape in shapes.values()),
+            "parameters": parameters,
             "logits": "some tokens at a time" if plain_head(empty) is not None else "whole",
             "engine": self.config.parallel_of(stage).engine,
             "steps": run.steps,
@@ -287,7 +332,8 @@ class _Pipeline:
                 held_out=_lineage(data.held_out),
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
-        finished = self._train(stage, run, engine, data, sequences, request)
+        self._plan_checkpoints(stage, parameters)
+        finished = self._train(stage, run, engine, data, sequences, requests)
         engine.close()
         if self.world.rank == 0:
             if finished:
@@ -298,7 +344,7 @@ class _Pipeline:
         return finished
 
     def _train(
-        self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int, request: StopRequest
+        self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int, requests: Requests
     ) -> bool:
         rank, size = self.world.rank, self.world.size
         batches = Batches(
@@ -311,27 +357,50 @@ class _Pipeline:
             world_size=size,
         )
         limit = stage.evaluate.sequences if stage.evaluate else None
-        root, keep = self.folder.checkpoints(stage.name), stage.checkpoint.keep
+        settings = stage.checkpoint
+        retention = Retention(settings.keep, settings.keep_every, settings.keep_weights_only)
+        saver = Saver(self.folder.checkpoints(stage.name), retention, run.saved, asynchronous=settings.asynchronous)
         pin = self.world.device.type == "cuda"
-        with Prefetched(batches, pin) as prefetched, compiling(stage.name):
+        with Prefetched(batches, pin) as prefetched, saver, compiling(stage.name):
             return train(
                 run,
                 engine,
                 prefetched,
                 held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
-                save=lambda: save(root, run.done, engine.boxes(), engine.progress(), keep),
-                request=request,
+                saver=saver,
+                requests=requests,
             )
+
+    def _plan_checkpoints(self, stage: Stage, parameters: int) -> None:
+        """Tell how large checkpoints will be and how much room there is; collective.
+
+        Raises CheckpointError if there is not room for one.
+        """
+
+        def plan() -> None:
+            root = self.folder.checkpoints(stage.name)
+            root.mkdir(parents=True, exist_ok=True)
+            discard_incomplete(root)
+            size, free = 4 * parameters * (1 + len(slots(stage.optimizer))), shutil.disk_usage(root).free
+            self.stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
+            if size > free:
+                raise CheckpointError(
+                    f"a checkpoint of stage {stage.name} takes {megabytes(size)}, and the disk of {root} has "
+                    f"{megabytes(free)} free: the run could not save even once. Make room there, or set `output` to a "
+                    "folder on another disk."
+                )
+
+        from_first(plan)
 
     def _first_weights(self, stage: Stage, model: PreTrainedConfig, empty: PreTrainedModel) -> tuple[str, Reader]:
         if stage.from_stage is not None:
-            newest = self._newest(stage.from_stage)
-            if newest is None:
+            folder = self._newest(stage.from_stage, weights_only=True)
+            if folder is None:
                 raise CheckpointError(
                     f"stages.{stage.name}.from: stage {stage.from_stage} has no checkpoint in "
                     f"{self.folder.checkpoints(stage.from_stage)} any more."
                 )
-            return f"{stage.from_stage}, {newest.name}", Checkpoint(newest, weights_only=True)
+            return f"{stage.from_stage}, {folder.name}", self._checkpoint(folder, weights_only=True)
         source = self.config.model.from_pretrained
         if source is not None:
             return source, pretrained_weights(source, model.vocab_size, self.config.seed)

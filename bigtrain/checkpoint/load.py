@@ -1,42 +1,53 @@
-"""Read boxes of a checkpoint that any engine wrote on any number of ranks."""
+"""Read boxes of a checkpoint that any engine wrote on any number of ranks, each block of them checked."""
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bigtrain.checkpoint.save import FORMAT, MANIFEST, PROGRESS
-from bigtrain.errors import CheckpointError, shorten
+from bigtrain.checkpoint.format import FORMAT, bytes_of, checksum, complete, read_manifest, read_progress
+from bigtrain.checkpoint.retention import resumable
+from bigtrain.errors import CheckpointError, DamagedError, shorten
 from bigtrain.state import BUFFER, WEIGHT, Shape
 
 
+def newest(root: Path, weights_only: bool = False) -> Path | None:
+    """The newest complete checkpoint under `root` that a run can continue from, or that holds weights at least."""
+    found = [folder for folder in complete(root) if weights_only or resumable(folder)]
+    return found[-1] if found else None
+
+
 class Checkpoint:
-    """A `Reader` of a complete checkpoint; reads only what it is asked for.
+    """A `Reader` of a complete checkpoint; reads only what it is asked for, and nothing that fails its checksum.
 
     weights_only: leave the optimizer's slots out, for a stage that starts from another one's weights.
-    Raises CheckpointError for a folder that holds no complete checkpoint of this format.
+    Raises DamagedError for a folder that holds no complete checkpoint, CheckpointError for another format.
     """
 
     def __init__(self, folder: Path, weights_only: bool = False):
         self.folder = folder
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            self.progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} holds no complete checkpoint: {error}") from None
+        manifest = read_manifest(folder)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
+        self.progress = read_progress(folder, manifest)
         self.step: int = manifest["step"]
+        self._block: int = manifest["block"]
+        self._headers: dict[str, Any] = manifest["files"]
         self._state: dict[str, dict[str, Any]] = manifest["state"]
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
         found = {slot for slots in self._state.values() for slot in slots}
         self.slots: Sequence[str] = sorted(found & {WEIGHT, BUFFER} if weights_only else found)
+
+    def close(self) -> None:
+        """Close its files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def check_fit(self, shapes: dict[str, Shape]) -> None:
         """Raises CheckpointError that names the parameters which the model or the checkpoint alone has, that differ in
@@ -61,33 +72,74 @@ class Checkpoint:
         shape = entry["shape"]
         if len(shape) != len(offsets) or any(o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
             raise CheckpointError(f"{self.folder}: {name} has shape {shape}; the model's is another.")
+        dtype = getattr(torch, entry["dtype"])
         result: Tensor | None = None
         filled = 0
         for box in entry["boxes"]:
             overlap = _overlap(offsets, lengths, box["offsets"], box["lengths"])
             if overlap is None:
                 continue
-            there = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, box["offsets"], strict=True))
-            here = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, offsets, strict=True))
-            part = self._part(box["file"], box["key"], there)
+            begin = [a - o for (a, _), o in zip(overlap, box["offsets"], strict=True)]
+            part = self._part(box, dtype, begin, [b - a for a, b in overlap])
             if part.shape == torch.Size(lengths):
                 return part
             if result is None:
-                result = torch.empty(lengths, dtype=part.dtype)
+                result = torch.empty(lengths, dtype=dtype)
+            here = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, offsets, strict=True))
             result[here] = part
             filled += part.numel()
         if result is None or filled != result.numel():
             raise CheckpointError(f"{self.folder}: parts of {name} ({slot}) are missing.")
         return result
 
-    def _part(self, file: str, key: str, place: tuple[slice, ...]) -> Tensor:
+    def _part(self, box: dict[str, Any], dtype: torch.dtype, begin: list[int], lengths: list[int]) -> Tensor:
+        """A part of a box, of shape `lengths`, from the blocks that hold it."""
+        strides = [math.prod(box["lengths"][i + 1 :]) for i in range(len(lengths))]
+        first = sum(b * stride for b, stride in zip(begin, strides, strict=True))
+        last = sum((b + n - 1) * stride for b, n, stride in zip(begin, lengths, strides, strict=True))
+        whole = math.prod(box["lengths"]) * dtype.itemsize
+        start = first * dtype.itemsize // self._block * self._block
+        stop = min(whole, -(-(last + 1) * dtype.itemsize // self._block) * self._block)
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        self._read(box, bytes_of(data), start)
+        return data.view(dtype).as_strided(lengths, strides, first - start // dtype.itemsize)
+
+    def _read(self, box: dict[str, Any], data: memoryview, start: int) -> None:
+        """Fill `data` with the blocks of a box that begin with its byte `start`. Raises DamagedError."""
+        path = self.folder / box["file"]
         try:
-            if file not in self._files:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            reader = self._files[file]
-            return reader.get_slice(key)[place] if place else reader.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
+            if box["file"] not in self._files:
+                self._open(box["file"])
+            read_whole(self._files[box["file"]], data, box["begin"] + start)
+        except OSError as error:
+            raise DamagedError(self.folder, f"{path} cannot be read: {error}") from None
+        for number, expected in enumerate(box["checksums"][start // self._block :]):
+            block = data[number * self._block : (number + 1) * self._block]
+            if not block:
+                break
+            if checksum(block) != expected:
+                at = box["begin"] + start + number * self._block
+                raise DamagedError(
+                    self.folder, f"{path} is not what was written: the checksum of its bytes from {at} on differs"
+                )
+
+    def _open(self, name: str) -> None:
+        """Open a file and check its header, which nobody else looks at."""
+        self._files[name] = os.open(self.folder / name, os.O_RDONLY)
+        header = bytearray(self._headers[name]["header"])
+        read_whole(self._files[name], memoryview(header), 0)
+        if checksum(header) != self._headers[name]["checksum"]:
+            raise DamagedError(self.folder, f"{self.folder / name} is not what was written: its header differs")
+
+
+def read_whole(descriptor: int, data: memoryview, at: int) -> None:
+    """Fill `data` from byte `at` of a file on. Raises OSError if it ends before."""
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], at + done)
+        if count == 0:
+            raise OSError(f"it ends {len(data) - done} bytes too early")
+        done += count
 
 
 def _overlap(

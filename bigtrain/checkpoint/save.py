@@ -1,101 +1,278 @@
-"""Write the logical state: each rank its own boxes, rank 0 the manifest, last.
-
-step-00000100/
-    rank-00000.safetensors ...  the boxes of one rank, under the keys that the manifest names
-    progress.json               the scalars that stand beside the weights
-    manifest.json               written last: without it the checkpoint does not exist
-"""
+"""Save the state while the steps go on: a copy in host memory at once, the files behind it, the manifest last."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from torch import Tensor
 
+from bigtrain.checkpoint.format import (
+    BLOCK,
+    FORMAT,
+    PROGRESS,
+    bytes_of,
+    checksum,
+    checksums,
+    lay_out,
+    step_folder,
+    write_json,
+    write_manifest,
+)
+from bigtrain.checkpoint.retention import Retention, discard
 from bigtrain.disk import sync
-from bigtrain.state import Box
+from bigtrain.errors import CheckpointError
+from bigtrain.state import BUFFER, WEIGHT, Box
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
+KINDS = {"weights": (WEIGHT, BUFFER), "optimizer": ()}  # files of a rank -> slots; () for all others
 
 
-def save(root: Path, step: int, boxes: Iterable[Box], progress: dict[str, Any], keep: int) -> Path:
-    """Save the state after `step` steps under `root`, on all ranks together; returns the checkpoint's folder.
+class Saved(NamedTuple):
+    """A checkpoint that is complete. stalled: seconds that training stood still for it; seconds: until it was whole;
+    bytes: of rank 0's files."""
 
-    Nothing is gathered: a rank copies only its own boxes to host memory. Afterwards the `keep` newest remain.
+    folder: Path
+    step: int
+    stalled: float
+    seconds: float
+    bytes: int
+
+
+class Saver:
+    """Saves the states of a stage, on all ranks together; never two at once.
+
+    `save` returns once this rank's boxes are copied to host memory, in buffers that are kept for the next time. A
+    thread writes them. Once no rank is `busy`, each rank has to call `publish`, whereupon rank 0 makes the checkpoint
+    complete. What goes wrong behind the steps is raised by the next call of anything. A context: leaving it waits for
+    the thread.
     """
-    folder = root / f"step-{step:08d}"
-    rank = dist.get_rank()
-    if rank == 0:
-        if folder.exists():
-            shutil.rmtree(folder)  # left by a save that was interrupted: it has no manifest
-        folder.mkdir(parents=True)
-    dist.barrier()
-    entries = _write_boxes(folder / f"rank-{rank:05d}.safetensors", boxes)
-    everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(entries, everyone if rank == 0 else None)
-    if rank == 0:
-        _write_json(folder / PROGRESS, progress)
-        _write_manifest(folder, step, [entry for entries in everyone for entry in entries])
-        _retain(root, keep)
-    dist.barrier()
-    return folder
+
+    def __init__(self, root: Path, retention: Retention, told: Callable[[Saved], None], *, asynchronous: bool = True):
+        """told: is called on rank 0 with every checkpoint that is complete, by the thread that completes it."""
+        self._root = root
+        self._retention = retention
+        self._told = told
+        self._asynchronous = asynchronous
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._buffers: dict[str, Tensor] = {}
+        self._current: _Save | None = None  # until it is published
+        self._publishing: Future[None] | None = None  # on rank 0
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+
+    def save(self, step: int, boxes: Iterable[Box], progress: dict[str, Any]) -> float:
+        """Begin to save the state after `step` steps; collective. Returns the seconds that training stood still.
+
+        Nothing is gathered. Raises CheckpointError when the disk is full or cannot be written.
+        """
+        began = time.perf_counter()
+        self.finish()
+        folder = step_folder(self._root, step)
+        if self._rank == 0:
+            with _writing(folder):
+                discard(folder)  # left by a save that was interrupted: it has no manifest
+                folder.mkdir(parents=True)
+        dist.barrier()
+        files = self._copied(boxes)
+        self._current = save = _Save(folder, step, progress, began)
+        save.stalled = time.perf_counter() - began
+        save.writing = self._thread.submit(self._write, save, files)
+        if not self._asynchronous:
+            self.finish()
+            save.stalled = time.perf_counter() - began
+        return save.stalled
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing its share of a checkpoint."""
+        if self._publishing is not None and self._publishing.done():
+            self._publishing.result()
+            self._publishing = None
+        if self._current is None:
+            return False
+        if self._current.writing.done():
+            self._current.writing.result()
+            return False
+        return True
+
+    def publish(self) -> None:
+        """Make the checkpoint complete that every rank has written, if there is one; returns at once."""
+        if self._current is None:
+            return
+        if self._rank == 0:
+            self._publishing = self._thread.submit(self._complete, self._current)
+        self._current = None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is complete; collective."""
+        if self._current is not None:
+            self._current.writing.result()
+            dist.barrier()
+            self.publish()
+        if self._publishing is not None:
+            self._publishing.result()
+            self._publishing = None
+
+    def _copied(self, boxes: Iterable[Box]) -> dict[str, _File]:
+        """The files that this rank has to write, their bytes copied from the device."""
+        everything = list(boxes)
+        chosen = {slot: kind for kind, slots in KINDS.items() for slot in slots}
+        files = {}
+        for kind in KINDS:
+            header, placed = lay_out(box for box in everything if chosen.get(box.slot, "optimizer") == kind)
+            if not placed:
+                continue
+            size = len(header) + sum(place.size for _, place in placed)
+            buffer = self._buffer(kind, size, placed[0][0].tensor.is_cuda)
+            buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            for box, place in placed:
+                there = buffer[place.begin : place.begin + place.size].view(box.tensor.dtype).view(box.tensor.shape)
+                there.copy_(box.tensor.detach(), non_blocking=True)
+            entries = [_entry(box, place.begin, place.size) for box, place in placed]
+            files[f"{kind}-{self._rank:05d}.safetensors"] = _File(buffer[:size], len(header), entries)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return files
+
+    def _buffer(self, kind: str, size: int, pin: bool) -> Tensor:
+        """At least `size` bytes, aligned for any dtype after a safetensors header."""
+        if kind not in self._buffers or self._buffers[kind].numel() < size:
+            self._buffers[kind] = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        return self._buffers[kind]
+
+    def _write(self, save: _Save, files: dict[str, _File]) -> None:
+        """By the thread: this rank's files, and then what the manifest has to say of them."""
+        told: dict[str, Any] = {"files": {}, "boxes": []}
+        with _writing(save.folder):
+            for name, file in files.items():
+                data = bytes_of(file.data)
+                _write_file(save.folder / name, data)
+                told["files"][name] = {
+                    "bytes": len(data),
+                    "header": file.header,
+                    "checksum": checksum(data[: file.header]),
+                }
+                for entry in file.boxes:
+                    at, size = entry["begin"], entry.pop("bytes")
+                    told["boxes"].append({**entry, "file": name, "checksums": checksums(data[at : at + size])})
+                save.bytes += len(data)
+            write_json(save.folder / _part(self._rank), told)
+
+    def _complete(self, save: _Save) -> None:
+        """By rank 0's thread: the manifest, and then whatever need not stay."""
+        files: dict[str, Any] = {}
+        state: dict[str, dict[str, Any]] = {}
+        with _writing(save.folder):
+            parts = [save.folder / _part(rank) for rank in range(self._world_size)]
+            for part in parts:
+                told = json.loads(part.read_bytes())
+                files |= told["files"]
+                for box in told["boxes"]:
+                    name, slot, dtype, shape = (box.pop(key) for key in ("name", "slot", "dtype", "shape"))
+                    tensor = {"dtype": dtype, "shape": shape, "boxes": []}
+                    state.setdefault(name, {}).setdefault(slot, tensor)["boxes"].append(box)
+                part.unlink()
+            text = write_json(save.folder / PROGRESS, save.progress)
+            files[PROGRESS] = {"bytes": (save.folder / PROGRESS).stat().st_size, "checksum": text}
+            manifest = {"format": FORMAT, "step": save.step, "block": BLOCK, "weights_only": False}
+            write_manifest(save.folder, {**manifest, "files": files, "state": state})
+            sync(save.folder.parent)
+            self._retention.apply(self._root)
+        self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began, save.bytes))
 
 
-def _write_boxes(path: Path, boxes: Iterable[Box]) -> list[dict[str, Any]]:
-    """Write one rank's file, if it has any boxes; returns their entries for the manifest."""
-    tensors, entries = {}, []
-    for box in boxes:
-        key = f"{box.name}|{box.slot}|{','.join(map(str, box.offsets))}"
-        assert key not in tensors, f"{key} is given twice"
-        # a box is often a view of a larger buffer, which safetensors would refuse
-        tensors[key] = box.tensor.detach().cpu().contiguous().clone()
-        entries.append(
-            {
-                "name": box.name,
-                "slot": box.slot,
-                "shape": list(box.shape),
-                "offsets": list(box.offsets),
-                "lengths": list(box.tensor.shape),
-                "file": path.name,
-                "key": key,
-            }
-        )
-    if tensors:
-        save_file(tensors, path)
+def _write_file(path: Path, data: memoryview) -> None:
+    """Write and sync a file; one that could not be written whole does not stay."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
         sync(path)
-    return entries
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
-def _write_manifest(folder: Path, step: int, entries: list[dict[str, Any]]) -> None:
-    state: dict[str, dict[str, Any]] = {}
-    for entry in sorted(entries, key=lambda e: (e["name"], e["slot"], e["offsets"])):
-        slot = state.setdefault(entry["name"], {}).setdefault(entry["slot"], {"shape": entry["shape"], "boxes": []})
-        slot["boxes"].append({k: entry[k] for k in ("offsets", "lengths", "file", "key")})
-    _write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "state": state})
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). The "
+            "checkpoints before it are whole: make room or mend the folder, then start the run again, and it goes on "
+            "from the newest of them."
+        ) from error
 
 
-def _write_json(path: Path, value: Any) -> None:
-    """Write so that the file is either absent or whole, also after a power cut."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+class NoSaver:
+    """Saves nothing, for a run of which nothing is to be kept."""
+
+    busy = False
+
+    def save(self, step: int, boxes: Iterable[Box], progress: dict[str, Any]) -> float:  # noqa: ARG002
+        return 0.0
+
+    def publish(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
-def _retain(root: Path, keep: int) -> None:
-    for old in complete(root)[:-keep]:
-        (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is never taken for a whole one
-        shutil.rmtree(old)
+def save(root: Path, step: int, boxes: Iterable[Box], progress: dict[str, Any], retention: Retention) -> Path:
+    """Save the state after `step` steps and wait until the checkpoint is complete; collective. Returns its folder."""
+    with Saver(root, retention, lambda _: None, asynchronous=False) as saver:
+        saver.save(step, boxes, progress)
+    return step_folder(root, step)
 
 
-def complete(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    return sorted(manifest.parent for manifest in root.glob(f"step-*/{MANIFEST}"))
+@dataclass
+class _File:
+    """data: the bytes of a safetensors file, uint8; the first `header` of them are its header."""
+
+    data: Tensor
+    header: int
+    boxes: list[dict[str, Any]]
+
+
+@dataclass
+class _Save:
+    """A checkpoint under way."""
+
+    folder: Path
+    step: int
+    progress: dict[str, Any]
+    began: float
+    stalled: float = 0.0
+    bytes: int = 0
+    writing: Future[None] = field(init=False)
+
+
+def _part(rank: int) -> str:
+    return f"part-{rank:05d}.json"
+
+
+def _entry(box: Box, begin: int, size: int) -> dict[str, Any]:
+    return {
+        "name": box.name,
+        "slot": box.slot,
+        "dtype": str(box.tensor.dtype).removeprefix("torch."),
+        "shape": list(box.shape),
+        "offsets": list(box.offsets),
+        "lengths": list(box.tensor.shape),
+        "begin": begin,
+        "bytes": size,
+    }

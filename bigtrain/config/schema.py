@@ -9,6 +9,7 @@ Every field carries its unit in the description and one mark:
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -215,6 +216,13 @@ class Optimizer(Section):
     max_grad_norm: float | None = mathematics(
         "The gradient is scaled down to this global 2-norm; null: never.", 1.0, gt=0
     )
+    ema: float | None = mathematics(
+        "Decay of an exponential moving average of the weights, kept beside the moments; `bigtrain export --ema` "
+        "writes it. null: none.",
+        None,
+        gt=0,
+        lt=1,
+    )
 
 
 class Schedule(Section):
@@ -239,6 +247,19 @@ class Evaluate(Section):
 class Checkpoint(Section):
     every: int | None = reporting("Steps between checkpoints; one is always saved at the end.", None, ge=1)
     keep: int = reporting("How many of the newest checkpoints of a stage stay on disk.", 2, ge=1)
+    keep_every: int | None = reporting(
+        "Of the older ones, those whose step is a multiple of this stay too; null: none.", None, ge=1
+    )
+    keep_weights_only: bool = reporting(
+        "Whether those that stay by keep_every lose the optimizer's state, two thirds of their size: they can be "
+        "evaluated, exported and trained from, but not resumed.",
+        False,
+    )
+    asynchronous: bool = execution(
+        "Write behind the steps, from a copy of the state in host memory; false: training waits for the disk, and the "
+        "copy is given back.",
+        True,
+    )
 
 
 class Stage(Section):
@@ -330,8 +351,21 @@ class Run(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = reporting(
         "Experiment trackers that get the metrics as well; they must be installed.", []
     )
+    time_limit: str | None = reporting(
+        "Like 11h30m, counted from the start of the ranks: the run saves and leaves in time, with exit code 75; "
+        "started again it goes on. null: none.",
+        None,
+        pattern=r"^(\d+[dhms])+$",
+    )
     profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        if self.time_limit is None:
+            return None
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        return float(sum(int(n) * units[unit] for n, unit in re.findall(r"(\d+)([dhms])", self.time_limit)))
 
     @property
     def isolates(self) -> bool:

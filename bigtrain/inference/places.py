@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.checkpoint import complete
-from bigtrain.checkpoint.save import MANIFEST
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.format import MANIFEST
 from bigtrain.config import Run, load_config
 from bigtrain.config.schema import Stage
 from bigtrain.errors import CheckpointError, ConfigError, nearest
@@ -74,19 +74,19 @@ def locate(where: str | Path) -> RunPlace | PretrainedPlace:
 def _newest(folder: Path) -> RunPlace:
     run = _load(folder)
     for stage in reversed(run.stages):
-        found = complete(folder / stage.name / "checkpoints")
+        found = newest(folder / stage.name / "checkpoints", weights_only=True)
         if found:
-            return RunPlace(folder, run, stage, found[-1])
+            return RunPlace(folder, run, stage, found)
     raise CheckpointError(f"{folder} has no checkpoint yet; `bigtrain run` saves one at the end of each stage.")
 
 
 def _of_stage(folder: Path, name: str) -> RunPlace:
     run = _load(folder)
     stage = _stage(run, name, folder)
-    found = complete(folder / name / "checkpoints")
+    found = newest(folder / name / "checkpoints", weights_only=True)
     if not found:
         raise CheckpointError(f"{folder}: stage {name} has no checkpoint yet.")
-    return RunPlace(folder, run, stage, found[-1])
+    return RunPlace(folder, run, stage, found)
 
 
 def _of_checkpoint(path: Path) -> RunPlace:

@@ -19,7 +19,7 @@ from types import FrameType
 
 from bigtrain.config import Run, to_yaml
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
-from bigtrain.resilience.stopping import SIGNALS
+from bigtrain.resilience.requests import SIGNALS
 
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
 

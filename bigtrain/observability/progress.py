@@ -118,6 +118,18 @@ class Progress:
             )
         self._steps_left_at = None
 
+    def _on_checkpoints_planned(self, event: Event) -> None:
+        room = event["free_bytes"] // event["bytes"]
+        short = event["keep"] + 1 > room
+        self._print(
+            f"           checkpoints: {event['bytes'] / 1e6:,.1f} MB each, {event['keep']} of them kept; "
+            f"{event['free_bytes'] / 1e9:,.1f} GB free"
+            + (f", room for {room} only: `checkpoint.keep` and the one being written need {event['keep'] + 1}" * short)
+        )
+
+    def _on_checkpoint_damaged(self, event: Event) -> None:
+        self._print(f"{'damaged':<10} {event['reason']}. Set aside as {event['set_aside']}.")
+
     def _on_stage_skipped(self, event: Event) -> None:
         self._print(f"{event['stage']:<10} is finished ({event['steps']} steps)")
 

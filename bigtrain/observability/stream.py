@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,13 +20,15 @@ class Stream:
 
     def __init__(self, readers: Iterable[Reader] = (), **common: Any):
         self._readers = list(readers)
+        self._lock = threading.Lock()  # a checkpoint is told by the thread that writes it
         self._common = common
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell every reader; `fields` are plain numbers, strings, lists and dicts."""
-        event = {"kind": kind, "time": time.time(), **self._common, **fields}
-        for reader in self._readers:
-            reader(event)
+        with self._lock:
+            event = {"kind": kind, "time": time.time(), **self._common, **fields}
+            for reader in self._readers:
+                reader(event)
 
     def close(self) -> None:
         """Let the readers that hold something open finish it."""

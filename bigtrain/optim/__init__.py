@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from bigtrain.config.schema import Optimizer
+
+
+EMA = "ema"  # the slot of the moving average of a weight
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -38,4 +42,30 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     """The optimizer that the run's file names, over the parameters of `model` that train, in torch's fused kernel."""
     groups = parameter_groups(model, settings.weight_decay)
     betas = (settings.betas[0], settings.betas[1])
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    if settings.ema is not None:
+        optimizer.register_step_post_hook(partial(_average, settings.ema))
+    return optimizer
+
+
+def slots(settings: Optimizer) -> tuple[str, ...]:
+    """What the optimizer keeps of each element that it trains, in fp32."""
+    return ("exp_avg", "exp_avg_sq") + ((EMA,) if settings.ema is not None else ())
+
+
+@torch.no_grad()
+def _average(decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """ema = decay * ema + (1 - decay) * weight after each step; it begins as the weights after the first one."""
+    averages, weights = [], []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                continue  # it had no gradient yet
+            if EMA in state:
+                averages.append(state[EMA])
+                weights.append(parameter)
+            else:
+                state[EMA] = parameter.detach().clone()
+    if averages:
+        torch._foreach_lerp_(averages, weights, 1 - decay)

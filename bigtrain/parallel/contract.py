@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import compile_layers, plain_head
 from bigtrain.models.linear import mkl_is_slow, use_onednn
 from bigtrain.state import Box, Reader
@@ -31,26 +32,42 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Say(NamedTuple):
+    """What a rank has to say to all others in a step.
+
+    stop, save: it was asked to stop, to save. busy: it is still writing a checkpoint.
+    """
+
+    stop: bool = False
+    save: bool = False
+    busy: bool = False
+
+
 class Outcome(NamedTuple):
     """What a step did, the same on every rank; scalars on the engine's device, read by the host when it likes.
 
     loss: mean over the supervised targets of the global batch, float64.
     targets: their number, float64.
     grad_norm: 2-norm of the whole gradient before clipping, float32.
-    stop: number of ranks that were asked to stop before this step, float64.
+    stop, save, busy: number of ranks that said so before this step, float64.
     """
 
     loss: Tensor
     targets: Tensor
     grad_norm: Tensor
     stop: Tensor
+    save: Tensor
+    busy: Tensor
+
+
+NOTHING = Say()
 
 
 class Engine(Protocol):
     """Runs steps and holds this rank's share of the state. Two implementations: torch mesh and DeepSpeed."""
 
-    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
-        """One optimizer update with learning rate `lr`. `stop`: this rank was asked to stop; all ranks hear of it."""
+    def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
+        """One optimizer update with learning rate `lr`. All ranks hear what this one has to `say`."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -178,14 +195,32 @@ def _padded(key: str, tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, dummy])
 
 
-def agree(batch: Batch, stop: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(supervised targets of the global batch, ranks that were asked to stop): float64 scalars on `device`, the same
-    on every rank."""
+def agree(batch: Batch, say: Say, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
+    """(supervised targets of the global batch, ranks that said each thing of `Say`): float64 scalars on `device`, the
+    same on every rank."""
     targets = (batch.tensors["targets"] != IGNORE).sum()
-    counts = torch.stack([targets, targets.new_tensor(stop)]).to(device, torch.float64)
+    counts = torch.cat([targets[None], targets.new_tensor(say)]).to(device, torch.float64)
     if dist.get_world_size() > 1:
         dist.all_reduce(counts)
-    return counts[0], counts[1]
+    return counts[0], counts[1:].unbind()
+
+
+def read_together(device: torch.device, read: Callable[[], None]) -> None:
+    """Let every rank read its share of a state; collective. When one of them fails, all raise: that one its own
+    CheckpointError, the others one like it."""
+    failed: CheckpointError | None = None
+    try:
+        read()
+    except CheckpointError as error:
+        failed = error
+    if dist.get_world_size() > 1:
+        reasons: list[CheckpointError | None] = [None] * dist.get_world_size()
+        if torch.cuda.is_available() and device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL puts what it gathers
+        dist.all_gather_object(reasons, failed)
+        failed = failed or next((reason for reason in reasons if reason is not None), None)
+    if failed is not None:
+        raise failed
 
 
 def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from bigtrain.data.batches import Batch
 from bigtrain.models.causal_lm import repeated_layers
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
-from bigtrain.parallel.contract import PRECISIONS, Outcome, TaskModule, seed_dropout
+from bigtrain.parallel.contract import NOTHING, PRECISIONS, Outcome, Say, TaskModule, seed_dropout
 from bigtrain.parallel.loss_scale import LossScale
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape
 
@@ -77,9 +77,9 @@ class MeshEngine:
         if not self._wrapped and precision != "fp32":
             self._copies = _Copies(model, self._parameters, PRECISIONS[precision])
 
-    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
+    def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
         seed_dropout(self._seed, batch.step, self._rank)
-        targets, stops = contract.agree(batch, stop, self._device)
+        targets, said = contract.agree(batch, say, self._device)
         weight = 1.0 / targets.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
@@ -93,7 +93,7 @@ class MeshEngine:
             loss += sums["loss"].detach()
         grad_norm = self._update(lr)
         loss = contract.sum_over_ranks({"loss": loss})["loss"]
-        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, stops)
+        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, *said)
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
@@ -140,6 +140,15 @@ class MeshEngine:
 
     @torch.no_grad()
     def load(self, reader: Reader, progress: dict[str, float]) -> None:
+        contract.read_together(self._device, partial(self._read, reader, progress))
+        if self._copies is not None:
+            self._copies.refresh()
+        self._updates = int(progress.get("updates", 0))
+        if self._loss_scale is not None:
+            self._loss_scale.load(progress)
+
+    def _read(self, reader: Reader, progress: dict[str, float]) -> None:
+        """This rank's share."""
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._optimizer.state.clear()
         for name, parameter in self._parameters.items():
@@ -153,11 +162,6 @@ class MeshEngine:
         if BUFFER in reader.slots:
             for name, buffer in contract.persistent_buffers(self._module.model):
                 _fill(buffer, reader, name, BUFFER)
-        if self._copies is not None:
-            self._copies.refresh()
-        self._updates = int(progress.get("updates", 0))
-        if self._loss_scale is not None:
-            self._loss_scale.load(progress)
 
     def progress(self) -> dict[str, float]:
         scale = {} if self._loss_scale is None else self._loss_scale.progress()

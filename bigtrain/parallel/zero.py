@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
-from bigtrain.parallel.contract import Batch, Outcome, TaskModule
+from bigtrain.parallel.contract import NOTHING, Batch, Outcome, Say, TaskModule
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ class ZeroEngine:
             else _split_group_shards(parameters, self._optimizer)
         )
 
-    def step(self, batch: Batch, lr: float, stop: bool = False) -> Outcome:
+    def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
         """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
-        targets, stops = contract.agree(batch, stop, self._device)
+        targets, said = contract.agree(batch, say, self._device)
         contract.seed_dropout(self._seed, batch.step, dist.get_rank())
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -114,7 +115,7 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
         loss = contract.sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
-        return Outcome(loss, targets, grad_norm, stops)
+        return Outcome(loss, targets, grad_norm, *said)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's sums over all rows of all batches and all ranks, without dropout."""
@@ -139,12 +140,16 @@ class ZeroEngine:
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._updates = int(progress["updates"]) if moments else 0
         self._prepare_optimizer_state(moments)
-        for box in (*self._trained_boxes(), *self._buffer_boxes()):
-            if box.slot in reader.slots:
-                box.tensor.copy_(reader.read(box.name, box.slot, box.offsets, tuple(box.tensor.shape)))
+        contract.read_together(self._device, partial(self._read, reader))
         _copy_masters_to_model(self._zero, self._stage)
         if self._precision == "fp16" and "loss_scale" in progress:
             self._zero.loss_scale = progress["loss_scale"]
+
+    def _read(self, reader: Reader) -> None:
+        """This rank's share."""
+        for box in (*self._trained_boxes(), *self._buffer_boxes()):
+            if box.slot in reader.slots:
+                box.tensor.copy_(reader.read(box.name, box.slot, box.offsets, tuple(box.tensor.shape)))
 
     def progress(self) -> dict[str, float]:
         """`updates`, an int, and in fp16 `loss_scale`."""

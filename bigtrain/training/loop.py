@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from bigtrain.checkpoint import NoSaver, Saver
 from bigtrain.data.batches import Batch
-from bigtrain.parallel.contract import Engine
-from bigtrain.resilience.stopping import StopRequest
+from bigtrain.parallel.contract import Engine, Say
+from bigtrain.resilience.requests import Requests
 from bigtrain.training.run import StageRun
 
 
@@ -16,19 +16,23 @@ def train(
     engine: Engine,
     batches: Callable[[int], Batch],
     held_out: Callable[[], Iterable[Batch]],
-    save: Callable[[], Path],
-    request: StopRequest,
+    saver: Saver | NoSaver,
+    requests: Requests,
 ) -> bool:
     """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it."""
     if run.evaluates and run.done == 0:
         run.evaluated(engine.evaluate(held_out()))
     while run.done < run.steps:
-        outcome = engine.step(batches(run.done), lr=run.learning_rate, stop=request.asked)
-        due = run.completed(outcome)
+        say = Say(requests.stop, requests.save, saver.busy)
+        due = run.completed(engine.step(batches(run.done), run.learning_rate, say))
+        if due.publish:
+            saver.publish()
         if due.evaluate:
             run.evaluated(engine.evaluate(held_out()))
         if due.save:
-            run.saved(save())
+            run.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
+            requests.save = False
         if due.stop:
-            return False
-    return True
+            break
+    saver.finish()
+    return run.done == run.steps

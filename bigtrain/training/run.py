@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import resource
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bigtrain.checkpoint import Saved
 from bigtrain.config.schema import Stage
 from bigtrain.errors import BigtrainError
 from bigtrain.observability.profiler import Profiler
@@ -24,6 +24,7 @@ class Due(NamedTuple):
     evaluate: bool
     save: bool
     stop: bool
+    publish: bool  # a checkpoint that was begun, if there is one: every rank has written its share
 
 
 class StageRun:
@@ -48,7 +49,7 @@ class StageRun:
         self._stream = stream
         self._skips_overflows = skips_overflows
         self._profiler = profiler
-        self._stops = False
+        self._stops = self._saves = self._idle = False  # what all ranks have heard last
         self._pending: tuple[dict[str, Any], _HostCopy] | None = None
         self._profile()
         self._since = time.perf_counter()
@@ -73,11 +74,14 @@ class StageRun:
         evaluate, checkpoint = self._stage.evaluate, self._stage.checkpoint
         due = Due(
             evaluate=evaluate is not None and (last or _every(self.done, evaluate.every)),
-            save=last or self._stops or _every(self.done, checkpoint.every),
+            save=last or self._stops or self._saves or _every(self.done, checkpoint.every),
             stop=self._stops and not last,
+            publish=self._idle,
         )
-        if any(due):
+        if due.evaluate or due.save:
             self._report()
+        if due.save:
+            self._saves = self._idle = False  # until the ranks are heard again
         self._profile()
         return due
 
@@ -90,8 +94,8 @@ class StageRun:
             return
         row, values = self._pending
         self._pending = None
-        loss, targets, grad_norm, stops = values.read()
-        self._stops = stops > 0
+        loss, targets, grad_norm, stops, saves, busy = values.read()
+        self._stops, self._saves, self._idle = stops > 0, saves > 0, busy == 0
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._check_finite(row["step"], loss, grad_norm)
@@ -127,13 +131,24 @@ class StageRun:
             perplexity=math.exp(min(loss, 700.0)),
             accuracy=sums["correct"] / sums["targets"],
             targets=int(sums["targets"]),
+            seconds=time.perf_counter() - self._since,
         )
         self._since = time.perf_counter()  # no part of the next step's time
 
-    def saved(self, folder: Path) -> None:
-        """Report a checkpoint."""
-        self._stream.emit("checkpoint_saved", stage=self._stage.name, step=self.done, folder=str(folder))
-        self._since = time.perf_counter()
+    def stalled(self, seconds: float) -> None:
+        """Leave a save out of the time of the next step."""
+        self._since += seconds
+
+    def saved(self, saved: Saved) -> None:
+        """Report a checkpoint that is complete."""
+        self._stream.emit(
+            "checkpoint_saved",
+            stage=self._stage.name,
+            step=saved.step,
+            folder=str(saved.folder),
+            stalled_seconds=saved.stalled,
+            seconds=saved.seconds,
+        )
 
 
 class _HostCopy:

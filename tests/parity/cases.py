@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from bigtrain.checkpoint import Checkpoint, complete, save
+from bigtrain.checkpoint import Checkpoint, Retention, complete, save
 from bigtrain.config.schema import Optimizer
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
@@ -175,7 +175,7 @@ def segment(layout, folder, first, count, precision="fp32"):
     engine = make(layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress)
     loaded = collect(engine)
     outcomes = [engine.step(share(s), learning_rate(s)) for s in range(first, first + count)]
-    save(folder, first + count, engine.boxes(), engine.progress(), keep=1)
+    save(folder, first + count, engine.boxes(), engine.progress(), Retention(keep=1))
     state = collect(engine)
     engine.close()
     return loaded, [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state

@@ -44,6 +44,6 @@ def test_resuming_on_the_same_layout_is_exact(pools, tmp_path, layout, precision
 def test_no_rank_holds_the_whole_state(pools, tmp_path):
     """Of a sharded layout each rank writes its share: no file of the checkpoint is much larger than another."""
     pools(3)(cases.segment, "zero3", tmp_path, 0, 1)
-    sizes = [file.stat().st_size for file in tmp_path.glob("step-*/rank-*.safetensors")]
+    sizes = [file.stat().st_size for file in tmp_path.glob("step-*/weights-*.safetensors")]
     assert len(sizes) == 3
     assert max(sizes) < 1.2 * min(sizes)

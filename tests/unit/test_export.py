@@ -13,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from bigtrain.checkpoint import save
+from bigtrain.checkpoint import Retention, save
+from bigtrain.checkpoint.format import write_manifest
 from bigtrain.config import load_config, to_yaml
 from bigtrain.config.schema import Optimizer
 from bigtrain.data.prepare import open_tokenizer
@@ -92,7 +93,7 @@ def train_and_save(folder, layout):
     engine.load(RandomWeights(build(meta=True), seed=0), {"updates": 0})
     for step in range(STEP):
         engine.step(cases.share(step, rows=4), 1e-2)
-    save(Path(folder) / "pretrain" / "checkpoints", STEP, engine.boxes(), engine.progress(), keep=1)
+    save(Path(folder) / "pretrain" / "checkpoints", STEP, engine.boxes(), engine.progress(), Retention(keep=1))
     batch = cases.share(STEP, rows=4)
     engine.evaluate([batch])
     weights = {name: tensor for (name, slot), tensor in cases.collect(engine).items() if slot == "weight"}
@@ -188,8 +189,9 @@ def copied(trained, tmp_path, name="zero3"):
 
 def edit(manifest, change):
     content = json.loads(manifest.read_text())
+    del content["checksum"]
     change(content["state"])
-    manifest.write_text(json.dumps(content))
+    write_manifest(manifest.parent, content)
 
 
 DAMAGES = {

@@ -1,0 +1,81 @@
+"""Which checkpoints of a stage stay on the disk, and for how long with their optimizer's slots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.checkpoint.format import MANIFEST, complete, read_manifest, write_manifest
+from bigtrain.state import BUFFER, WEIGHT
+
+SET_ASIDE = "damaged-"  # begins the name of a folder that nobody will take for a checkpoint
+
+
+@dataclass(frozen=True)
+class Retention:
+    """keep: how many of the newest stay whole. every: of the older ones, those whose step is a multiple of it stay
+    too, without the optimizer's slots if `weights_only`."""
+
+    keep: int
+    every: int | None = None
+    weights_only: bool = False
+
+    def apply(self, root: Path) -> None:
+        """Remove what need not stay among the complete checkpoints under `root`."""
+        for folder in complete(root)[: -self.keep]:
+            if self.every is None or _step(folder) % self.every:
+                discard(folder)
+            elif self.weights_only:
+                _drop_optimizer(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, or what is there of it; one that is half removed is never taken for a whole one."""
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def discard_incomplete(root: Path) -> None:
+    """Remove what interrupted saves have left under `root`."""
+    whole = set(complete(root))
+    for folder in root.glob("step-*"):
+        if folder not in whole:
+            discard(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that no run takes it; returns where it lies now."""
+    aside = folder.with_name(SET_ASIDE + folder.name)
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{SET_ASIDE}{folder.name}.{number}")
+    return folder.rename(aside)
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a run can continue from a complete checkpoint. One whose manifest is damaged counts: reading it tells."""
+    try:
+        return not json.loads((folder / MANIFEST).read_bytes())["weights_only"]
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _drop_optimizer(folder: Path) -> None:
+    manifest = read_manifest(folder) if resumable(folder) else None
+    if manifest is not None:
+        for slots in manifest["state"].values():
+            for slot in slots.keys() - {WEIGHT, BUFFER}:
+                del slots[slot]
+        used = {box["file"] for slots in manifest["state"].values() for slot in slots.values() for box in slot["boxes"]}
+        manifest["files"] = {n: f for n, f in manifest["files"].items() if n in used or not n.endswith(".safetensors")}
+        write_manifest(folder, manifest | {"weights_only": True})
+    for file in folder.glob("optimizer-*.safetensors"):  # also when a kill came between the two
+        file.unlink()

@@ -1,0 +1,93 @@
+"""What a run is asked for from outside while it trains: to stop, by a signal or its time limit; to save, by a file."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from bigtrain.observability.stream import Event
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+POLL_SECONDS = 0.5
+
+
+class TimeLimit:
+    """A reader of the stream that knows when it is time to save and leave.
+
+    It leaves room for what may lie between two questions, and for the last save: twice the longest step, evaluation and
+    save of this attempt so far. A save that nobody has seen yet is reckoned with its size at SLOW_DISK.
+    """
+
+    SLOW_DISK = 50e6  # bytes per second
+    MARGIN = 5.0  # seconds, for all that is not measured
+
+    def __init__(self, seconds: float, begun: float):
+        """begun: as `time.monotonic` gives it."""
+        self._until = begun + seconds
+        self._longest = {"step": 0.0, "evaluation": 0.0, "save": 0.0}
+        self._save_expected = 0.0
+
+    def __call__(self, event: Event) -> None:
+        kinds = {"step": ("step", "step_seconds"), "evaluation": ("evaluation", "seconds")}
+        kinds["checkpoint_saved"] = ("save", "seconds")
+        if event["kind"] in kinds:
+            what, field = kinds[event["kind"]]
+            self._longest[what] = max(self._longest[what], event[field])
+        elif event["kind"] == "checkpoints_planned":
+            self._save_expected = event["bytes"] / self.SLOW_DISK
+
+    @property
+    def reached(self) -> bool:
+        save = self._longest["save"] or self._save_expected
+        reserve = 2 * (self._longest["step"] + self._longest["evaluation"] + save) + self.MARGIN
+        return time.monotonic() >= self._until - reserve
+
+
+class Requests:
+    """A context in which the first SIGTERM or SIGUSR1 only asks to stop; the second one acts as it did before.
+
+    Outside the main thread, where Python takes no signals, signals change nothing.
+    """
+
+    def __init__(self, save_file: Path | None = None, limit: TimeLimit | None = None) -> None:
+        """save_file: once it is there it is taken away, and a save is asked for."""
+        self.save = False
+        self._asked = False
+        self._limit = limit
+        self._save_file = save_file
+        self._left = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    @property
+    def stop(self) -> bool:
+        return self._asked or (self._limit is not None and self._limit.reached)
+
+    def __enter__(self) -> Requests:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        if self._save_file is not None:
+            threading.Thread(target=self._watch, args=(self._save_file,), name="requests", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._left.set()
+        self._restore()
+
+    def _watch(self, file: Path) -> None:
+        while not self._left.wait(POLL_SECONDS):
+            if file.exists():
+                file.unlink(missing_ok=True)
+                self.save = True
+
+    def _ask(self, *_: int | FrameType | None) -> None:
+        self._asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
