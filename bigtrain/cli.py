@@ -139,6 +139,16 @@ def bench(
 
 
 @app.command()
+def save(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run that is training.")],
+) -> None:
+    """Ask a running job for a checkpoint now, and wait until it is complete."""
+    from bigtrain.launching.asking import ask_to_save
+
+    print(ask_to_save(run_dir))
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder, or RUN_DIR/STAGE.")],
     to: Annotated[Path | None, typer.Option(help="The folder to write; default RUN_DIR/STAGE/export.")] = None,

@@ -76,11 +76,9 @@ class RunFolder:
         if not changed:
             return
         lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in changed]
-        stages = {key.split(".")[1] for key, _, _ in changed if key.startswith("stages.")}
-        choice = f", or begin the stage anew with `--restart {stages.pop()}`" if len(stages) == 1 else ""
         raise ConfigError(
             f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
-            f"Give this one another `name`{choice}, or set the values back to continue that run."
+            "Nothing was changed. Choose:\n" + "\n".join(_choices(config, [key for key, _, _ in changed]))
         )
 
     def is_finished(self, config: Run) -> bool:
@@ -119,7 +117,8 @@ class RunFolder:
         )
         self._write(facts)
         self.preempted.unlink(missing_ok=True)
-        self.save_request.unlink(missing_ok=True)
+        for file in self.path.glob(f"{self.save_request.name}*"):
+            file.unlink()
         return len(facts["attempts"])
 
     def newest_attempt(self) -> str | None:
@@ -155,6 +154,22 @@ class RunFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
+
+
+def _choices(config: Run, changed: list[str]) -> list[str]:
+    """What can be done about keys that differ from those of the run, and what each would mean."""
+    choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
+    stages = {key.split(".")[1] if key.startswith("stages.") else "" for key in changed}
+    if len(stages) == 1 and "" not in stages:
+        (stage,) = stages
+        others = _with_dependents(config, stage)[1:]
+        also = f", and {', '.join(others)}, which starts from it," if others else ""
+        choices.append(
+            f"  `--restart {stage}`: {stage}{also} is trained from its first step with the new values; what it was so "
+            f"far is kept as {stage}.1 or the next free number."
+        )
+    choices.append("  another `name`: a run of its own from the first step on; this one stays as it is.")
+    return choices
 
 
 def _with_dependents(config: Run, stage: str | None) -> list[str]:

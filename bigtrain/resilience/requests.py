@@ -47,6 +47,11 @@ class TimeLimit:
         return time.monotonic() >= self._until - reserve
 
 
+def heard(save_file: Path) -> Path:
+    """What the file that asks for a save is called once the run knows of it."""
+    return save_file.with_name(save_file.name + ".heard")
+
+
 class Requests:
     """A context in which the first SIGTERM or SIGUSR1 only asks to stop; the second one acts as it did before.
 
@@ -54,7 +59,7 @@ class Requests:
     """
 
     def __init__(self, save_file: Path | None = None, limit: TimeLimit | None = None) -> None:
-        """save_file: once it is there it is taken away, and a save is asked for."""
+        """save_file: once it is there a save is asked for. It gets the name `heard(save_file)` until that begins."""
         self.save = False
         self._asked = False
         self._limit = limit
@@ -77,10 +82,16 @@ class Requests:
         self._left.set()
         self._restore()
 
+    def saving(self) -> None:
+        """A save has begun."""
+        self.save = False
+        if self._save_file is not None:
+            heard(self._save_file).unlink(missing_ok=True)
+
     def _watch(self, file: Path) -> None:
         while not self._left.wait(POLL_SECONDS):
             if file.exists():
-                file.unlink(missing_ok=True)
+                file.replace(heard(file))
                 self.save = True
 
     def _ask(self, *_: int | FrameType | None) -> None:

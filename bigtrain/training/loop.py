@@ -31,7 +31,7 @@ def train(
             run.evaluated(engine.evaluate(held_out()))
         if due.save:
             run.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
-            requests.save = False
+            requests.saving()
         if due.stop:
             break
     saver.finish()

@@ -1,0 +1,92 @@
+"""A running job is asked to save, and leaves before its time is over."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from bigtrain.checkpoint import Checkpoint, complete
+from bigtrain.config import load_config
+from bigtrain.errors import ConfigError
+from bigtrain.resilience.requests import TimeLimit
+from tests.support import bigtrain, small_config
+
+
+def long_run(folder, **changes):
+    """A run's file of one stage that does not end by itself."""
+    path = small_config(folder, **changes)
+    values = yaml.safe_load(path.read_text())
+    stage = {"steps": 1_000_000, "schedule": {"name": "constant"}, "checkpoint": {}, "evaluate": None, "held_out": 0.0}
+    values["stages"] = [values["stages"][0] | stage]
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_saved_when_asked_and_gone_in_time(tmp_path):
+    """Also what `bigtrain save` says where nobody trains."""
+    config = long_run(tmp_path, time_limit="25s")
+    folder = tmp_path / "runs" / "small"
+    nobody = bigtrain("save", tmp_path)
+    assert (nobody.returncode, nobody.stdout) == (2, "")
+    assert "holds no run" in nobody.stderr
+
+    began = time.monotonic()
+    job = subprocess.Popen([sys.executable, "-m", "bigtrain", "run", str(config)], stdout=subprocess.PIPE, text=True)
+    for line in job.stdout:
+        if line.lstrip().startswith("step "):
+            break
+    asked = bigtrain("save", folder)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    first = folder / "pretrain" / "checkpoints" / asked.stdout.strip().rsplit("/", 1)[1]
+    step = Checkpoint(first).step
+    assert complete(first.parent)[0] == first
+
+    output = job.stdout.read()
+    assert job.wait() == 75
+    assert time.monotonic() - began < 25 + 15  # the limit counts from the ranks' start, not the command's
+    last = complete(first.parent)[-1]
+    assert Checkpoint(last).step > step
+    assert f"saved at step {Checkpoint(last).step} of pretrain" in output
+    assert (folder / "preempted").exists()
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    saved = [event for event in events if event["kind"] == "checkpoint_saved"]
+    assert [event["step"] for event in saved] == [step, Checkpoint(last).step]
+    left = next(event["time"] for event in events if event["kind"] == "preempted")
+    assert left - next(event["time"] for event in events if event["kind"] == "started") < 25
+
+    after = bigtrain("save", folder)
+    assert after.returncode == 1
+    assert f"no job answers in {folder}" in after.stderr
+    assert not list(folder.glob("save-now*"))
+
+
+def test_the_reserve_follows_what_took_longest(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    limit = TimeLimit(600.0, begun=1000.0)
+    limit({"kind": "checkpoints_planned", "bytes": 5e9})  # 100 s on a slow disk
+    for seconds in (3.0, 10.0, 4.0):
+        limit({"kind": "step", "step_seconds": seconds})
+    limit({"kind": "evaluation", "seconds": 20.0})
+    clock[0] = 1600.0 - 2 * (10 + 20 + 100) - TimeLimit.MARGIN - 0.1
+    assert not limit.reached
+    clock[0] += 0.2
+    assert limit.reached
+    limit({"kind": "checkpoint_saved", "seconds": 30.0})  # as it turns out
+    assert not limit.reached
+    clock[0] = 1600.0 - 2 * (10 + 20 + 30) - TimeLimit.MARGIN
+    assert limit.reached
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1h30m", 5400), ("2d", 172800), ("1d1h1m1s", 90061)])
+def test_times(tmp_path, text, seconds):
+    assert load_config(small_config(tmp_path), [f"time_limit={text}"]).time_limit_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "1.5h", "h", "1 h", "-5m"])
+def test_no_times(tmp_path, text):
+    with pytest.raises(ConfigError, match="time_limit"):
+        load_config(small_config(tmp_path), [f"time_limit={text!r}"])
