@@ -30,8 +30,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# by two workers, a file each at a time: tests that start ranks wait as much as they compute
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak

@@ -38,7 +38,7 @@ from bigtrain.parallel.contract import Engine, TaskModule
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
-from bigtrain.stages import check_attention, compiling, stage_engine
+from bigtrain.stages import check_execution, compiling, stage_engine
 from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -64,7 +64,7 @@ def bench_here(config: Run, stage: Stage, steps: int) -> None:
     quiet()
     task = TASKS[stage.task]()
     with joined(config.parallel.device, config.precision, in_common(config)) as world:
-        check_attention(config, world)
+        check_execution(config, world)
         tokenizer = open_tokenizer(config)
         data = prepare_stage(config, stage, task, tokenizer)
         model = model_config(config.model, tokenizer, config.adds_tokens)

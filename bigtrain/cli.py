@@ -87,6 +87,25 @@ def preview(
     look(load(config, overrides or [], here=True).run, stage=stage, step=step, rows=rows, html=html)
 
 
+@app.command(name="import")
+def import_state(
+    config: Annotated[Path, typer.Argument(help="The run's file.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A Trainer's checkpoint-N, or a universal checkpoint of DeepSpeed.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage that goes on from it; default: the first.")] = None,
+) -> None:
+    """Continue a Hugging Face Trainer's or DeepSpeed's checkpoint with CONFIG: weights, Adam's moments and step."""
+    from bigtrain.config import load
+    from bigtrain.importing import import_state as take
+
+    print(take(load(config, overrides or [], here=True).run, folder, stage))
+
+
 @app.command()
 def launch(
     config: Annotated[str, typer.Argument(help="The run's file.")],
@@ -153,13 +172,14 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder, or RUN_DIR/STAGE.")],
     to: Annotated[Path | None, typer.Option(help="The folder to write; default RUN_DIR/STAGE/export.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the run's precision.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (optimizer.ema).")] = False,
 ) -> None:
     """Write a folder that transformers' from_pretrained opens."""
     from bigtrain.inference.export import export as write
     from bigtrain.pretrained import quiet
 
     quiet()
-    print(write(run_dir, to=to, dtype=dtype))
+    print(write(run_dir, to=to, dtype=dtype, ema=ema))
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,19 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 import bigtrain
-from bigtrain.checkpoint import Checkpoint, Retention, Saver, discard_incomplete, newest, set_aside
+from bigtrain.checkpoint import Checkpoint, Retention, Saver
 from bigtrain.config import Run
+from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_stages
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store, make_once
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.disk import megabytes
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError, DataError
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError
+from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import open_model
@@ -38,10 +36,9 @@ from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Event, Files, Stream
 from bigtrain.observability.summary import summary
 from bigtrain.observability.trackers import trackers
-from bigtrain.optim import slots
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
-from bigtrain.parallel.contract import Engine, read_together
+from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
@@ -66,7 +63,7 @@ def run_here(config: Run, restart: str | None = None) -> int:
     begun = time.monotonic()
     folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision, in_common(config)) as world:
-        check_attention(config, world)
+        check_execution(config, world)
         limit = None
         if config.time_limit_seconds is not None:
             limit = TimeLimit(config.time_limit_seconds, begun)
@@ -81,13 +78,14 @@ def run_here(config: Run, restart: str | None = None) -> int:
     return 0 if finished else os.EX_TEMPFAIL
 
 
-def check_attention(config: Run, world: World) -> None:
-    """Raises ConfigError for an attention that this rank's device does not have."""
+def check_execution(config: Run, world: World) -> None:
+    """Raises ConfigError for an attention that this rank's device does not have, and replicas that do not come out."""
+    check_replicas(config, world.size)
     if config.attention in ("flash", "flex") and world.device.type == "cpu":
         raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
-def _try_inputs(config: Run) -> None:
+def try_inputs(config: Run) -> None:
     """Open all that the run's file names, as far as it can be had without writing anything.
 
     Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
@@ -115,7 +113,7 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, lim
 
     def begin() -> tuple[int, str]:
         if not folder.facts():
-            _try_inputs(config)
+            try_inputs(config)
         return folder.begin(config, restart, **execution), folder.newest_attempt() or ""
 
     number, attempt = from_first(begin)
@@ -195,6 +193,7 @@ class _Pipeline:
         self.world = world
         self.folder = folder
         self.stream = stream
+        self.history = History(config, world, folder, stream)
 
     def run(self) -> bool:
         """Prepare all data first, so that what is wrong with it shows before anything is trained; then train.
@@ -213,20 +212,7 @@ class _Pipeline:
                         for stage in self.config.stages
                     )
                 except DamagedError as damaged:
-                    self._set_aside(damaged)
-
-    def _set_aside(self, damaged: DamagedError) -> None:
-        """Let no rank find a damaged checkpoint again; collective. Finished stages that it was of are so no more."""
-        if self.world.rank == 0:
-            try:
-                aside = set_aside(damaged.folder)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{damaged}. It cannot be set aside ({error.strerror}): remove it, and the run goes on from the "
-                    "checkpoint before it."
-                ) from None
-            self.stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
-        dist.barrier()
+                    self.history.set_aside(damaged)
 
     def _tokenizer(self) -> Any:
         """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
@@ -239,50 +225,11 @@ class _Pipeline:
 
         return load_tokenizer(make_once(self.folder.tokenizer, keep))
 
-    def _newest(self, stage: str, weights_only: bool = False) -> Path | None:
-        """The newest complete checkpoint of a stage that rank 0 sees: a shared disk may show the others less."""
-        choice = [newest(self.folder.checkpoints(stage), weights_only)]
-        dist.broadcast_object_list(choice, src=0)
-        return choice[0]
-
-    def _checkpoint(self, folder: Path, weights_only: bool = False) -> Checkpoint:
-        """Open a checkpoint; collective. Raises DamagedError on all ranks if one of them cannot."""
-        opened: list[Checkpoint] = []
-        read_together(self.world.device, lambda: opened.append(Checkpoint(folder, weights_only)))
-        return opened[0]
-
-    def _is_over(self, stage: Stage) -> bool:
-        """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
-
-        Raises CheckpointError when they are needed.
-        """
-        if not self.folder.facts()["stages"].get(stage.name, {}).get("finished"):
-            return False
-        for later in self.config.stages:
-            if later.from_stage == stage.name and self._newest(later.name) is None:  # it has not begun
-                raise CheckpointError(
-                    f"stage {stage.name} is finished, but {self.folder.checkpoints(stage.name)} is empty, and "
-                    f"stage {later.name} starts from it. Put a checkpoint back, or train it anew with "
-                    f"`--restart {stage.name}`."
-                )
-        return True
-
-    def _check_same_data(self, stage: Stage, data: StageData) -> None:
-        """Raises DataError when a stage that has begun would go on with other documents than it began with."""
-        known = self.folder.facts()["stages"].get(stage.name, {}).get("data", [])
-        for before, store in zip(known, data.train, strict=False):
-            if before["fingerprint"] != store.manifest["fingerprint"]:
-                raise DataError(
-                    f"stages.{stage.name}.data: {before['source']} has changed since this stage began "
-                    f"(it was {before['store']}, it is {store.folder}). Put the documents back to continue, "
-                    f"or begin the stage anew with `--restart {stage.name}`."
-                )
-
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, requests: Requests) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
         sequences = stage.sequences(data.samples)
-        folder = self._newest(stage.name)
-        resumed = self._checkpoint(folder) if folder else None
+        folder = self.history.newest(stage.name)
+        resumed = self.history.open(folder) if folder else None
         run = StageRun(
             stage,
             sequences,
@@ -292,15 +239,16 @@ class _Pipeline:
             profiler=Profiler.of(self.config.profile, self.folder.stage(stage.name), self.world.rank),
         )
         if resumed:
-            self._check_same_data(stage, data)
-        if run.done == run.steps or (resumed is None and self._is_over(stage)):
+            self.history.check_same_data(stage, data)
+        imported = self.history.begins_imported(stage, run)
+        if run.done == run.steps or (resumed is None and self.history.is_over(stage)):
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             if self.world.rank == 0:
                 self.folder.record(stage.name, finished=True)
             return True
         build, engine = stage_engine(self.config, stage, task, model, self.world)
         empty = build(meta=True)
-        origin, reader = (resumed.folder.name, resumed) if resumed else self._first_weights(stage, model, empty)
+        origin, reader = (imported or resumed.folder.name, resumed) if resumed else self._first_weights(stage, empty)
         shapes = parameter_shapes(empty)
         if isinstance(reader, Checkpoint):
             reader.check_fit(shapes)
@@ -324,7 +272,7 @@ class _Pipeline:
             "sequence_length": stage.sequence_length,
         }
         self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
-        if self.world.rank == 0 and not resumed:
+        if self.world.rank == 0 and (not resumed or imported):
             self.folder.record(
                 stage.name,
                 **facts,
@@ -332,7 +280,7 @@ class _Pipeline:
                 held_out=_lineage(data.held_out),
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
-        self._plan_checkpoints(stage, parameters)
+        self.history.plan(stage, parameters)
         finished = self._train(stage, run, engine, data, sequences, requests)
         engine.close()
         if self.world.rank == 0:
@@ -371,39 +319,21 @@ class _Pipeline:
                 requests=requests,
             )
 
-    def _plan_checkpoints(self, stage: Stage, parameters: int) -> None:
-        """Tell how large checkpoints will be and how much room there is; collective.
-
-        Raises CheckpointError if there is not room for one.
-        """
-
-        def plan() -> None:
-            root = self.folder.checkpoints(stage.name)
-            root.mkdir(parents=True, exist_ok=True)
-            discard_incomplete(root)
-            size, free = 4 * parameters * (1 + len(slots(stage.optimizer))), shutil.disk_usage(root).free
-            self.stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
-            if size > free:
-                raise CheckpointError(
-                    f"a checkpoint of stage {stage.name} takes {megabytes(size)}, and the disk of {root} has "
-                    f"{megabytes(free)} free: the run could not save even once. Make room there, or set `output` to a "
-                    "folder on another disk."
-                )
-
-        from_first(plan)
-
-    def _first_weights(self, stage: Stage, model: PreTrainedConfig, empty: PreTrainedModel) -> tuple[str, Reader]:
+    def _first_weights(self, stage: Stage, empty: PreTrainedModel) -> tuple[str, Reader]:
         if stage.from_stage is not None:
-            folder = self._newest(stage.from_stage, weights_only=True)
+            folder = self.history.newest(stage.from_stage, weights_only=True)
             if folder is None:
                 raise CheckpointError(
                     f"stages.{stage.name}.from: stage {stage.from_stage} has no checkpoint in "
                     f"{self.folder.checkpoints(stage.from_stage)} any more."
                 )
-            return f"{stage.from_stage}, {folder.name}", self._checkpoint(folder, weights_only=True)
+            return f"{stage.from_stage}, {folder.name}", self.history.open(folder, weights_only=True)
         source = self.config.model.from_pretrained
         if source is not None:
-            return source, pretrained_weights(source, model.vocab_size, self.config.seed)
+            reader, reason = pretrained_weights(source, empty, self.config.seed)
+            if reason is not None:
+                self.stream.emit("weights_read_whole", reason=reason)
+            return source, reader
         return "random weights", RandomWeights(empty, self.config.seed)
 
 

@@ -1,4 +1,4 @@
-"""Small runs on real text for the tests that start the real command."""
+"""Small runs on real text for the tests that start the real command, and what they leave."""
 
 import asyncio
 import inspect
@@ -10,6 +10,9 @@ import textwrap
 from pathlib import Path
 
 import yaml
+
+from bigtrain.checkpoint import Checkpoint, complete
+from bigtrain.observability.stream import read_metrics
 
 MODEL = {
     "model_type": "llama",
@@ -36,7 +39,7 @@ def instructions(path):
     assert len(rows) > 30
 
 
-def small_config(folder, steps=6, every=None, **changes):
+def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
     """A run's file in `folder`: two stages of a tiny Llama on a few modules of the standard library, two processes."""
     instructions(folder / "functions.jsonl")
     stage = {
@@ -44,7 +47,7 @@ def small_config(folder, steps=6, every=None, **changes):
         "sequence_length": 64,
         "global_batch_size": 5,  # uneven on two processes
         "steps": steps,
-        "optimizer": {"lr": 3e-3, "eps": 1e-4},
+        "optimizer": {"lr": 3e-3, "eps": 1e-4, "ema": ema},
         "evaluate": {"every": every, "sequences": 17},
         "checkpoint": {"every": every},
     }
@@ -52,7 +55,7 @@ def small_config(folder, steps=6, every=None, **changes):
     config = {
         "name": "small",
         "output": str(folder / "runs"),
-        "model": {"from_config": MODEL},
+        "model": {"from_config": MODEL | {"attention_dropout": dropout}},
         "tokenizer": {"train": {"vocab_size": 400}},
         "precision": "fp32",
         "parallel": {"engine": "zero2", "processes": 2, "micro_batch_size": 2},
@@ -66,7 +69,7 @@ def small_config(folder, steps=6, every=None, **changes):
                 **stage,
                 "sequence_length": 128,
                 "max_cut_answers": 1.0,
-                "optimizer": {"lr": 1e-3, "eps": 1e-4},
+                "optimizer": {"lr": 1e-3, "eps": 1e-4, "ema": ema},
             },
         ],
         **changes,
@@ -80,3 +83,28 @@ def bigtrain(*arguments, **options):
     """Run the real command; returns the finished process with its output as text."""
     command = [sys.executable, "-m", "bigtrain", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+
+
+def run(config, *overrides):
+    """`bigtrain run`, to its end; returns what it has printed."""
+    finished = bigtrain("run", config, *overrides)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def final_state(folder, stage):
+    """(step, every tensor) of the newest checkpoint of a stage of a run."""
+    checkpoint = Checkpoint(complete(folder / stage / "checkpoints")[-1])
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
+    return checkpoint.step, {
+        (name, slot): checkpoint.read(name, slot, (0,) * len(entry["shape"]), tuple(entry["shape"]))
+        for name, slots in manifest["state"].items()
+        for slot, entry in slots.items()
+    }
+
+
+def numbers(folder):
+    """What a run has reported of its training, without times."""
+    keys = ("kind", "stage", "step", "loss", "targets")
+    rows = read_metrics(folder)
+    return [[row[key] for key in keys] + [row.get("grad_norm"), row.get("lr")] for row in rows]

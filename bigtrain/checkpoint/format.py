@@ -14,8 +14,7 @@ one process saved.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,24 +24,14 @@ from torch import Tensor
 
 from bigtrain.disk import sync
 from bigtrain.errors import DamagedError
-from bigtrain.state import BUFFER, WEIGHT, Box, Shape
+from bigtrain.state import BUFFER, WEIGHT, Box
+from bigtrain.tensor_files import DTYPES
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 BLOCK = 2**22  # bytes of a box that share a checksum: the least that is read to have any of them
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+PIECE = 2**20  # bytes that are written at a time: Linux takes some times as long for gigabytes at once
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -102,25 +91,6 @@ def _key(box: Box) -> str:
     return name if box.shape == tuple(box.tensor.shape) else f"{name}|{','.join(map(str, box.offsets))}"
 
 
-def read_header(path: Path) -> Iterator[tuple[str, torch.dtype, Shape, int]]:
-    """(key, dtype, shape, first byte) of each tensor of a safetensors file. Raises DamagedError if it is none."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        for key, entry in header.items():
-            if key != "__metadata__":
-                begin, end = entry["data_offsets"]
-                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-                if end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{key} has {end - begin} bytes")
-                yield key, dtype, shape, 8 + length + begin
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(path.parent, f"{path} is no safetensors file that can be read: {error}") from None
-
-
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
@@ -128,18 +98,37 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def write_json(path: Path, value: Any) -> str:
     """Write so that the file is the old one or the new one, also after a power cut; returns its checksum."""
-    text = json.dumps(value, separators=(",", ":")) + "\n"
+    text = _json(value)
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
+    write_file(partial, text)
     partial.replace(path)
     sync(path.parent)
-    return checksum(text.encode())
+    return checksum(text)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write and sync a file; one that could not be written whole does not stay."""
+    try:
+        with path.open("wb") as file:
+            for at in range(0, len(data), PIECE):
+                file.write(data[at : at + PIECE])
+        sync(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with a checksum of itself; with it the checkpoint begins to exist."""
-    write_json(folder / MANIFEST, {"checksum": checksum(json.dumps(manifest).encode()), **manifest})
+    write_json(folder / MANIFEST, _sealed(manifest))
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {"checksum": checksum(json.dumps(manifest).encode()), **manifest}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -149,12 +138,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        said = manifest.pop("checksum")
-        right = said == checksum(json.dumps(manifest).encode())
+        text = path.read_bytes()
+        manifest = json.loads(text)
+        del manifest["checksum"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(folder, f"{path} cannot be read: {error}") from None
-    if not right:
+    if text != _json(_sealed(manifest)):
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
     for name, facts in manifest["files"].items():
         file = folder / name

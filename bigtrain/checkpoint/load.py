@@ -15,6 +15,7 @@ from bigtrain.checkpoint.format import FORMAT, bytes_of, checksum, complete, rea
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
 from bigtrain.state import BUFFER, WEIGHT, Shape
+from bigtrain.tensor_files import read_whole
 
 
 def newest(root: Path, weights_only: bool = False) -> Path | None:
@@ -53,16 +54,7 @@ class Checkpoint:
         """Raises CheckpointError that names the parameters which the model or the checkpoint alone has, that differ in
         shape, or have no elements."""
         saved = {name: tuple(slots[WEIGHT]["shape"]) for name, slots in self._state.items() if WEIGHT in slots}
-        both = sorted(shapes.keys() & saved.keys())
-        problems = {
-            "missing": sorted(shapes.keys() - saved.keys()),
-            "unknown to the model": sorted(saved.keys() - shapes.keys()),
-            "without elements": [name for name in both if 0 in saved[name]],
-            "of another shape": [f"{n} {saved[n]} for {shapes[n]}" for n in both if saved[n] != shapes[n]],
-        }
-        told = [f"{what}: {shorten(names)}" for what, names in problems.items() if names]
-        if told:
-            raise CheckpointError(f"{self.folder} does not fit the model of its run; {'; '.join(told)}.")
+        check_shapes(str(self.folder), saved, shapes)
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
         try:
@@ -132,14 +124,19 @@ class Checkpoint:
             raise DamagedError(self.folder, f"{self.folder / name} is not what was written: its header differs")
 
 
-def read_whole(descriptor: int, data: memoryview, at: int) -> None:
-    """Fill `data` from byte `at` of a file on. Raises OSError if it ends before."""
-    done = 0
-    while done < len(data):
-        count = os.preadv(descriptor, [data[done:]], at + done)
-        if count == 0:
-            raise OSError(f"it ends {len(data) - done} bytes too early")
-        done += count
+def check_shapes(where: str, saved: dict[str, Shape], shapes: dict[str, Shape]) -> None:
+    """Raises CheckpointError that names the parameters which `shapes`, of the model, or `saved` alone has, that differ
+    in shape, or have no elements."""
+    both = sorted(shapes.keys() & saved.keys())
+    problems = {
+        "missing": sorted(shapes.keys() - saved.keys()),
+        "unknown to the model": sorted(saved.keys() - shapes.keys()),
+        "without elements": [name for name in both if 0 in saved[name]],
+        "of another shape": [f"{n} {saved[n]} for {shapes[n]}" for n in both if saved[n] != shapes[n]],
+    }
+    told = [f"{what}: {shorten(names)}" for what, names in problems.items() if names]
+    if told:
+        raise CheckpointError(f"{where} does not fit the model of its run; {'; '.join(told)}.")
 
 
 def _overlap(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.checkpoint.format import MANIFEST, complete, read_manifest, write_manifest
+from bigtrain.errors import DamagedError
 from bigtrain.state import BUFFER, WEIGHT
 
 SET_ASIDE = "damaged-"  # begins the name of a folder that nobody will take for a checkpoint
@@ -69,7 +70,11 @@ def _step(folder: Path) -> int:
 
 
 def _drop_optimizer(folder: Path) -> None:
-    manifest = read_manifest(folder) if resumable(folder) else None
+    """Of one that is damaged nothing is removed: this is no place to tell of it."""
+    try:
+        manifest = read_manifest(folder) if resumable(folder) else None
+    except DamagedError:
+        return
     if manifest is not None:
         for slots in manifest["state"].values():
             for slot in slots.keys() - {WEIGHT, BUFFER}:

@@ -23,8 +23,10 @@ from bigtrain.checkpoint.format import (
     bytes_of,
     checksum,
     checksums,
+    complete,
     lay_out,
     step_folder,
+    write_file,
     write_json,
     write_manifest,
 )
@@ -160,7 +162,7 @@ class Saver:
         with _writing(save.folder):
             for name, file in files.items():
                 data = bytes_of(file.data)
-                _write_file(save.folder / name, data)
+                write_file(save.folder / name, data)
                 told["files"][name] = {
                     "bytes": len(data),
                     "header": file.header,
@@ -195,27 +197,17 @@ class Saver:
         self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began, save.bytes))
 
 
-def _write_file(path: Path, data: memoryview) -> None:
-    """Write and sync a file; one that could not be written whole does not stay."""
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-        sync(path)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses into a sentence."""
     try:
         yield
     except OSError as error:
+        rest = ", and it goes on from the newest of them" if (whole := complete(folder.parent)) else ""
         raise CheckpointError(
-            f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). The "
-            "checkpoints before it are whole: make room or mend the folder, then start the run again, and it goes on "
-            "from the newest of them."
+            f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). "
+            f"{'The checkpoints before it are whole' if whole else 'There is none before it'}: make room or mend the "
+            f"folder, then start the run again{rest}."
         ) from error
 
 

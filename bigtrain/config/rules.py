@@ -13,6 +13,7 @@ from typing import Any
 from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
+from bigtrain.errors import ConfigError
 
 SIZES = (
     "vocab_size",
@@ -147,6 +148,18 @@ def _parallel(run: Run) -> Broken:
             yield (
                 (*at, "parallel", "replicate"),
                 f"parallel.processes ({processes}) is no multiple of {parallel.replicate}.",
+            )
+
+
+def check_replicas(run: Run, processes: int) -> None:
+    """Raises ConfigError if the processes that a launcher has started cannot be divided as `replicate` says."""
+    for stage in run.stages:
+        replicate = run.parallel_of(stage).replicate
+        if processes % replicate:
+            raise ConfigError(
+                f"parallel.replicate: {processes} as the number of processes is no multiple of {replicate}, the copies "
+                f"of stage {stage.name}'s sharded model. Start a multiple of {replicate}, or set another "
+                "parallel.replicate: it changes no numbers."
             )
 
 

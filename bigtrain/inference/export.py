@@ -20,12 +20,17 @@ MARK = "Exported by bigtrain"  # in the README.md of every export; a folder with
 
 
 def export(
-    run_dir: str | Path, stage: str | None = None, to: str | Path | None = None, dtype: str | None = None
+    run_dir: str | Path,
+    stage: str | None = None,
+    to: str | Path | None = None,
+    dtype: str | None = None,
+    ema: bool = False,
 ) -> Path:
     """Write the newest checkpoint of a run (or of one stage; `run_dir` may also be a checkpoint); returns the folder.
 
-    to: RUN/STAGE/export by default; an older export there is replaced. dtype: fp32, bf16 or fp16; None: the run's
-    precision. The folder appears whole or not at all.
+    to: RUN/STAGE/export by default, export-ema with `ema`, which takes the moving average of the weights; an older
+    export there is replaced. dtype: fp32, bf16 or fp16; None: the run's precision. The folder appears whole or not at
+    all.
 
     Raises CheckpointError for a tensor that is missing, empty, or was not written as it is; ConfigError for a place
     that holds something else.
@@ -33,9 +38,10 @@ def export(
     place = locate(run_dir if stage is None else Path(run_dir) / stage)
     if not isinstance(place, RunPlace):
         raise ConfigError(f"{place} is a Hugging Face model already; an export is made of a run.")
-    target = place.folder / place.stage.name / "export" if to is None else Path(to).expanduser()
+    default = place.folder / place.stage.name / ("export-ema" if ema else "export")
+    target = default if to is None else Path(to).expanduser()
     _refuse_other(target)
-    opened = open_model(place.checkpoint, dtype=dtype, device="cpu")
+    opened = open_model(place.checkpoint, dtype=dtype, device="cpu", ema=ema)
     return write_folder(opened, target, _card(place, opened))
 
 

@@ -15,6 +15,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
+from bigtrain.optim import EMA
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import BUFFER, WEIGHT, Shape
@@ -37,18 +38,20 @@ class Opened:
     step: int | None = None
 
 
-def open_model(where: str | Path, *, dtype: str | None = None, device: str | torch.device = "auto") -> Opened:
+def open_model(
+    where: str | Path, *, dtype: str | None = None, device: str | torch.device = "auto", ema: bool = False
+) -> Opened:
     """Open what `where` names (see `locate`); there is never more than one model in memory.
 
     dtype: fp32, bf16 or fp16; None: the run's precision, or that of the pretrained model's file.
-    device: `auto` is a GPU if there is one.
+    device: `auto` is a GPU if there is one. ema: the moving average of the weights instead of the weights.
 
     Raises ConfigError for names that lead nowhere, CheckpointError for a checkpoint that does not fit its run.
     """
     place = locate(where)
     there = pick_device(device)
     if isinstance(place, RunPlace):
-        model, tokenizer = _from_checkpoint(place, _dtype(dtype or place.run.precision), there)
+        model, tokenizer = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
         return Opened(model, tokenizer, str(place), there, place.run, place.stage, place.step)
     model, tokenizer = _from_pretrained(place.source, _dtype(dtype) if dtype else "auto")
     return Opened(model.eval().requires_grad_(False).to(there), tokenizer, str(place), there)
@@ -81,25 +84,30 @@ def _from_pretrained(source: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     return model, load_tokenizer(source)
 
 
-def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device, ema: bool) -> tuple[Any, Any]:
     run = place.run
     tokenizer = load_tokenizer(place.folder / "tokenizer")
     config = model_config(run.model, tokenizer, run.adds_tokens)
     attention = "eager" if run.attention == "eager" else "sdpa"  # the others need not be there any more
     model: Any = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
-    reader = Checkpoint(place.checkpoint, weights_only=True)
+    reader = Checkpoint(place.checkpoint, weights_only=not ema)
+    if ema and EMA not in reader.slots:
+        raise ConfigError(
+            f"{place.checkpoint} holds no moving average: its stage was trained without optimizer.ema, or only its "
+            "weights were kept."
+        )
     reader.check_fit(parameter_shapes(model))
-    _fill(model, reader, dtype, device)
+    _fill(model, reader, EMA if ema else WEIGHT, dtype, device)
     model.config.dtype = dtype
     model.generation_config = _generation_config(run, model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()
-def _fill(model: Any, reader: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+def _fill(model: Any, reader: Checkpoint, slot: str, dtype: torch.dtype, device: torch.device) -> None:
     """Replace the parameters on meta one by one. Buffers keep their own dtype: rotary frequencies are not cast."""
     for name, parameter in list(model.named_parameters()):
-        tensor = reader.read(name, WEIGHT, _zeros(parameter), tuple(parameter.shape))
+        tensor = reader.read(name, slot, _zeros(parameter), tuple(parameter.shape))
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from bigtrain.config.load import Loaded, lacking
+from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
-from bigtrain.errors import ConfigError
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
 
@@ -49,7 +49,7 @@ def dry_run(loaded: Loaded) -> None:
     """
     adopt()
     run, processes = loaded.run, _processes(loaded.run)
-    _check_replicas(run, processes)
+    check_replicas(run, processes)
     if os.environ.get("RANK", "0") != "0":
         return  # of the ranks that a launcher has started, one is enough to tell
     console = Console(soft_wrap=True, highlight=False)
@@ -135,13 +135,6 @@ def _processes(run: Run) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return processes_here(run.parallel.processes, run.parallel.device)[0]
-
-
-def _check_replicas(run: Run, processes: int) -> None:
-    for stage in run.stages:
-        replicate = run.parallel_of(stage).replicate
-        if processes % replicate:
-            raise ConfigError(f"parallel.replicate: {processes} processes are no multiple of {replicate}.")
 
 
 def _model_lines(size: Size | str) -> tuple[str, list[tuple[str, str]]]:

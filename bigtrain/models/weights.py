@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, shorten
 from bigtrain.pretrained import arguments, opening
-from bigtrain.state import WEIGHT, Shape
+from bigtrain.state import BUFFER, WEIGHT, Reader, Shape
+from bigtrain.tensor_files import Stored, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class ModelWeights:
-    """Reads the parameters of a model in memory."""
+    """Reads the parameters and buffers of a model in memory."""
 
-    slots = (WEIGHT,)
+    slots = (WEIGHT, BUFFER)
 
     def __init__(self, model: nn.Module):
-        self._parameters = dict(model.named_parameters())
+        self._tensors: dict[str, dict[str, Tensor]] = {
+            WEIGHT: dict(model.named_parameters()),
+            BUFFER: dict(model.named_buffers()),
+        }
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
-        if slot != WEIGHT or name not in self._parameters:
+        tensor = self._tensors.get(slot, {}).get(name)
+        if tensor is None:
             raise CheckpointError(f"{name}: the pretrained model has no such {slot}.")
-        return cut(self._parameters[name].detach(), offsets, lengths)
+        return cut(tensor.detach(), offsets, lengths)
+
+
+class PretrainedFiles:
+    """Reads the parameters and buffers of a pretrained model from its safetensors files, and no more than is asked for.
+
+    `stored`: where each of them lies; `dtypes`: what each is to be.
+    """
+
+    slots = (WEIGHT, BUFFER)
+
+    def __init__(self, stored: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype]):
+        self._stored = stored
+        self._dtypes = dtypes
+
+    def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
+        if slot not in self.slots or name not in self._stored:
+            raise CheckpointError(f"{name}: the pretrained model has no such {slot}.")
+        try:
+            return self._stored[name].read(offsets, lengths).to(self._dtypes[name])
+        except OSError as error:
+            raise CheckpointError(f"{self._stored[name].path} cannot be read: {error}") from None
 
 
 class RandomWeights:
@@ -118,20 +147,128 @@ def _hash(seed: int, *names: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def pretrained_weights(source: str, vocab_size: int, seed: int) -> ModelWeights:
-    """The weights of a folder, Hub id or .gguf file, read by transformers into host memory in fp32.
+def pretrained_weights(source: str, empty: PreTrainedModel, seed: int) -> tuple[Reader, str | None]:
+    """(the weights of a folder, Hub id or .gguf file; why every rank reads all of them, None if it need not).
 
-    An embedding with fewer than `vocab_size` rows grows; the new rows are drawn around the mean of the old ones
+    `empty` is the model that they are for. Where its names and shapes are those of the safetensors files, the reader
+    takes from the files what it is asked for; else transformers reads the whole model into host memory in fp32.
+    An embedding with fewer rows than that of `empty` grows; the new rows are drawn around the mean of the old ones
     (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021).
     """
+    with opening(source, "model.from_pretrained"):
+        try:
+            return _pretrained_files(source, empty), None
+        except _OnlyWhole as reason:
+            return ModelWeights(_pretrained_model(source, empty.config.vocab_size, seed)), str(reason)
+
+
+class _OnlyWhole(Exception):
+    """A pretrained model cannot be read in parts; the message says why."""
+
+
+def _pretrained_model(source: str, vocab_size: int, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     name, options = arguments(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with opening(source, "model.from_pretrained"), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_hash(seed, "added tokens"))
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
-    return ModelWeights(model)
+    return model
+
+
+def _pretrained_files(source: str, empty: PreTrainedModel) -> PretrainedFiles:
+    """Raises _OnlyWhole where transformers does more than to give each tensor of the files to the parameter or buffer
+    of its name, or would have something to say about them."""
+    stored: dict[str, Stored] = {}
+    for path in _safetensors(source, empty):
+        try:
+            stored.update(read_header(path))
+        except ValueError as error:
+            raise _OnlyWhole(str(error)) from None
+    tensors: dict[str, Tensor] = empty.state_dict(keep_vars=True)
+    named = _by_parameter(stored, empty, tensors)
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    for names in aliases.values():  # tied parameters are stored once
+        there = [name for name in names if name in named]
+        if not there:
+            raise _OnlyWhole(f"its files lack {names[0]}")
+        for name in names:
+            found = named.setdefault(name, named[there[0]])
+            if found.shape != tuple(tensors[name].shape):
+                raise _OnlyWhole(f"{name} has shape {found.shape} there and {tuple(tensors[name].shape)} in the model")
+            if tensors[name].is_floating_point() and not found.dtype.is_floating_point:
+                raise _OnlyWhole(f"{name} is stored as {found.dtype}")
+    return PretrainedFiles(named, {name: tensor.dtype for name, tensor in tensors.items()})
+
+
+def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
+    """The files that transformers would read, from the Hub or its cache if need be, in its order."""
+    from transformers.utils import cached_file, is_peft_available
+
+    name, options = arguments(source)
+    config: Any = empty.config
+    if "gguf_file" in options:
+        raise _OnlyWhole("it is a .gguf file")
+    if getattr(config, "quantization_config", None) is not None:
+        raise _OnlyWhole("it is quantized")
+
+    def find(file: str) -> str | None:
+        try:
+            return cached_file(name, file)
+        except OSError:
+            return None
+
+    changed = [key for key in ("transformers_weights", "fusion_config") if getattr(config, key, None) is not None]
+    if changed or config.extra_files or (is_peft_available() and find("adapter_config.json")):
+        raise _OnlyWhole("it is put together from other files than its model.safetensors")
+    whole = find("model.safetensors")
+    if whole is not None:
+        yield Path(whole)
+        return
+    index = find("model.safetensors.index.json")
+    if index is None:
+        raise _OnlyWhole("it has no model.safetensors")
+    for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+        found = find(shard)
+        if found is None:
+            raise _OnlyWhole(f"it has no {shard}")
+        yield Path(found)
+
+
+def _by_parameter(stored: dict[str, Stored], empty: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Stored]:
+    """The tensors of the files by the names that transformers gives them in the model.
+
+    Raises _OnlyWhole if it makes other tensors of one of them, or knows no use for it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(empty)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    prefix = empty.base_model_prefix
+    named: dict[str, Stored] = {}
+    others = set()
+    for key in sorted(stored, key=dot_natural_key):  # a renaming may remember what it has seen
+        name, converted = rename_source_key(key, renamings, converters, prefix, tensors)
+        if name not in tensors and key in tensors:
+            name, converted = rename_source_key(key, [], [], prefix, tensors)
+        if converted is not None:
+            raise _OnlyWhole(f"transformers converts {key} for {empty.config.model_type}")
+        if name in named:
+            raise _OnlyWhole(f"its files have {name} more than once")
+        if name in tensors:
+            named[name] = stored[key]
+        else:
+            others.add(name)
+    keys: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=others)
+    empty._adjust_missing_and_unexpected_keys(keys)  # private: takes away what an architecture ignores
+    if keys.unexpected_keys:
+        raise _OnlyWhole(f"its files hold what {empty.config.model_type} has no use for: {shorten(sorted(others))}")
+    return named

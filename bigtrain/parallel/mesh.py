@@ -25,6 +25,7 @@ from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import NOTHING, PRECISIONS, Outcome, Say, TaskModule, seed_dropout
 from bigtrain.parallel.loss_scale import LossScale
+from bigtrain.parallel.memory import fill, give_back
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class MeshEngine:
     @torch.no_grad()
     def load(self, reader: Reader, progress: dict[str, float]) -> None:
         contract.read_together(self._device, partial(self._read, reader, progress))
+        give_back()
         if self._copies is not None:
             self._copies.refresh()
         self._updates = int(progress.get("updates", 0))
@@ -151,14 +153,15 @@ class MeshEngine:
         """This rank's share."""
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._optimizer.state.clear()
+        if moments:  # all are made before the first is read: what reading frees would lie between them
+            for parameter in self._parameters.values():
+                if parameter.requires_grad:
+                    state = self._optimizer.state[parameter]
+                    state["step"] = torch.tensor(float(progress["updates"]), device=self._device)
+                    state |= {slot: torch.empty_like(parameter) for slot in moments}
         for name, parameter in self._parameters.items():
-            _fill(parameter.detach(), reader, name, WEIGHT)
-            if moments and parameter.requires_grad:
-                state = self._optimizer.state[parameter]
-                state["step"] = torch.tensor(float(progress["updates"]), device=self._device)
-                for slot in moments:
-                    state[slot] = torch.empty_like(parameter)
-                    _fill(state[slot], reader, name, slot)
+            for slot, tensor in self._slots(parameter).items():
+                _fill(tensor, reader, name, slot)
         if BUFFER in reader.slots:
             for name, buffer in contract.persistent_buffers(self._module.model):
                 _fill(buffer, reader, name, BUFFER)
@@ -237,4 +240,4 @@ def _place(tensor: Tensor) -> Shape:
 def _fill(tensor: Tensor, reader: Reader, name: str, slot: str) -> None:
     local = _local(tensor)
     if local.numel():
-        local.copy_(reader.read(name, slot, _place(tensor), tuple(local.shape)))
+        fill(local, reader, name, slot, _place(tensor))

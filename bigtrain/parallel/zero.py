@@ -28,6 +28,7 @@ from torch.nn import functional
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import NOTHING, Batch, Outcome, Say, TaskModule
+from bigtrain.parallel.memory import fill, give_back
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class ZeroEngine:
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._engine.train()
+        give_back()
         parameters = list(self._model.named_parameters())
         self._shards = list(
             _split_parameter_shards(parameters, self._zero)
@@ -141,6 +143,7 @@ class ZeroEngine:
         self._updates = int(progress["updates"]) if moments else 0
         self._prepare_optimizer_state(moments)
         contract.read_together(self._device, partial(self._read, reader))
+        give_back()
         _copy_masters_to_model(self._zero, self._stage)
         if self._precision == "fp16" and "loss_scale" in progress:
             self._zero.loss_scale = progress["loss_scale"]
@@ -149,7 +152,7 @@ class ZeroEngine:
         """This rank's share."""
         for box in (*self._trained_boxes(), *self._buffer_boxes()):
             if box.slot in reader.slots:
-                box.tensor.copy_(reader.read(box.name, box.slot, box.offsets, tuple(box.tensor.shape)))
+                fill(box.tensor, reader, box.name, box.slot, box.offsets)
 
     def progress(self) -> dict[str, float]:
         """`updates`, an int, and in fp16 `loss_scale`."""
@@ -233,10 +236,16 @@ def _build_partitioned(
     # zero.Init in fp32, as it rounds every tensor made within it: rotary frequencies too.
     with deepspeed.zero.Init(config_dict_or_path=_config(3, "fp32", None)):
         model = build_model()
-    parameter: Any
-    for parameter in model.parameters():
+    parameters: list[Any] = list(model.parameters())
+    parts = [parameter.ds_tensor for parameter in parameters]  # private: what this rank has of each
+    at = 0
+    together = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
+    for parameter, part in zip(parameters, parts, strict=True):
+        there = together[at : at + part.numel()]  # one tensor, which goes back to the system whole when DeepSpeed
+        part.data = there.copy_(part.data)  # makes its own of it
         parameter.data = parameter.data.to(dtype)
-        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)  # private: this rank's part
+        at += part.numel()
+    give_back()
     return model
 
 

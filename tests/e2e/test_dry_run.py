@@ -215,5 +215,5 @@ def test_size_without_a_known_vocabulary(tmp_path):
 
 def test_processes_that_the_replicas_do_not_divide(tmp_path):
     config = small_config(tmp_path, parallel={"engine": "fsdp", "processes": "auto", "device": "cpu", "replicate": 3})
-    with pytest.raises(ConfigError, match=r"parallel.replicate: 2 processes are no multiple of 3"):
+    with pytest.raises(ConfigError, match=r"parallel.replicate: 2 as the number of processes is no multiple of 3"):
         dry_run(load(config))

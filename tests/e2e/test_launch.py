@@ -25,7 +25,12 @@ def one_stage(folder, steps=2):
 
 @pytest.mark.parametrize(
     ("launcher", "processes"),
-    [("torchrun", 2), ("deepspeed", 2), ("accelerate", 2), ("accelerate", 1)],
+    [
+        ("torchrun", 2),
+        pytest.param("deepspeed", 2, marks=pytest.mark.soak),
+        pytest.param("accelerate", 2, marks=pytest.mark.soak),
+        ("accelerate", 1),
+    ],
 )
 def test_it_starts_as_many_processes_as_it_says(tmp_path, launcher, processes):
     folder = tmp_path / 'it\'s $local_rank $$; "x"'

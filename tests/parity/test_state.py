@@ -5,7 +5,7 @@ import torch
 
 from tests.parity import cases
 
-TOUR = [("zero3", 3), ("fsdp", 2), ("ddp", 1), ("zero2", 2), ("ddp", 3), ("zero1", 3), ("zero3", 2)]
+TOUR = [("zero3", 3), ("fsdp", 2), ("ddp", 1), ("zero2", 2), ("fsdp", 4), ("ddp", 3), ("zero1", 3), ("zero3", 2)]
 STEPS = 2  # on each layout
 
 
@@ -19,7 +19,7 @@ def test_the_state_goes_from_engine_to_engine(pools, tmp_path, precision):
         loaded, here, _, after = answers[0]
         if before is not None:
             assert set(loaded) == set(before)
-            assert {slot for _, slot in loaded} == {"weight", "exp_avg", "exp_avg_sq"}
+            assert {slot for _, slot in loaded} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
             for key, tensor in before.items():
                 assert torch.equal(loaded[key], tensor), key
         losses += here
@@ -39,6 +39,17 @@ def test_resuming_on_the_same_layout_is_exact(pools, tmp_path, layout, precision
     assert first_norms + second_norms == norms
     for key, tensor in state.items():
         assert torch.equal(resumed[key], tensor), key
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero2", "zero3"])
+def test_the_moving_average_is_that_of_the_weights(pools, tmp_path, layout):
+    """Also over a resume: each segment begins from the one before."""
+    states = [pools(2)(cases.segment, layout, tmp_path, step, 1)[0][3] for step in range(3)]
+    for name in {name for name, _ in states[0]}:
+        expected = states[0][name, "weight"]
+        for state in states:
+            expected = torch.lerp(expected, state[name, "weight"], 1 - cases.OPTIMIZER.ema)
+            assert torch.allclose(state[name, "ema"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_no_rank_holds_the_whole_state(pools, tmp_path):

@@ -77,7 +77,9 @@ def test_a_killed_rank_is_named(tmp_path):
     assert left == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM, signal.SIGKILL]
+)
 def test_no_rank_outlives_the_command(tmp_path, number):
     mark = uuid.uuid4().hex
     config = small_config(tmp_path, steps=100_000)

@@ -1,6 +1,5 @@
 """A run that is killed and started again ends where an uninterrupted one ends, to the last bit."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from bigtrain.checkpoint import Checkpoint, complete
+from bigtrain.checkpoint import complete
 from bigtrain.observability.stream import read_metrics
-from tests.support import bigtrain, small_config
+from tests.support import bigtrain, final_state, numbers, run, small_config
 
 STEPS = 16
-
-
-def run(config, *overrides):
-    finished = bigtrain("run", config, *overrides)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 def kill_after_step(command, folder, stage, step):
@@ -42,34 +36,24 @@ def reported(folder, stage, step):
     return bool(rows) and rows[-1]["step"] >= step
 
 
-def final_state(folder, stage):
-    checkpoint = Checkpoint(complete(folder / stage / "checkpoints")[-1])
-    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
-    return checkpoint.step, {
-        (name, slot): checkpoint.read(name, slot, (0,) * len(entry["shape"]), tuple(entry["shape"]))
-        for name, slots in manifest["state"].items()
-        for slot, entry in slots.items()
-    }
-
-
-def numbers(folder):
-    keys = ("kind", "stage", "step", "loss", "targets")
-    rows = read_metrics(folder)
-    return [[row[key] for key in keys] + [row.get("grad_norm"), row.get("lr")] for row in rows]
-
-
-@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(engine, marks=pytest.mark.soak) for engine in ("ddp", "fsdp", "zero1", "zero2"))]
+)
 def test_killed_in_each_stage_and_started_again(tmp_path, engine):
-    config = small_config(tmp_path, steps=STEPS, every=4)
+    """With packing, shuffling, accumulation, dropout, evaluation and a moving average of the weights."""
+    config = small_config(tmp_path, steps=STEPS, every=4, dropout=0.1, ema=0.9)
     overrides = [f"parallel.engine={engine}"]
     run(config, *overrides, "name=whole")
     whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
     for stage, step in (("pretrain", 6), ("finetune", 5)):
         kill_after_step(["run", str(config), *overrides, "name=broken"], broken, stage, step)
-    output = run(config, *overrides, "name=broken")
-    assert "pretrain   is finished" in output
-    assert "resumed at step" in output
+    assert "pretrain   is finished" in run(config, *overrides, "name=broken")
     assert numbers(broken) == numbers(whole)
+    exported = bigtrain("export", broken, "--ema", "--dtype", "fp32")
+    assert exported.stdout.strip() == str(broken / "finetune" / "export-ema"), exported.stderr
+    weights = load_file(broken / "finetune" / "export-ema" / "model.safetensors")
+    averages = final_state(broken, "finetune")[1]
+    assert all(torch.equal(tensor, averages[name, "ema"]) for name, tensor in weights.items())
     for stage in ("pretrain", "finetune"):
         (step, state), (expected_step, expected) = final_state(broken, stage), final_state(whole, stage)
         assert step == expected_step == STEPS
@@ -78,18 +62,7 @@ def test_killed_in_each_stage_and_started_again(tmp_path, engine):
             assert torch.equal(state[key], tensor), key
 
 
-def test_a_checkpoint_without_its_manifest_does_not_exist(tmp_path):
-    """What an interrupted save leaves is passed over and written again."""
-    config = small_config(tmp_path, steps=8, every=4)
-    run(config)
-    checkpoints = tmp_path / "runs" / "small" / "finetune" / "checkpoints"
-    expected = numbers(tmp_path / "runs" / "small")
-    (checkpoints / "step-00000008" / "manifest.json").unlink()
-    assert "resumed at step 4" in run(config)
-    assert (checkpoints / "step-00000008" / "manifest.json").exists()
-    assert numbers(tmp_path / "runs" / "small") == expected
-
-
+@pytest.mark.soak
 def test_another_engine_and_world_size_take_over(tmp_path):
     config = small_config(tmp_path, steps=12, every=4)
     run(config, "name=whole")

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "bigtrain"
 FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"errors", "config"},
-    {"disk", "run_folder", "pretrained", "state"},
+    {"disk", "run_folder", "pretrained", "state", "tensor_files"},
     {"observability", "resilience"},
     {"models", "data"},
     {"tasks"},
@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"checkpoint"},
     {"training"},
     {"inference"},
-    {"stages", "bench", "preview"},
+    {"stages", "history", "bench", "preview", "importing"},
     {"launching"},
     {"cli", "testing", "__init__", "__main__"},
 ]

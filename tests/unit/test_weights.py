@@ -1,12 +1,16 @@
-"""Initial weights are transformers' own distributions, drawn from (seed, module name)."""
+"""Initial weights are transformers' own: its distributions, drawn from (seed, module name), or what it would load."""
+
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import empty_model
-from bigtrain.models.weights import ModelWeights, RandomWeights
+from bigtrain.models.weights import ModelWeights, PretrainedFiles, RandomWeights, pretrained_weights
+from bigtrain.parallel.contract import persistent_buffers
 
 SMALL = {
     "hidden_size": 64,
@@ -108,3 +112,124 @@ def test_reads_a_model_in_memory():
     assert torch.equal(reader.read("model.norm.weight", "weight", (8,), (4,)), model.model.norm.weight[8:12])
     with pytest.raises(CheckpointError, match="no such weight"):
         reader.read("model.nothing", "weight", (0,), (1,))
+
+
+PRETRAINED = {
+    "llama": FAMILIES["llama"],
+    "llama-untied": SMALL | {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen3": SMALL | {"head_dim": 16},
+    "gemma3_text": FAMILIES["gemma3_text"],
+    "gpt2": FAMILIES["gpt2"],
+    "phi3": FAMILIES["phi3"],
+}
+
+
+def save_pretrained(folder, family, values, dtype=torch.float32, headless=False, **options):
+    """A folder with random weights; `headless`: as the model without its output head saves it."""
+    values = dict(values)
+    config = AutoConfig.for_model(values.pop("model_type", family), **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    (model.base_model if headless else model).save_pretrained(folder, **options)
+    return folder
+
+
+def open_pretrained(folder, **changes):
+    """(reader, why it reads all, the model it is for)"""
+    config = AutoConfig.from_pretrained(folder)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    empty = empty_model(config, attention="sdpa", activation_checkpointing="none", meta=True)
+    return *pretrained_weights(str(folder), empty, seed=0), empty
+
+
+def assert_same_as_transformers(folder, reader, empty):
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for slot, tensors, expected in (
+        ("weight", empty.named_parameters(), dict(theirs.named_parameters())),
+        ("buffer", persistent_buffers(empty), dict(theirs.named_buffers())),
+    ):
+        for name, tensor in tensors:
+            whole = reader.read(name, slot, (0,) * tensor.dim(), tuple(tensor.shape))
+            assert torch.equal(whole, expected[name]), name
+            assert whole.dtype == expected[name].dtype
+            if tensor.dim() > 1:
+                begin = (tensor.shape[0] // 2, 2, *(0 for _ in tensor.shape[2:]))
+                part = reader.read(name, slot, begin, (tensor.shape[0] - begin[0], 3, *tensor.shape[2:]))
+                assert torch.equal(part, expected[name][begin[0] :, 2:5]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", PRETRAINED)
+def test_pretrained_files_hold_what_transformers_loads(tmp_path, family, shards, dtype):
+    largest = {} if shards == 1 else {"max_shard_size": "100KB"}
+    folder = save_pretrained(tmp_path, family, PRETRAINED[family], dtype, **largest)
+    assert (len(list(folder.glob("*.safetensors"))) == 1) == (shards == 1)
+    reader, reason, empty = open_pretrained(folder)
+    assert reason is None
+    assert isinstance(reader, PretrainedFiles)
+    assert_same_as_transformers(folder, reader, empty)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_files_of_a_model_without_its_head_will_do_where_the_head_is_tied(tmp_path, family):
+    folder = save_pretrained(tmp_path, family, PRETRAINED[family], headless=True)
+    reader, reason, empty = open_pretrained(folder)
+    assert reason is None
+    assert_same_as_transformers(folder, reader, empty)
+
+
+def test_what_an_architecture_has_dropped_does_not_matter(tmp_path):
+    folder = save_pretrained(tmp_path, "llama", PRETRAINED["llama"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    reader, reason, empty = open_pretrained(folder)
+    assert reason is None
+    assert_same_as_transformers(folder, reader, empty)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_what_transformers_converts_is_read_whole(tmp_path, family):
+    experts = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32}
+    folder = save_pretrained(tmp_path, family, SMALL | experts)
+    reader, reason, empty = open_pretrained(folder)
+    assert f"for {family}" in reason
+    assert "transformers converts model.layers.0." in reason
+    assert_same_as_transformers(folder, reader, empty)
+
+
+def test_what_does_not_match_is_read_whole(tmp_path):
+    """The reason is told; transformers then does what it does: it makes new values, or refuses."""
+
+    def reason(name, change=None, untied=False, **config):
+        values = PRETRAINED["llama-untied" if untied else "llama"]
+        folder = save_pretrained(tmp_path / name, "llama", values, safe_serialization=True)
+        tensors = load_file(folder / "model.safetensors")
+        if change:
+            change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return open_pretrained(folder, **config)[1]
+
+    assert "lack lm_head.weight" in reason("missing", lambda tensors: tensors.pop("lm_head.weight"), untied=True)
+    assert "no use for: extra" in reason("unknown", lambda tensors: tensors.update(extra=torch.ones(2)))
+    assert "has shape (211, 64) there and (220, 64)" in reason("grown", vocab_size=220)
+    assert "no model.safetensors" in reason_of_an_old_file(tmp_path / "old")
+
+
+def reason_of_an_old_file(folder):
+    save_pretrained(folder, "llama", PRETRAINED["llama"])
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    reader, reason, empty = open_pretrained(folder)
+    assert_same_as_transformers(folder, reader, empty)
+    return reason
+
+
+def test_files_that_are_cut_short_are_refused(tmp_path):
+    folder = save_pretrained(tmp_path, "llama", PRETRAINED["llama"])
+    reader, _, _ = open_pretrained(folder)
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: it ends"):
+        reader.read("model.norm.weight", "weight", (0,), (64,))

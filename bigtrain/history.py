@@ -1,0 +1,128 @@
+"""What the stages of a run have behind them: their checkpoints, as all ranks agree on them, and what run.json knows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bigtrain.checkpoint import Checkpoint, discard_incomplete, newest, set_aside
+from bigtrain.config import Run
+from bigtrain.config.schema import Stage
+from bigtrain.data.prepare import StageData
+from bigtrain.disk import megabytes
+from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
+from bigtrain.observability.stream import Stream
+from bigtrain.optim import slots
+from bigtrain.parallel.agreement import from_first
+from bigtrain.parallel.contract import read_together
+from bigtrain.parallel.world import World
+from bigtrain.run_folder import RunFolder
+from bigtrain.training.run import StageRun
+
+
+class History:
+    """Of one run, as one rank sees it."""
+
+    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream):
+        self._config = config
+        self._world = world
+        self._folder = folder
+        self._stream = stream
+
+    def newest(self, stage: str, weights_only: bool = False) -> Path | None:
+        """The newest complete checkpoint of a stage that rank 0 sees: a shared disk may show the others less."""
+        choice = [newest(self._folder.checkpoints(stage), weights_only)]
+        dist.broadcast_object_list(choice, src=0)
+        return choice[0]
+
+    def open(self, folder: Path, weights_only: bool = False) -> Checkpoint:
+        """Open a checkpoint; collective. Raises DamagedError on all ranks if one of them cannot."""
+        opened: list[Checkpoint] = []
+        read_together(self._world.device, lambda: opened.append(Checkpoint(folder, weights_only)))
+        return opened[0]
+
+    def set_aside(self, damaged: DamagedError) -> None:
+        """Let no rank find a damaged checkpoint again; collective. Finished stages that it was of are so no more."""
+        if self._world.rank == 0:
+            try:
+                aside = set_aside(damaged.folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{damaged}. It cannot be set aside ({error.strerror}): remove it, and the run goes on from the "
+                    "checkpoint before it."
+                ) from None
+            self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
+        dist.barrier()
+
+    def plan(self, stage: Stage, parameters: int) -> None:
+        """Tell how large checkpoints will be and how much room there is; collective.
+
+        Raises CheckpointError if there is not room for one.
+        """
+
+        def plan() -> None:
+            root = self._folder.checkpoints(stage.name)
+            root.mkdir(parents=True, exist_ok=True)
+            discard_incomplete(root)
+            size, free = 4 * parameters * (1 + len(slots(stage.optimizer))), shutil.disk_usage(root).free
+            self._stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
+            if size > free:
+                raise CheckpointError(
+                    f"a checkpoint of stage {stage.name} takes {megabytes(size)}, and the disk of {root} has "
+                    f"{megabytes(free)} free: the run could not save even once. Make room there, or set `output` to a "
+                    "folder on another disk."
+                )
+
+        from_first(plan)
+
+    def is_over(self, stage: Stage) -> bool:
+        """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
+
+        Raises CheckpointError when they are needed.
+        """
+        if not self._folder.facts()["stages"].get(stage.name, {}).get("finished"):
+            return False
+        for later in self._config.stages:
+            if later.from_stage == stage.name and self.newest(later.name) is None:  # it has not begun
+                raise CheckpointError(
+                    f"stage {stage.name} is finished, but {self._folder.checkpoints(stage.name)} is empty, and "
+                    f"stage {later.name} starts from it. Put a checkpoint back, or train it anew with "
+                    f"`--restart {stage.name}`."
+                )
+        return True
+
+    def check_same_data(self, stage: Stage, data: StageData) -> None:
+        """Raises DataError when a stage that has begun would go on with other documents than it began with."""
+        known = self._folder.facts()["stages"].get(stage.name, {}).get("data", [])
+        for before, store in zip(known, data.train, strict=False):
+            if before["fingerprint"] != store.manifest["fingerprint"]:
+                raise DataError(
+                    f"stages.{stage.name}.data: {before['source']} has changed since this stage began "
+                    f"(it was {before['store']}, it is {store.folder}). Put the documents back to continue, "
+                    f"or begin the stage anew with `--restart {stage.name}`."
+                )
+
+    def begins_imported(self, stage: Stage, run: StageRun) -> str | None:
+        """The folder that `bigtrain import` has taken a stage's first checkpoint from, until the stage has begun here.
+
+        Raises CheckpointError when that checkpoint is gone, ConfigError when it leaves nothing to train.
+        """
+        known = self._folder.facts()["stages"].get(stage.name, {})
+        imported = known.get("imported")
+        if imported is None or known.get("finished"):
+            return None
+        if run.done == 0:
+            raise CheckpointError(
+                f"stage {stage.name} goes on from {imported}, but {self._folder.checkpoints(stage.name)} has nothing "
+                f"of it any more. Import it again, or begin the stage anew with `--restart {stage.name}`."
+            )
+        if "data" in known:
+            return None
+        if run.done >= run.steps:
+            raise ConfigError(
+                f"stages.{stage.name}: it has {run.steps} steps, and {imported}, from which it was imported, has done "
+                f"{run.done}. Begin it anew with `--restart {stage.name}`, or import into a run whose stage is longer."
+            )
+        return imported

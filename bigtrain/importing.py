@@ -1,0 +1,103 @@
+"""Begin a stage with the state of another program: its checkpoint becomes the stage's first one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from bigtrain.checkpoint import Retention, newest, save
+from bigtrain.checkpoint.foreign import find_foreign
+from bigtrain.config import Run
+from bigtrain.config.schema import Stage
+from bigtrain.data.prepare import open_tokenizer
+from bigtrain.errors import ConfigError, nearest
+from bigtrain.models.causal_lm import parameter_shapes, try_architecture
+from bigtrain.pretrained import quiet
+from bigtrain.run_folder import RunFolder
+from bigtrain.stages import try_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def import_state(config: Run, where: Path, stage_name: str | None = None) -> str:
+    """Write the state in `where` as a checkpoint of a stage (None: the first), from which a run goes on; returns what
+    was done, in words.
+
+    Raises ConfigError for a folder that holds no such state, and a stage that has begun or is too short for it;
+    CheckpointError for a state of another model. Nothing is written of the run then.
+    """
+    quiet()
+    stage, folder = _stage(config, stage_name), RunFolder.of(config)
+    folder.check(config)
+    _check_not_begun(folder, stage)
+    where = where.expanduser().absolute()
+    foreign = find_foreign(where)
+    _check_length(stage, foreign.step, where)
+    try_inputs(config)
+    model = _model(config)
+    state = foreign.read(model)
+    folder.begin(config, None, imported=str(where))
+    folder.record(stage.name, imported=str(where))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        written = save(
+            folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
+        )
+    finally:
+        dist.destroy_process_group()
+    lost = ["the order of samples is bigtrain's own", "learning rate and Adam's settings are those of the run's file"]
+    lost += ["the loss scale of fp16 begins anew"] if config.precision == "fp16" else []
+    lost += ["the moving average of the weights begins anew"] if stage.optimizer.ema is not None else []
+    return "\n".join(
+        [
+            f"{foreign.folder} is {foreign.kind} after step {foreign.step}: weights and Adam's moments of "
+            f"{len(parameter_shapes(model))} parameters.",
+            f"{written} has them now; `bigtrain run` of the same file goes on from there.",
+            f"Not carried over: from step {foreign.step + 1} on {', '.join(lost)}.",
+        ]
+    )
+
+
+def _stage(config: Run, name: str | None) -> Stage:
+    stages = {stage.name: stage for stage in config.stages}
+    if name is not None and name not in stages:
+        raise ConfigError(f"--stage {name}: there is no such stage; {nearest(name, stages)}")
+    return config.stages[0] if name is None else stages[name]
+
+
+def _check_not_begun(folder: RunFolder, stage: Stage) -> None:
+    begun = "data" in folder.facts().get("stages", {}).get(stage.name, {})
+    if begun or newest(folder.checkpoints(stage.name), weights_only=True) is not None:
+        raise ConfigError(
+            f"stage {stage.name} of {folder.path} has begun already, and an import would take the place of what it "
+            "has trained; give the run another `name`."
+        )
+
+
+def _check_length(stage: Stage, step: int, where: Path) -> None:
+    """Of a stage whose length is given in epochs, the run knows and tells."""
+    if step < 1:
+        raise ConfigError(f"{where} was written before the first step: there is nothing to continue.")
+    if stage.epochs is not None:
+        return
+    steps = -(-stage.sequences(0) // stage.global_batch_size)
+    if step >= steps:
+        raise ConfigError(
+            f"stages.{stage.name}: {where} has done {step} steps, and the stage has {steps}, these included; make it "
+            "longer."
+        )
+
+
+def _model(config: Run) -> PreTrainedModel:
+    """On the meta device. Where the run's file does not give the size of the vocabulary, the tokenizer has to."""
+    given = "vocab_size" in (config.model.from_config or {})
+    return try_architecture(
+        config.model,
+        0 if given else len(open_tokenizer(config)),
+        attention=config.attention,
+        isolates=config.isolates,
+        added_tokens=config.adds_tokens,
+    )

@@ -1,0 +1,87 @@
+"""Reading safetensors files a part at a time, by pread: what is mapped instead counts as the process's memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bigtrain.errors import CheckpointError
+from bigtrain.state import Shape
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, and its first byte there."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: Shape
+    begin: int
+
+    def read(self, offsets: Shape, lengths: Shape) -> Tensor:
+        """The box of it that begins at `offsets`, of shape `lengths`; all from its first to its last element is read.
+
+        Raises CheckpointError where the box lies outside, OSError if the file cannot be read.
+        """
+        if len(offsets) != len(self.shape) or any(
+            o + n > size for o, n, size in zip(offsets, lengths, self.shape, strict=True)
+        ):
+            raise CheckpointError(f"the box {offsets} + {lengths} does not fit a tensor of shape {self.shape}")
+        if 0 in lengths:
+            return torch.empty(lengths, dtype=self.dtype)
+        strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
+        last = sum((o + n - 1) * stride for o, n, stride in zip(offsets, lengths, strides, strict=True))
+        data = torch.empty(last + 1 - first, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            read_whole(file.fileno(), data.view(torch.uint8).numpy().data, self.begin + first * self.dtype.itemsize)
+        return data.as_strided(lengths, strides)
+
+
+def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """(key, where it is) of each tensor of a safetensors file. Raises ValueError if it is none or holds a dtype that
+    is not in DTYPES, OSError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+                if end - begin != math.prod(stored.shape) * stored.dtype.itemsize:
+                    raise ValueError(f"{key} has {end - begin} bytes")
+                yield key, stored
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no safetensors file that can be read here: {error}") from None
+
+
+def read_whole(descriptor: int, data: memoryview, at: int) -> None:
+    """Fill `data` from byte `at` of a file on. Raises OSError if it ends before."""
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], at + done)
+        if count == 0:
+            raise OSError(f"it ends {len(data) - done} bytes too early")
+        done += count

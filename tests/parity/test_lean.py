@@ -1,0 +1,242 @@
+"""Loading takes little more memory than what is kept: a rank touches its share; resuming is as lean as starting."""
+
+import itertools
+import os
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from bigtrain.checkpoint import Checkpoint, Retention, complete, save
+from bigtrain.data.batches import Batch
+from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.weights import RandomWeights, pretrained_weights
+from bigtrain.parallel import build_engine
+from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.testing import Ranks
+from tests.parity.cases import OPTIMIZER
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "tie_word_embeddings": True,
+}
+MODELS = {  # by the megabytes of its parameters in fp32
+    110: TINY | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192},
+    250: TINY | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 16000},
+    1000: TINY | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000},
+}
+held = []  # the engine that a rank has loaded, until it is told to let go of it
+
+
+def builder(values):
+    config = AutoConfig.for_model("llama", **values)
+    return partial(empty_model, config, attention="sdpa", activation_checkpointing="none")
+
+
+def make(layout, values):
+    return build_engine(
+        layout,
+        builder(values),
+        CausalLM(),
+        replicate=1,
+        precision="fp32",
+        compile=False,
+        micro_batch_size=1,
+        optimizer=OPTIMIZER,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+def batch(step):
+    tokens = torch.randint(0, 97, (1, 16), generator=torch.Generator().manual_seed(step))
+    return Batch({"input_ids": tokens, "targets": tokens, "position_ids": torch.arange(16)[None]}, 2, step)
+
+
+def warm_up(layout):
+    """Import all that an engine needs, once; returns the process's id."""
+    engine = make(layout, TINY)
+    engine.load(RandomWeights(builder(TINY)(meta=True), seed=0), {"updates": 0})
+    engine.step(batch(0), 1e-4)
+    engine.close()
+    return os.getpid()
+
+
+def load(layout, values, kind, folder):
+    """Build an engine and load it; returns when DeepSpeed began and had finished to make its optimizer, if it did."""
+    times = []
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None:
+        initialize = deepspeed.initialize
+
+        def timed(**options):
+            times.append(time.monotonic())
+            made = initialize(**options)
+            times.append(time.monotonic())
+            return made
+
+        deepspeed.initialize = timed
+    engine = make(layout, values)
+    if kind == "pretrained":
+        reader, reason = pretrained_weights(str(folder), builder(values)(meta=True), seed=0)
+        assert reason is None
+    else:
+        reader = Checkpoint(folder, weights_only=True)
+    engine.load(reader, {"updates": 0})
+    held.append(engine)
+    if times:
+        deepspeed.initialize = initialize
+    return times
+
+
+def save_loaded(folder):
+    engine = held.pop()
+    path = save(folder, 1, engine.boxes(), {"updates": 0}, Retention(keep=1))
+    engine.close()
+    return path
+
+
+def proportional(pid):
+    """The memory of a process in bytes, what it shares with others by its part."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+class Watch:
+    """The summed memory of some processes while a block runs, in bytes over that at its beginning: (when, how much)."""
+
+    def __init__(self, pids):
+        self.pids = pids
+        self.samples = []
+        self._over = threading.Event()
+
+    def __enter__(self):
+        self._before = sum(map(proportional, self.pids))
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._over.is_set():
+            self.samples.append((time.monotonic(), sum(map(proportional, self.pids)) - self._before))
+            time.sleep(0.01)
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+    def between(self, begin, end):
+        return [size for when, size in self.samples if begin <= when <= end]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """stored(size) gives (the folders of a pretrained model and of a checkpoint of it, by kind, its bytes, those of its
+    largest module)."""
+    made = {}
+
+    def store(size):
+        if size not in made:
+            root = tmp_path_factory.mktemp(f"lean{size}")
+            model = builder(MODELS[size])(meta=True)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            model.config.save_pretrained(root)
+            save_file({name: torch.rand(shape) for name, shape in shapes.items()}, root / "model.safetensors")
+            with Ranks(2) as ranks:
+                ranks(load, "fsdp", MODELS[size], "pretrained", root)
+                checkpoint = ranks(save_loaded, root)[0]
+            sizes = [4 * shape.numel() for shape in shapes.values()]
+            made[size] = {"pretrained": root, "checkpoint": checkpoint}, sum(sizes), max(sizes)
+        return made[size]
+
+    return store
+
+
+def cases(*chosen):
+    """All layouts, kinds and sizes; those that are not `chosen` run with the long tests."""
+    everything = itertools.product(("fsdp", "zero3"), ("pretrained", "checkpoint"), (250, 1000))
+    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.soak) for case in everything]
+
+
+@pytest.mark.parametrize(("layout", "kind", "size"), cases(("fsdp", "pretrained", 250), ("zero3", "checkpoint", 250)))
+def test_four_ranks_load_a_model_in_little_more_than_its_size(stored, layout, kind, size):
+    """DeepSpeed makes its optimizer before anything is loaded: what it takes for that is left out, and loading may add
+    to what is there afterwards no more than it might without an optimizer."""
+    folders, whole, largest = stored(size)
+    with Ranks(4) as ranks:
+        with Watch(ranks(warm_up, layout)) as watch:
+            times = ranks(load, layout, MODELS[size], kind, folders[kind])
+        end = watch.samples[-1][0]
+    limit = 1.4 * whole + (4 * largest if layout == "zero3" else 0)
+    if layout == "zero3":
+        made, there = min(begin for begin, _ in times), max(last for _, last in times)
+        loading = watch.between(there, end)
+        peaks = [max(watch.between(0, made)), whole + max(loading) - loading[0]]
+    else:
+        assert times == [[]] * 4
+        peaks = [max(watch.between(0, end))]
+    told = f"{layout} {kind}: peaks {[round(peak / 1e6) for peak in peaks]} MB; the model has {whole / 1e6:.0f} MB, "
+    told += f"the limit is {limit / 1e6:.0f} MB"
+    print(told)
+    assert whole <= max(peaks) <= limit, told
+
+
+def peak_of_training(layout, root):
+    """The most memory that this process has while an engine starts, or resumes from a checkpoint if there is one, and
+    does two steps; (in bytes, before it)."""
+    values = MODELS[110]
+    warm_up(layout)
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = high_water()
+    found = complete(root)
+    engine = make(layout, values)
+    empty = builder(values)(meta=True)
+    reader = Checkpoint(found[-1]) if found else RandomWeights(empty, seed=0)
+    engine.load(reader, reader.progress if found else {"updates": 0})
+    for step in range(2):
+        engine.step(batch(step), 1e-4)
+    peak = high_water()
+    dist.barrier()
+    if not found:
+        save(root, 2, engine.boxes(), engine.progress(), Retention(keep=1))
+    engine.close()
+    return peak, before
+
+
+def high_water():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "layout", ["fsdp", *(pytest.param(layout, marks=pytest.mark.soak) for layout in ("ddp", "zero2", "zero3"))]
+)
+def test_resuming_takes_no_more_memory_than_starting(tmp_path, layout, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what is freed goes back at once: else peaks vary by 8 %
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    peaks = []
+    for _ in range(2):
+        with Ranks(2) as ranks:
+            answers = ranks(peak_of_training, layout, tmp_path)
+        peaks.append([sum(column) / 1e6 for column in zip(*answers, strict=True)])
+    (started, _), (resumed, _) = peaks
+    told = f"{layout}: (peak, before) {peaks} MB, {100 * (resumed / started - 1):+.1f} %"
+    print(told)
+    assert resumed <= 1.02 * started, told
