@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigtrain
-from bigtrain.checkpoint import Checkpoint, Retention, Saver
+from bigtrain.checkpoint import Checkpoint, Retention, Saver, set_aside
 from bigtrain.config import Run
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
@@ -70,7 +70,13 @@ def run_here(config: Run, restart: str | None = None) -> int:
         stream = _open(config, folder, world, restart, limit)
         finished = _Pipeline(config, world, folder, stream, limit).run()
     if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
-        _finish(config, folder, stream)
+        try:
+            _finish(config, folder, stream)
+        except DamagedError as damaged:
+            raise CheckpointError(
+                f"{damaged}. It is set aside as {set_aside(damaged.folder)}: start the run again, and its stage goes "
+                "on from the checkpoint before it."
+            ) from None
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
     stream.close()
     if finished and world.rank == 0:

@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor
 
 from bigtrain.disk import sync
-from bigtrain.errors import DamagedError
+from bigtrain.errors import CheckpointError, DamagedError
 from bigtrain.state import BUFFER, WEIGHT, Box
 from bigtrain.tensor_files import DTYPES
 
@@ -31,7 +31,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 BLOCK = 2**22  # bytes of a box that share a checksum: the least that is read to have any of them
-PIECE = 2**20  # bytes that are written at a time: Linux takes some times as long for gigabytes at once
+PIECE = 2**20  # bytes that are written at a time: gigabytes at once take Linux longer
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -140,11 +140,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         manifest = json.loads(text)
+        if "checksum" not in manifest:
+            _check_format(folder, manifest)
         del manifest["checksum"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(folder, f"{path} cannot be read: {error}") from None
     if text != _json(_sealed(manifest)):
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
+    _check_format(folder, manifest)
     for name, facts in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -152,6 +155,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
             raise DamagedError(folder, f"{file} {found}")
     return manifest
+
+
+def _check_format(folder: Path, manifest: dict[str, Any]) -> None:
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
 
 
 def read_progress(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

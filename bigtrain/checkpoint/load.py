@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain.checkpoint.format import FORMAT, bytes_of, checksum, complete, read_manifest, read_progress
+from bigtrain.checkpoint.format import bytes_of, checksum, complete, read_manifest, read_progress
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
 from bigtrain.state import BUFFER, WEIGHT, Shape
@@ -34,8 +34,6 @@ class Checkpoint:
     def __init__(self, folder: Path, weights_only: bool = False):
         self.folder = folder
         manifest = read_manifest(folder)
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
         self.progress = read_progress(folder, manifest)
         self.step: int = manifest["step"]
         self._block: int = manifest["block"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint.format import step_folder
-from tests.support import final_state, numbers, run, small_config
+from tests.support import bigtrain, final_state, numbers, run, small_config
 
 STEPS = 8
 KEEP = ["stages.pretrain.checkpoint.keep=3", "stages.finetune.checkpoint.keep=3"]
@@ -28,6 +28,21 @@ def damage(folder):
     data[-100] ^= 1
     path.write_bytes(data)
     return path
+
+
+def test_damaged_before_it_is_exported_it_is_set_aside(whole):
+    config, expected = whole
+    broken = expected.with_name("unexported")
+    shutil.copytree(expected, broken)
+    shutil.rmtree(broken / "finetune" / "export")
+    path = damage(step_folder(broken / "finetune" / "checkpoints", STEPS))
+    refused = bigtrain("run", config, *KEEP, "name=unexported")
+    assert refused.returncode == 1
+    assert f"{path} is not what was written" in refused.stderr
+    assert "start the run again" in refused.stderr
+    assert f"resumed at step {STEPS - 2}" in run(config, *KEEP, "name=unexported")
+    assert numbers(broken) == numbers(expected)
+    assert (broken / "finetune" / "export" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
