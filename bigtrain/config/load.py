@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -84,7 +85,21 @@ def _compare(old: Any, new: Any, at: KeyPath, mark: str, found: list[tuple[str, 
         elif type(a) is type(b) and isinstance(a, Section):
             _compare(a, b, path, mark, found)
         elif a != b and mark_of(info) == mark:
-            found.append((_dotted(path), a, b))
+            found.extend((_dotted(place), old_value, new_value) for place, old_value, new_value in _parts(a, b, path))
+
+
+def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:
+    """The values within two values that differ: of mappings and sections key by key, of lists as long item by item."""
+    if isinstance(a, Section) and type(a) is type(b):
+        a, b = a.model_dump(by_alias=True), b.model_dump(by_alias=True)
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys((*a, *b)):
+            yield from _parts(a.get(key, "absent"), b.get(key, "absent"), (*at, key))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            yield from _parts(*pair, (*at, i))
+    elif a != b:
+        yield at, a, b
 
 
 def _override(document: Document, override: str) -> None:

@@ -52,6 +52,30 @@ def test_another_mathematics_is_refused_with_the_choice(run):
         folder.check(config("seed=1"), restart="pretrain")  # the seed is not the stage's
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.from_config.hidden_size=64", "model.from_config.hidden_size: 32 in the run, 64 now"),
+        ("tokenizer.train.vocab_size=500", "tokenizer.train.vocab_size: 400 in the run, 500 now"),
+        ("stages.pretrain.data.0.source=stdlib", "stages.pretrain.data.0.source: "),
+        ("stages.pretrain.global_batch_size=7", "stages.pretrain.global_batch_size: 5 in the run, 7 now"),
+        ("stages.pretrain.schedule.name=linear", "stages.pretrain.schedule.name: 'cosine' in the run, 'linear' now"),
+    ],
+)
+def test_what_differs_is_named_and_each_choice_is_told_with_what_it_means(run, override, told):
+    config, folder = run
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    with pytest.raises(ConfigError) as error:
+        folder.check(config(override))
+    text = str(error.value)
+    assert told in text
+    assert "set the values back: the run goes on from its newest checkpoint" in text
+    assert "another `name`: a run of its own from the first step on" in text
+    restart = "`--restart pretrain`: pretrain, and finetune, which starts from it, is trained from its first step"
+    assert (restart in text) == override.startswith("stages.")
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
 def test_restart_sets_the_stage_and_its_dependents_aside(run):
     config, folder = run
     assert folder.is_finished(config())

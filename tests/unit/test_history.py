@@ -1,0 +1,49 @@
+"""What is known before a stage is trained: the size of its checkpoints and the room there is for them."""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bigtrain.config import load_config
+from bigtrain.errors import CheckpointError
+from bigtrain.history import History
+from bigtrain.observability.progress import Progress
+from bigtrain.observability.stream import Stream
+from bigtrain.parallel.world import World
+from bigtrain.run_folder import RunFolder
+from tests.support import small_config
+
+
+@pytest.fixture
+def history(tmp_path):
+    """(of a run that has not begun, its first stage, the events that it emits)."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = load_config(small_config(tmp_path, ema=0.9))
+    events = []
+    world = World(0, 1, torch.device("cpu"), [], None)
+    yield History(config, world, RunFolder.of(config), Stream([events.append, Progress()])), config.stages[0], events
+    dist.destroy_process_group()
+
+
+def test_size_and_room_are_told_before_the_first_save(history, tmp_path, capsys):
+    found, stage, events = history
+    found.plan(stage, 1_000_000)
+    assert events[0]["bytes"] == 16_000_000  # weight, two moments and the average of each parameter, in fp32
+    assert events[0]["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert "checkpoints: 16.0 MB each, 2 of them kept; " in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_save_even_once_is_refused(history):
+    found, stage, _ = history
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint of stage pretrain takes .* MB, .* could not save even once"
+    ):
+        found.plan(stage, 10**15)
+
+
+def test_little_room_is_told(history, tmp_path, capsys):
+    found, stage, _ = history
+    found.plan(stage, shutil.disk_usage(tmp_path).free // 24)
+    assert "room for 1 only: `checkpoint.keep` and the one being written need 3" in capsys.readouterr().out
