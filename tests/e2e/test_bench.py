@@ -11,7 +11,7 @@ from bigtrain.bench import PARTS
 from tests.support import bigtrain, small_config
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.soak), "zero2"])
 def test_a_stage_is_timed_and_nothing_kept(tmp_path, engine):
     config = small_config(tmp_path)
     process = bigtrain("bench", config, f"parallel.engine={engine}", "--steps", 4, "--stage", "finetune")

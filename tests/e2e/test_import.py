@@ -252,7 +252,7 @@ def test_a_trainers_checkpoint_is_continued(trainers, tmp_path):
     assert below(run) == before
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_a_deepspeed_checkpoint_is_continued(zeros, tmp_path, stage):
     folder, expected = zeros[stage]
     config = one_stage(tmp_path)

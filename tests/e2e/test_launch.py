@@ -26,9 +26,7 @@ def one_stage(folder, steps=2):
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
-        ("torchrun", 2),
-        pytest.param("deepspeed", 2, marks=pytest.mark.soak),
-        pytest.param("accelerate", 2, marks=pytest.mark.soak),
+        *(pytest.param(name, 2, marks=pytest.mark.soak) for name in ("torchrun", "deepspeed", "accelerate")),
         ("accelerate", 1),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def srun(folder):
     return [(BIGTRAIN, step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}) for task in (0, 1)]
 
 
-LAUNCHERS = {  # how it is started, as what it is named, and the engine; the slowest first
+LAUNCHERS = {  # how it is started, as what it is named, and the engine
     "deepspeed-hostfile": (deepspeed_with_a_hostfile, "deepspeed", "ddp"),
     "deepspeed": (deepspeed, "deepspeed", "zero2"),
     "torchrun-nodes": (torchrun_on_two_nodes, "torchrun", "ddp"),
@@ -71,6 +72,8 @@ LAUNCHERS = {  # how it is started, as what it is named, and the engine; the slo
     "accelerate": (accelerate, "accelerate launch", "fsdp"),
     "srun": (srun, "srun", "ddp"),
 }
+LONG = ("deepspeed", "torchrun", "accelerate")  # run with the long tests
+NAMES = [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in LAUNCHERS]
 
 
 def run(folder, config, name, commands, processes, engine="ddp"):
@@ -100,21 +103,22 @@ def run(folder, config, name, commands, processes, engine="ddp"):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """(folder of all runs, name of a launcher -> what it printed); they share the token stores."""
+    """(folder of all runs, a function that gives what a launcher has printed); they share the token stores."""
     folder = tmp_path_factory.mktemp("launchers")
     config = small_config(folder, steps=STEPS)
     values = yaml.safe_load(config.read_text())
     values["stages"] = [values["stages"][0] | {"export": False}]
     values["parallel"]["device"] = "cpu"
     config.write_text(yaml.safe_dump(values, sort_keys=False))
-    output = {"one": run(folder, config, "one", [(BIGTRAIN, {})], 1)}
-    with ThreadPoolExecutor(2) as threads:  # they wait as much as they compute
-        started = {
-            name: threads.submit(run, folder, config, name, commands(folder), 3, engine)
-            for name, (commands, _, engine) in LAUNCHERS.items()
-        }
-        started["bigtrain"] = threads.submit(run, folder, config, "bigtrain", [(BIGTRAIN, {})], 2)
-        output |= {name: each.result() for name, each in started.items()}
+
+    @cache
+    def output(name):
+        if name in LAUNCHERS:
+            commands, _, engine = LAUNCHERS[name]
+            return run(folder, config, name, commands(folder), 3, engine)
+        return run(folder, config, name, [(BIGTRAIN, {})], {"one": 1, "bigtrain": 2}[name])
+
+    output("one")
     return folder / "runs", output
 
 
@@ -122,35 +126,37 @@ def losses(folder):
     return {(row["kind"], row["step"]): row["loss"] for row in read_metrics(folder)}
 
 
-@pytest.mark.parametrize("name", ["bigtrain", *LAUNCHERS])
+@pytest.mark.parametrize("name", ["bigtrain", *NAMES])
 def test_the_losses_are_those_of_one_process(launched, name):
-    folder, _ = launched
+    folder, output = launched
+    output(name)
     expected = losses(folder / "one")
     assert list(expected) == [("evaluation", 0), ("step", 1), ("step", 2), ("step", 3), ("evaluation", 3)]
     assert losses(folder / name) == pytest.approx(expected, rel=1e-6)
     assert json.loads((folder / name / "run.json").read_text())["attempts"][0]["world_size"] == 2
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_launcher_that_overrides_the_number_of_processes_is_told(launched, name):
     _, output = launched
     says = LAUNCHERS[name][1]
-    assert output[name].count(f"processes: 2, as {says} says; parallel.processes: 3 does not count there") == 1
+    assert output(name).count(f"processes: 2, as {says} says; parallel.processes: 3 does not count there") == 1
 
 
 def test_who_decided_the_number_of_processes_without_a_launcher(launched):
     _, output = launched
-    assert "processes: 1, as parallel.processes says\n" in output["one"]
-    assert "processes: 2, as parallel.processes says\n" in output["bigtrain"]
+    assert "processes: 1, as parallel.processes says\n" in output("one")
+    assert "processes: 2, as parallel.processes says\n" in output("bigtrain")
 
 
 def test_the_speed_of_the_network_is_told(launched):
     folder, output = launched
+    output("srun")
     events = [json.loads(line) for line in (folder / "srun" / "events.jsonl").read_text().splitlines()]
     (network,) = [event for event in events if event["kind"] == "network"]
     assert (network["processes"], network["hosts"]) == (2, 1)
     assert 1e6 < network["bus_bytes_per_second"] < 1e12
     assert 1e-6 < network["latency_seconds"] < 1
-    assert output["srun"].count("network: all-reduce ") == 1
-    assert " us over 2 processes on 1 host\n" in output["srun"]
-    assert "network:" not in output["one"]
+    assert output("srun").count("network: all-reduce ") == 1
+    assert " us over 2 processes on 1 host\n" in output("srun")
+    assert "network:" not in output("one")

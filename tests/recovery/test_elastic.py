@@ -17,7 +17,7 @@ from bigtrain.observability.stream import read_metrics
 from tests.support import bigtrain, small_config
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
-STEPS = 120
+STEPS = 60
 QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"  # to notice that a node is lost
 
 
@@ -70,6 +70,7 @@ def resumed_at(output):
     return [int(step) for step in re.findall(r"resumed at step (\d+)", output)]
 
 
+@pytest.mark.soak
 def test_a_rank_is_lost(whole):
     config, expected = whole
     folder = config.parent / "runs" / "rank"

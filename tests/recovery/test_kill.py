@@ -89,6 +89,7 @@ def stop_after_step(config, folder, step, send):
     return output, complete(folder / "pretrain" / "checkpoints")[-1].name
 
 
+@pytest.mark.soak
 def test_asked_to_stop_it_saves_and_goes_on_when_started_again(tmp_path):
     """The command is asked the first time, then one of its ranks alone: all of them stop after the same step."""
     config = small_config(tmp_path)
