@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from bigtrain.config.schema import Stage
@@ -49,6 +51,8 @@ def write_folder(opened: Opened, target: Path, card: str) -> Path:
     """Save model, tokenizer and `card` (README.md) beside `target`, check what was written, and move it there."""
     _refuse_other(target)
     _refuse_empty(opened.model, target)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which warns where it has to guess
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)  # left by an export that was killed
