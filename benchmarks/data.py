@@ -107,7 +107,8 @@ def prepare(run: Run, tokenizer: Any) -> Store:
 
 
 def helper(pipe: Any, folder: Path) -> None:
-    """A process that prepares what it is told to, together with others."""
+    """A process that prepares what it is told to, together with another; with the threads of `bigtrain prepare`."""
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
     shards.BLOCK_BYTES = 2_000_000
     for output in iter(pipe.recv, None):
         run = pretraining(output, folder)

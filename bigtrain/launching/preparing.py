@@ -21,7 +21,6 @@ def prepare(config: Run, processes: int | None, verify: bool) -> int:
     processes = processes or max(1, cores // CORES_PER_PROCESS)
     if processes == 1 or adopt() is not None:
         return _here(config, verify)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores // processes)))  # the tokenizer's
     return spawn_command(config, "prepare", ["--verify"] if verify else [], processes, "as --processes says")
 
 

@@ -39,7 +39,9 @@ def spawn(command: list[str], processes: int, why: str) -> int:
             "MASTER_PORT": str(free_port()),
             PROCESSES_WHY: why,
         }
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        environment.setdefault("OMP_NUM_THREADS", threads)
+        environment.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizer's: more of them wait for each other
         ranks = [
             subprocess.Popen(
                 command,
