@@ -14,6 +14,12 @@ from bigtrain.errors import BigtrainError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Config = Annotated[Path, typer.Argument(help="The run's file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Like stages.pretrain.optimizer.lr=1e-4", show_default=False),
+]
+
 
 @app.callback()
 def _app(
@@ -24,11 +30,8 @@ def _app(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="The run's file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Like stages.pretrain.optimizer.lr=1e-4", show_default=False),
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     restart: Annotated[
         str | None, typer.Option(help="Begin this stage anew, and those that follow from it; the old is set aside.")
     ] = None,
@@ -51,10 +54,8 @@ def run(
 
 @app.command()
 def prepare(
-    config: Annotated[Path, typer.Argument(help="The run's file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     processes: Annotated[
         int | None, typer.Option(help="That share the work on this machine. Default: one for every 8 cores.", min=1)
     ] = None,
@@ -71,10 +72,8 @@ def prepare(
 
 @app.command()
 def preview(
-    config: Annotated[Path, typer.Argument(help="The run's file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="The stage to look at; default: all.")] = None,
     step: Annotated[int, typer.Option(help="The step whose batch is shown, from 0.", min=0)] = 0,
     rows: Annotated[int, typer.Option(help="Sequences of the batch that are shown.", min=0)] = 2,
@@ -89,14 +88,12 @@ def preview(
 
 @app.command(name="import")
 def import_state(
-    config: Annotated[Path, typer.Argument(help="The run's file.")],
+    config: Config,
     folder: Annotated[
         Path,
         typer.Argument(help="A Trainer's checkpoint-N, or a universal checkpoint of DeepSpeed.", show_default=False),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="The stage that goes on from it; default: the first.")] = None,
 ) -> None:
     """Continue a Hugging Face Trainer's or DeepSpeed's checkpoint with CONFIG: weights, Adam's moments and step."""
@@ -112,9 +109,7 @@ def launch(
     launcher: Annotated[
         str, typer.Option("--with", help="torchrun, deepspeed, accelerate, slurm or kubernetes.", metavar="LAUNCHER")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="Machines that take part.")] = 1,
     processes: Annotated[
         int | None,
@@ -143,10 +138,8 @@ def launch(
 
 @app.command()
 def bench(
-    config: Annotated[Path, typer.Argument(help="The run's file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `run`.", show_default=False)
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Steps to time.", min=1)] = 20,
     stage: Annotated[str | None, typer.Option(help="The stage to time; default: the first.")] = None,
 ) -> None:

@@ -40,7 +40,7 @@ class History:
     def open(self, folder: Path, weights_only: bool = False) -> Checkpoint:
         """Open a checkpoint; collective. Raises DamagedError on all ranks if one of them cannot."""
         opened: list[Checkpoint] = []
-        read_together(self._world.device, lambda: opened.append(Checkpoint(folder, weights_only)))
+        read_together(lambda: opened.append(Checkpoint(folder, weights_only)))
         return opened[0]
 
     def set_aside(self, damaged: DamagedError) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from bigtrain.checkpoint import Retention, newest, save
 from bigtrain.checkpoint.foreign import find_foreign
 from bigtrain.config import Run
@@ -14,6 +12,7 @@ from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.models.causal_lm import parameter_shapes, try_architecture
+from bigtrain.parallel.world import joined
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder
 from bigtrain.stages import try_inputs
@@ -41,13 +40,10 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
     state = foreign.read(model)
     folder.begin(config, None, imported=str(where))
     folder.record(stage.name, imported=str(where))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with joined("cpu", "fp32"):
         written = save(
             folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
         )
-    finally:
-        dist.destroy_process_group()
     lost = ["the order of samples is bigtrain's own", "learning rate and Adam's settings are those of the run's file"]
     lost += ["the loss scale of fp16 begins anew"] if config.precision == "fp16" else []
     lost += ["the moving average of the weights begins anew"] if stage.optimizer.ema is not None else []

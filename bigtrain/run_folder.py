@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def save_request(self) -> Path:
-        """A file that asks the running job for a checkpoint; the job takes it away."""
+        """A file that asks the running job for a checkpoint."""
         return self.path / "save-now"
 
     @property

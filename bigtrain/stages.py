@@ -64,11 +64,12 @@ def run_here(config: Run, restart: str | None = None) -> int:
     folder = RunFolder.of(config)
     with joined(config.parallel.device, config.precision, in_common(config)) as world:
         check_execution(config, world)
-        limit = None
-        if config.time_limit_seconds is not None:
-            limit = TimeLimit(config.time_limit_seconds, begun)
-        stream = _open(config, folder, world, restart, limit)
-        finished = _Pipeline(config, world, folder, stream, limit).run()
+        requests = Requests()
+        if world.rank == 0:
+            seconds = config.time_limit_seconds
+            requests = Requests(folder.save_request, None if seconds is None else TimeLimit(seconds, begun))
+        stream = _open(config, folder, world, restart, requests)
+        finished = _Pipeline(config, world, folder, stream, requests).run()
     if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
         try:
             _finish(config, folder, stream)
@@ -108,7 +109,7 @@ def try_inputs(config: Run) -> None:
         model_config(config.model, open_tokenizer(config), config.adds_tokens)
 
 
-def _open(config: Run, folder: RunFolder, world: World, restart: str | None, limit: TimeLimit | None) -> Stream:
+def _open(config: Run, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
     """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
         "world_size": world.size,
@@ -130,7 +131,7 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, lim
         Files(folder.path),
         Progress(),
         *trackers(config, folder.path),
-        *([limit] if limit else []),
+        requests,
     ]
     stream = Stream(readers, attempt=number)
     stream.emit(
@@ -192,9 +193,8 @@ def stage_engine(
 class _Pipeline:
     """One rank's way through the stages."""
 
-    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream, limit: TimeLimit | None):
-        """limit: reads the stream of rank 0; asked there only."""
-        self.limit = limit if world.rank == 0 else None
+    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream, requests: Requests):
+        self.requests = requests
         self.config = config
         self.world = world
         self.folder = folder
@@ -210,12 +210,11 @@ class _Pipeline:
         model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = prepare_stages(self.config, tasks, tokenizer, self.stream)
-        with Requests(self.folder.save_request if self.world.rank == 0 else None, self.limit) as requests:
+        with self.requests:
             while True:
                 try:
                     return all(
-                        self._stage(stage, tasks[stage.name], data[stage.name], model, requests)
-                        for stage in self.config.stages
+                        self._stage(stage, tasks[stage.name], data[stage.name], model) for stage in self.config.stages
                     )
                 except DamagedError as damaged:
                     self.history.set_aside(damaged)
@@ -231,7 +230,7 @@ class _Pipeline:
 
         return load_tokenizer(make_once(self.folder.tokenizer, keep))
 
-    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig, requests: Requests) -> bool:
+    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
         sequences = stage.sequences(data.samples)
         folder = self.history.newest(stage.name)
@@ -287,7 +286,7 @@ class _Pipeline:
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
         self.history.plan(stage, parameters)
-        finished = self._train(stage, run, engine, data, sequences, requests)
+        finished = self._train(stage, run, engine, data, sequences)
         engine.close()
         if self.world.rank == 0:
             if finished:
@@ -297,9 +296,7 @@ class _Pipeline:
                 self.stream.emit("preempted", stage=stage.name, step=run.done)
         return finished
 
-    def _train(
-        self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int, requests: Requests
-    ) -> bool:
+    def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
         rank, size = self.world.rank, self.world.size
         batches = Batches(
             data.train,
@@ -322,7 +319,7 @@ class _Pipeline:
                 prefetched,
                 held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
                 saver=saver,
-                requests=requests,
+                requests=self.requests,
             )
 
     def _first_weights(self, stage: Stage, empty: PreTrainedModel) -> tuple[str, Reader]:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from bigtrain.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,6 +49,30 @@ class Reader(Protocol):
         Raises CheckpointError when the tensor is missing or the part lies outside of it.
         """
         ...
+
+
+def check_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> None:
+    """Raises CheckpointError if the box of `lengths` at `offsets` does not lie inside a tensor of `shape`."""
+    if len(offsets) != len(shape) or any(o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
+        raise CheckpointError(f"the box {tuple(offsets)} + {tuple(lengths)} does not fit a tensor of {tuple(shape)}")
+
+
+class Span(NamedTuple):
+    """The elements [first, stop) of a flattened tensor from a box's first to its last, and the tensor's strides."""
+
+    first: int
+    stop: int
+    strides: Shape
+
+
+def flat_span(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Span:
+    """Where the box of `lengths` at `offsets` lies in a row-major tensor. Raises CheckpointError as `check_inside`."""
+    check_inside(shape, offsets, lengths)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
+    if 0 in lengths:
+        return Span(first, first, strides)
+    return Span(first, first + 1 + sum((n - 1) * s for n, s in zip(lengths, strides, strict=True)), strides)
 
 
 class Part(NamedTuple):

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigtrain.errors import CheckpointError
-from bigtrain.state import Shape
+from bigtrain.state import Shape, flat_span
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,16 +41,8 @@ class Stored(NamedTuple):
 
         Raises CheckpointError where the box lies outside, OSError if the file cannot be read.
         """
-        if len(offsets) != len(self.shape) or any(
-            o + n > size for o, n, size in zip(offsets, lengths, self.shape, strict=True)
-        ):
-            raise CheckpointError(f"the box {offsets} + {lengths} does not fit a tensor of shape {self.shape}")
-        if 0 in lengths:
-            return torch.empty(lengths, dtype=self.dtype)
-        strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
-        first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
-        last = sum((o + n - 1) * stride for o, n, stride in zip(offsets, lengths, strides, strict=True))
-        data = torch.empty(last + 1 - first, dtype=self.dtype)
+        first, stop, strides = flat_span(self.shape, offsets, lengths)
+        data = torch.empty(stop - first, dtype=self.dtype)
         with self.path.open("rb", buffering=0) as file:
             read_whole(file.fileno(), data.view(torch.uint8).numpy().data, self.begin + first * self.dtype.itemsize)
         return data.as_strided(lengths, strides)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch
 import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
@@ -101,6 +102,17 @@ def final_state(folder, stage):
         for name, slots in manifest["state"].items()
         for slot, entry in slots.items()
     }
+
+
+def assert_same_end(folder, expected, steps):
+    """That two runs have reported the same numbers, and ended after `steps` steps of each stage in the same state."""
+    assert numbers(folder) == numbers(expected)
+    for stage in ("pretrain", "finetune"):
+        (step, state), (expected_step, expected_state) = final_state(folder, stage), final_state(expected, stage)
+        assert step == expected_step == steps
+        assert state.keys() == expected_state.keys()
+        for key, tensor in expected_state.items():
+            assert torch.equal(state[key], tensor), key
 
 
 def numbers(folder):

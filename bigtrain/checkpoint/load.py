@@ -14,14 +14,13 @@ from torch import Tensor
 from bigtrain.checkpoint.format import bytes_of, checksum, complete, read_manifest, read_progress
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
-from bigtrain.state import BUFFER, WEIGHT, Shape
+from bigtrain.state import BUFFER, WEIGHT, Shape, check_inside, flat_span
 from bigtrain.tensor_files import read_whole
 
 
 def newest(root: Path, weights_only: bool = False) -> Path | None:
     """The newest complete checkpoint under `root` that a run can continue from, or that holds weights at least."""
-    found = [folder for folder in complete(root) if weights_only or resumable(folder)]
-    return found[-1] if found else None
+    return next((folder for folder in reversed(complete(root)) if weights_only or resumable(folder)), None)
 
 
 class Checkpoint:
@@ -59,9 +58,7 @@ class Checkpoint:
             entry = self._state[name][slot]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no {slot} of {name}: it is another model's.") from None
-        shape = entry["shape"]
-        if len(shape) != len(offsets) or any(o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
-            raise CheckpointError(f"{self.folder}: {name} has shape {shape}; the model's is another.")
+        check_inside(entry["shape"], offsets, lengths)
         dtype = getattr(torch, entry["dtype"])
         result: Tensor | None = None
         filled = 0
@@ -84,15 +81,13 @@ class Checkpoint:
 
     def _part(self, box: dict[str, Any], dtype: torch.dtype, begin: list[int], lengths: list[int]) -> Tensor:
         """A part of a box, of shape `lengths`, from the blocks that hold it."""
-        strides = [math.prod(box["lengths"][i + 1 :]) for i in range(len(lengths))]
-        first = sum(b * stride for b, stride in zip(begin, strides, strict=True))
-        last = sum((b + n - 1) * stride for b, n, stride in zip(begin, lengths, strides, strict=True))
+        span = flat_span(box["lengths"], begin, lengths)
         whole = math.prod(box["lengths"]) * dtype.itemsize
-        start = first * dtype.itemsize // self._block * self._block
-        stop = min(whole, -(-(last + 1) * dtype.itemsize // self._block) * self._block)
+        start = span.first * dtype.itemsize // self._block * self._block
+        stop = min(whole, -(-span.stop * dtype.itemsize // self._block) * self._block)
         data = torch.empty(stop - start, dtype=torch.uint8)
         self._read(box, bytes_of(data), start)
-        return data.view(dtype).as_strided(lengths, strides, first - start // dtype.itemsize)
+        return data.view(dtype).as_strided(lengths, span.strides, span.first - start // dtype.itemsize)
 
     def _read(self, box: dict[str, Any], data: memoryview, start: int) -> None:
         """Fill `data` with the blocks of a box that begin with its byte `start`. Raises DamagedError."""

@@ -35,18 +35,14 @@ from bigtrain.disk import sync
 from bigtrain.errors import CheckpointError
 from bigtrain.state import BUFFER, WEIGHT, Box
 
-KINDS = {"weights": (WEIGHT, BUFFER), "optimizer": ()}  # files of a rank -> slots; () for all others
-
 
 class Saved(NamedTuple):
-    """A checkpoint that is complete. stalled: seconds that training stood still for it; seconds: until it was whole;
-    bytes: of rank 0's files."""
+    """A checkpoint that is complete. stalled: seconds that training stood still for it; seconds: until it was whole."""
 
     folder: Path
     step: int
     stalled: float
     seconds: float
-    bytes: int
 
 
 class Saver:
@@ -131,11 +127,12 @@ class Saver:
 
     def _copied(self, boxes: Iterable[Box]) -> dict[str, _File]:
         """The files that this rank has to write, their bytes copied from the device."""
-        everything = list(boxes)
-        chosen = {slot: kind for kind, slots in KINDS.items() for slot in slots}
+        kinds: dict[str, list[Box]] = {"weights": [], "optimizer": []}
+        for box in boxes:
+            kinds["weights" if box.slot in (WEIGHT, BUFFER) else "optimizer"].append(box)
         files = {}
-        for kind in KINDS:
-            header, placed = lay_out(box for box in everything if chosen.get(box.slot, "optimizer") == kind)
+        for kind, its_boxes in kinds.items():
+            header, placed = lay_out(its_boxes)
             if not placed:
                 continue
             size = len(header) + sum(place.size for _, place in placed)
@@ -171,7 +168,6 @@ class Saver:
                 for entry in file.boxes:
                     at, size = entry["begin"], entry.pop("bytes")
                     told["boxes"].append({**entry, "file": name, "checksums": checksums(data[at : at + size])})
-                save.bytes += len(data)
             write_json(save.folder / _part(self._rank), told)
 
     def _complete(self, save: _Save) -> None:
@@ -194,7 +190,7 @@ class Saver:
             write_manifest(save.folder, {**manifest, "files": files, "state": state})
             sync(save.folder.parent)
             self._retention.apply(self._root)
-        self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began, save.bytes))
+        self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began))
 
 
 @contextmanager
@@ -249,7 +245,6 @@ class _Save:
     progress: dict[str, Any]
     began: float
     stalled: float = 0.0
-    bytes: int = 0
     writing: Future[None] = field(init=False)
 
 

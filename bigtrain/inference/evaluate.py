@@ -91,7 +91,7 @@ def evaluate(
 def _evaluated(
     opened: Opened, stage: Stage, stores: list[Store], sequences: int | None, micro: int, world: World, on: str
 ) -> Evaluation:
-    module = TaskModule(opened.model, TASKS[stage.task]())
+    module = TaskModule(opened.model, TASKS[stage.task](), world.device)
     batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size)
     sums = contract.evaluate(module, batches, micro, world.device)
     if not sums["targets"]:

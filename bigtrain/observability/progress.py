@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -94,14 +96,8 @@ class Progress:
         self._print(f"           examples in {event['folder']}/report.json")
 
     def _on_prepared(self, event: Event) -> None:
-        lost = [f"{number} {reason}" for reason, number in event["dropped"].items()]
-        lost += [f"{event['cut']} cut to sequence_length"] if event["cut"] else []
-        self._print(
-            f"  {event['source']} ({event['documents_are']}): {event['documents']} documents, "
-            f"{count(event['tokens'])} tokens, {event['sequences']} sequences"
-            + (f", {event['fill']:.1%} full" if "fill" in event else "")
-            + (f"; dropped or cut: {', '.join(lost)}" if lost else "")
-        )
+        lost = dropped(event)
+        self._print(f"  {contents(event)}" + (f"; dropped or cut: {lost}" if lost else ""))
 
     def _on_verified(self, event: Event) -> None:
         self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
@@ -168,6 +164,21 @@ class Progress:
 
     def _on_finished(self, event: Event) -> None:
         self._print(f"done in {duration(event['seconds'])}   {event['folder']}")
+
+
+def contents(facts: Mapping[str, Any]) -> str:
+    """What a token store holds, from its facts."""
+    fill = f", {facts['fill']:.1%} full" if "fill" in facts else ""
+    return (
+        f"{facts['source']} ({facts['documents_are']}): {facts['documents']:,} documents, "
+        f"{count(facts['tokens'])} tokens, {facts['sequences']:,} sequences{fill}"
+    )
+
+
+def dropped(facts: Mapping[str, Any]) -> str:
+    """How many documents a token store has left out or cut, and why, from its facts; empty if none."""
+    lost = [f"{number:,} {reason}" for reason, number in facts["dropped"].items()]
+    return ", ".join([*lost, f"{facts['cut']:,} cut to sequence_length"] if facts["cut"] else lost)
 
 
 def perplexity(loss: float) -> str:

@@ -100,15 +100,15 @@ class TaskModule(nn.Module):
 
     Where the architecture allows it (`plain_head`), logits are made for as many tokens at a time as LOGITS_AT_ONCE
     says, thrown away, and made again in the backward pass. The number of such chunks follows from shapes alone, so
-    it is the same on all ranks. With `compile`, layers and loss are compiled.
+    it is the same on all ranks. With `compile`, layers and loss are compiled. `device`: where it will compute.
     """
 
-    def __init__(self, model: PreTrainedModel, task: Task, compile: bool = False):
+    def __init__(self, model: PreTrainedModel, task: Task, device: torch.device, compile: bool = False):
         super().__init__()
         self.model = model
         self.task = task
         self._token_sums = _token_sums
-        if mkl_is_slow():
+        if device.type == "cpu" and mkl_is_slow():
             use_onednn(model)
         if compile:
             compile_layers(model)
@@ -205,7 +205,7 @@ def agree(batch: Batch, say: Say, device: torch.device) -> tuple[Tensor, Sequenc
     return counts[0], counts[1:].unbind()
 
 
-def read_together(device: torch.device, read: Callable[[], None]) -> None:
+def read_together(read: Callable[[], None]) -> None:
     """Let every rank read its share of a state; collective. When one of them fails, all raise: that one its own
     CheckpointError, the others one like it."""
     failed: CheckpointError | None = None
@@ -215,8 +215,6 @@ def read_together(device: torch.device, read: Callable[[], None]) -> None:
         failed = error
     if dist.get_world_size() > 1:
         reasons: list[CheckpointError | None] = [None] * dist.get_world_size()
-        if torch.cuda.is_available() and device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL puts what it gathers
         dist.all_gather_object(reasons, failed)
         failed = failed or next((reason for reason in reasons if reason is not None), None)
     if failed is not None:

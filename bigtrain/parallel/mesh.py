@@ -66,7 +66,7 @@ class MeshEngine:
 
         model = build_model()
         self._shape = contract.micro_batch_shape(model, compile)
-        self._module: Any = TaskModule(model, task, compile)
+        self._module: Any = TaskModule(model, task, device, compile)
         self._wrapped = self._world_size > 1
         if self._wrapped:
             _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
@@ -141,7 +141,7 @@ class MeshEngine:
 
     @torch.no_grad()
     def load(self, reader: Reader, progress: dict[str, float]) -> None:
-        contract.read_together(self._device, partial(self._read, reader, progress))
+        contract.read_together(partial(self._read, reader, progress))
         give_back()
         if self._copies is not None:
             self._copies.refresh()

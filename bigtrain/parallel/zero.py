@@ -86,7 +86,7 @@ class ZeroEngine:
             "stage3_param_persistence_threshold": min(elements // 100, KEPT_WHOLE),
         }
         self._optimizer = build_optimizer(self._model, optimizer)
-        module = TaskModule(self._model, task, compile)
+        module = TaskModule(self._model, task, device, compile)
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._engine.train()
@@ -142,7 +142,7 @@ class ZeroEngine:
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._updates = int(progress["updates"]) if moments else 0
         self._prepare_optimizer_state(moments)
-        contract.read_together(self._device, partial(self._read, reader))
+        contract.read_together(partial(self._read, reader))
         give_back()
         _copy_masters_to_model(self._zero, self._stage)
         if self._precision == "fp16" and "loss_scale" in progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from bigtrain.observability.progress import count, plural
+from bigtrain.observability.progress import contents, dropped, plural
 from bigtrain.preview.batch import Lengths, Piece, SourceView, View
 
 TRAINED, READ = "green", "bright_black"
@@ -22,7 +22,8 @@ def show(view: View, console: Console | None = None) -> None:
         style="bold",
         markup=False,
     )
-    for line in (*facts(view), *sources(view), *histogram(view.lengths)):
+    told = [line for source in view.sources for line in _source(source, view.rows)]
+    for line in (*facts(view), *told, *_histogram(view.lengths)):
         console.print(f"  {line}", markup=False)
     coloured = console.color_system is not None
     legend = Text("  tokens     ").append("trained" if coloured else "[trained]", TRAINED if coloured else "")
@@ -60,25 +61,16 @@ def facts(view: View) -> list[str]:
     return told
 
 
-def sources(view: View) -> list[str]:
-    """Lines about each training store."""
-    return [line for source in view.sources for line in _source(source, view.rows)]
-
-
 def _source(source: SourceView, rows: int) -> list[str]:
-    facts = source.facts
-    lost = [f"{number:,} {reason}" for reason, number in facts["dropped"].items()]
-    lost += [f"{facts['cut']:,} cut to sequence_length"] if facts["cut"] else []
-    fill = f", {facts['fill']:.1%} full" if "fill" in facts else ""
+    """Lines about a training store."""
     return [
-        f"source     {facts['source']} ({facts['documents_are']}): {facts['documents']:,} documents, "
-        f"{count(facts['tokens'])} tokens, {facts['sequences']:,} sequences{fill}",
+        f"source     {contents(source.facts)}",
         f"           {source.share:.1%} of the stage, which reads it {source.epochs:.3g} times; "
-        f"{source.in_batch} of this batch's {rows} sequences; dropped or cut: {', '.join(lost) or 'none'}",
+        f"{source.in_batch} of this batch's {rows} sequences; dropped or cut: {dropped(source.facts) or 'none'}",
     ]
 
 
-def histogram(lengths: Lengths) -> list[str]:
+def _histogram(lengths: Lengths) -> list[str]:
     """Lines with a bar for each range of lengths."""
     most = max(documents for _, _, documents in lengths.ranges)
     told = f"median {lengths.median:g}, longest {lengths.longest:,}"

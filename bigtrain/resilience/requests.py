@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -13,6 +15,7 @@ from bigtrain.observability.stream import Event
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.5
+MEASURED = {"step": "step_seconds", "evaluation": "seconds", "checkpoint_saved": "seconds"}  # event -> its field
 
 
 class TimeLimit:
@@ -28,44 +31,51 @@ class TimeLimit:
     def __init__(self, seconds: float, begun: float):
         """begun: as `time.monotonic` gives it."""
         self._until = begun + seconds
-        self._longest = {"step": 0.0, "evaluation": 0.0, "save": 0.0}
+        self._longest = dict.fromkeys(MEASURED, 0.0)
         self._save_expected = 0.0
 
     def __call__(self, event: Event) -> None:
-        kinds = {"step": ("step", "step_seconds"), "evaluation": ("evaluation", "seconds")}
-        kinds["checkpoint_saved"] = ("save", "seconds")
-        if event["kind"] in kinds:
-            what, field = kinds[event["kind"]]
-            self._longest[what] = max(self._longest[what], event[field])
-        elif event["kind"] == "checkpoints_planned":
+        kind = event["kind"]
+        if kind in MEASURED:
+            self._longest[kind] = max(self._longest[kind], event[MEASURED[kind]])
+        elif kind == "checkpoints_planned":
             self._save_expected = event["bytes"] / self.SLOW_DISK
 
     @property
     def reached(self) -> bool:
-        save = self._longest["save"] or self._save_expected
+        save = self._longest["checkpoint_saved"] or self._save_expected
         reserve = 2 * (self._longest["step"] + self._longest["evaluation"] + save) + self.MARGIN
         return time.monotonic() >= self._until - reserve
 
 
 def heard(save_file: Path) -> Path:
-    """What the file that asks for a save is called once the run knows of it."""
+    """What the file that asks for a save is called once the run knows of it. Its time is renewed while the run lives;
+    the checkpoint's folder is written into it once that is complete, and it vanishes if the run ends before."""
     return save_file.with_name(save_file.name + ".heard")
 
 
 class Requests:
     """A context in which the first SIGTERM or SIGUSR1 only asks to stop; the second one acts as it did before.
 
-    Outside the main thread, where Python takes no signals, signals change nothing.
+    Outside the main thread, where Python takes no signals, signals change nothing. Also a reader of the stream.
     """
 
     def __init__(self, save_file: Path | None = None, limit: TimeLimit | None = None) -> None:
-        """save_file: once it is there a save is asked for. It gets the name `heard(save_file)` until that begins."""
+        """save_file: once it is there a save is asked for; see `heard`."""
         self.save = False
         self._asked = False
         self._limit = limit
         self._save_file = save_file
+        self._answers: int | None = None  # the step whose checkpoint was asked for
         self._left = threading.Event()
         self._before: dict[int, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        if self._limit is not None:
+            self._limit(event)
+        if event["kind"] == "checkpoint_saved" and event["step"] == self._answers and self._save_file is not None:
+            self._answers = None
+            heard(self._save_file).write_text(event["folder"], encoding="utf-8")
 
     @property
     def stop(self) -> bool:
@@ -81,18 +91,23 @@ class Requests:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._left.set()
         self._restore()
-
-    def saving(self) -> None:
-        """A save has begun."""
-        self.save = False
-        if self._save_file is not None:
+        if self._save_file is not None and (self.save or self._answers is not None):
             heard(self._save_file).unlink(missing_ok=True)
+
+    def saving(self, step: int) -> None:
+        """A save of the state after `step` steps is about to begin."""
+        if self.save:
+            self._answers = step
+        self.save = False
 
     def _watch(self, file: Path) -> None:
         while not self._left.wait(POLL_SECONDS):
             if file.exists():
                 file.replace(heard(file))
                 self.save = True
+            elif heard(file).exists():
+                with suppress(FileNotFoundError):  # who asked has taken it away
+                    os.utime(heard(file))
 
     def _ask(self, *_: int | FrameType | None) -> None:
         self._asked = True

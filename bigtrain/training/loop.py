@@ -20,6 +20,7 @@ def train(
     requests: Requests,
 ) -> bool:
     """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it."""
+    run.start_clock()
     if run.evaluates and run.done == 0:
         run.evaluated(engine.evaluate(held_out()))
     while run.done < run.steps:
@@ -30,8 +31,8 @@ def train(
         if due.evaluate:
             run.evaluated(engine.evaluate(held_out()))
         if due.save:
+            requests.saving(run.done)
             run.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
-            requests.saving()
         if due.stop:
             break
     saver.finish()

@@ -52,6 +52,10 @@ class StageRun:
         self._stops = self._saves = self._idle = False  # what all ranks have heard last
         self._pending: tuple[dict[str, Any], _HostCopy] | None = None
         self._profile()
+        self._since = math.nan  # until the clock is started
+
+    def start_clock(self) -> None:
+        """Start the clock of what comes next: a step or an evaluation."""
         self._since = time.perf_counter()
 
     @property
@@ -133,7 +137,7 @@ class StageRun:
             targets=int(sums["targets"]),
             seconds=time.perf_counter() - self._since,
         )
-        self._since = time.perf_counter()  # no part of the next step's time
+        self.start_clock()  # it is no part of the next step's time
 
     def stalled(self, seconds: float) -> None:
         """Leave a save out of the time of the next step."""

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.config import load_config
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.launching import asking
 from bigtrain.resilience.requests import TimeLimit
 from tests.support import bigtrain, small_config
 
@@ -61,6 +63,38 @@ def test_saved_when_asked_and_gone_in_time(tmp_path):
     assert after.returncode == 1
     assert f"no job answers in {folder}" in after.stderr
     assert not list(folder.glob("save-now*"))
+
+
+JOB = """
+import sys
+from pathlib import Path
+from bigtrain.resilience.requests import Requests
+
+with Requests(Path(sys.argv[1]) / "save-now"):
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        pytest.param(lambda job: job.stdin.close(), "ended before it had saved", id="ends"),
+        pytest.param(lambda job: job.kill(), "no sign of life", id="killed"),
+    ],
+)
+def test_a_job_that_hears_and_does_not_save(tmp_path, monkeypatch, end, told):
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(asking, "SILENCE_SECONDS", 2.0)
+    job = subprocess.Popen([sys.executable, "-c", JOB, str(tmp_path)], stdin=subprocess.PIPE)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(asking.ask_to_save, tmp_path)
+        while not (tmp_path / "save-now.heard").exists() and not answer.done():
+            time.sleep(0.01)
+        end(job)
+        with pytest.raises(BigtrainError, match=told):
+            answer.result()
+    job.wait()
+    assert not list(tmp_path.glob("save-now*"))
 
 
 def test_the_reserve_follows_what_took_longest(monkeypatch):

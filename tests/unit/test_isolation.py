@@ -77,7 +77,7 @@ def module(family, attention, checkpointing):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=generator)
-    return TaskModule(model, CausalLM())
+    return TaskModule(model, CausalLM(), torch.device("cpu"))
 
 
 def first_supported(family):

@@ -70,7 +70,7 @@ from bigtrain.tasks.causal_lm import CausalLM
 torch.set_num_threads(1)
 config = AutoConfig.for_model("llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
                               vocab_size=2**17, tie_word_embeddings=True)
-module = contract.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM())
+module = contract.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
 ids = torch.randint(0, 2**17, (1, 1024))
 batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
 assert contract.LOGITS_AT_ONCE == 2**26  # half of these logits
