@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from bigtrain.config import Run, load_config
-from bigtrain.data import shards
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.prepare import open_tokenizer, prepare_stage
 from bigtrain.data.sources import documents
@@ -109,7 +108,6 @@ def prepare(run: Run, tokenizer: Any) -> Store:
 def helper(pipe: Any, folder: Path) -> None:
     """A process that prepares what it is told to, together with another; with the threads of `bigtrain prepare`."""
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
-    shards.BLOCK_BYTES = 2_000_000
     for output in iter(pipe.recv, None):
         run = pretraining(output, folder)
         prepare(run, open_tokenizer(run))
@@ -130,7 +128,6 @@ def tokenizing(rounds: int, folder: Path) -> None:
     dataset.save_to_disk(str(folder / "set"))
     dataset = Dataset.load_from_disk(str(folder / "set"))
     fresh = itertools.count()
-    shards.BLOCK_BYTES = 2_000_000
     spawned = multiprocessing.get_context("spawn")
     pipes = [spawned.Pipe() for _ in range(2)]
     helpers = [spawned.Process(target=helper, args=(theirs, folder), daemon=True) for _, theirs in pipes]

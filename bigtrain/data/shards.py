@@ -29,8 +29,9 @@ from bigtrain.disk import check_free, publish
 from bigtrain.errors import DataError
 from bigtrain.observability.stream import Stream
 
-BLOCK_BYTES = 8_000_000  # of text; where a block ends depends on the documents alone
-POLL_SECONDS = 0.2  # between looks at what the others have finished
+BLOCKS = 64  # that a source is cut into, so that processes which share them end at the same time; but a block has
+BLOCK_BYTES = (500_000, 8_000_000)  # of text, at least and at most; where it ends depends on the documents alone
+POLL_SECONDS = 0.05  # between looks at what the others have finished
 TELL_SECONDS = 2.0  # between two words on how far it is
 
 Facts = dict[str, Any]
@@ -81,7 +82,7 @@ class Shards:
     def _read_through(self, dropped: Counter[str]) -> int | None:
         """Make what nobody else makes; returns the number of blocks, or None if the store is there."""
         first = number = 0
-        for block in batched(self.read(dropped), BLOCK_BYTES):
+        for block in batched(self.read(dropped), self._block_bytes()):
             facts = {"first": first, "rows": len(block), "text_bytes": sum(map(text_bytes, block))}
             if not self._is_done(number) and (lock := self._claim(number)):
                 try:
@@ -97,6 +98,10 @@ class Shards:
             first += len(block)
             number += 1
         return number
+
+    def _block_bytes(self) -> int:
+        least, most = BLOCK_BYTES
+        return most if self.expected_bytes is None else min(most, max(least, self.expected_bytes // BLOCKS))
 
     def _make(self, number: int, block: list[Row], facts: Facts) -> None:
         encoded = self.encode(block)

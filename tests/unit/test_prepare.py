@@ -92,7 +92,7 @@ def work(
     run: Run, block_bytes: int, log: Path, together: Barrier | None = None, dies: bool = False, stream: Any = None
 ) -> Path:
     """Prepare the store of a run, a few rows a block; returns its folder."""
-    shards.BLOCK_BYTES = block_bytes
+    shards.BLOCK_BYTES = (block_bytes, block_bytes)
     (stage,) = run.stages
     task = Logged(TASKS[stage.task](), log, together, dies)
     (store,) = prepare_stage(run, stage, task, open_tokenizer(run), stream).train
