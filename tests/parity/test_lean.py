@@ -195,10 +195,9 @@ def test_four_ranks_load_a_model_in_little_more_than_its_size(stored, layout, ki
     assert whole <= max(peaks) <= limit, told
 
 
-def peak_of_training(layout, root):
+def peak_of_training(layout, values, root):
     """The most memory that this process has while an engine starts, or resumes from a checkpoint if there is one, and
-    does two steps; (in bytes, before it)."""
-    values = MODELS[110]
+    does some steps; (in bytes, before it)."""
     warm_up(layout)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
@@ -208,12 +207,12 @@ def peak_of_training(layout, root):
     empty = builder(values)(meta=True)
     reader = Checkpoint(found[-1]) if found else RandomWeights(empty, seed=0)
     engine.load(reader, reader.progress if found else {"updates": 0})
-    for step in range(2):
+    for step in range(4):
         engine.step(batch(step), 1e-4)
     peak = high_water()
     dist.barrier()
     if not found:
-        save(root, 2, engine.boxes(), engine.progress(), Retention(keep=1))
+        save(root, 4, engine.boxes(), engine.progress(), Retention(keep=1))
     engine.close()
     return peak, before
 
@@ -226,15 +225,20 @@ def high_water():
 
 
 @pytest.mark.parametrize(
-    "layout", ["ddp", *(pytest.param(layout, marks=pytest.mark.soak) for layout in ("fsdp", "zero2", "zero3"))]
+    ("layout", "size"),
+    [
+        ("ddp", 110),
+        *(pytest.param(layout, 1000, marks=pytest.mark.soak) for layout in ("ddp", "fsdp", "zero2", "zero3")),
+    ],
 )
-def test_resuming_takes_no_more_memory_than_starting(tmp_path, layout, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # what is freed goes back at once: else peaks vary by 8 %
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+def test_resuming_takes_no_more_memory_than_starting(tmp_path, layout, size, monkeypatch):
+    if size < 1000:  # glibc keeps freed tensors below 32 MiB, here nearly all: peaks would vary by 8 %
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     peaks = []
     for _ in range(2):
         with Ranks(2) as ranks:
-            answers = ranks(peak_of_training, layout, tmp_path)
+            answers = ranks(peak_of_training, layout, MODELS[size], tmp_path)
         peaks.append([sum(column) / 1e6 for column in zip(*answers, strict=True)])
     (started, _), (resumed, _) = peaks
     told = f"{layout}: (peak, before) {peaks} MB, {100 * (resumed / started - 1):+.1f} %"
