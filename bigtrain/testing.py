@@ -46,13 +46,9 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._kill()  # every answer is there, and taking a group down in order takes seconds
         for pipe in self._pipes:
-            pipe.close()  # a rank that reads the end of its pipe leaves
-        for process in self._processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            pipe.close()
         self._pipes, self._processes = [], []
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -80,6 +76,7 @@ class Ranks:
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.join()
 
 
@@ -102,10 +99,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         try:
             function, args, kwargs = pipe.recv()
         except EOFError:
-            break
+            return  # whoever has started it is gone
         try:
             pipe.send((False, function(*args, **kwargs)))
         except BaseException:  # noqa: BLE001 - handed to the caller, who raises it
             pipe.send((True, traceback.format_exc()))
-    dist.barrier()
-    dist.destroy_process_group()

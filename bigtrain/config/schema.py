@@ -347,6 +347,11 @@ class Run(Section):
         "mask; flex: PyTorch's flex_attention. flash and flex need a GPU.",
         "sdpa",
     )
+    deterministic: bool = execution(
+        "On GPUs: only kernels that give the same bits every time, some of them slower, so that a run which is killed "
+        "and started again on as many processes ends in the same weights to the last bit. On a CPU it does so anyway.",
+        False,
+    )
     parallel: Parallel = execution("How it is executed, never what is trained.", Parallel())
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = reporting(
         "Experiment trackers that get the metrics as well; they must be installed.", []

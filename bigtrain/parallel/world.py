@@ -90,6 +90,24 @@ def _why_device(asked: str, chosen: torch.device) -> str:
     return f"device: {chosen.type}, as this machine has {'a' if chosen.type == 'cuda' else 'no'} GPU"
 
 
+DETERMINISTIC = {  # of cuBLAS, transformers (for flash attention) and PyTorch's compiler
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+}
+
+
+def use_deterministic_kernels() -> None:
+    """Let this process compute with kernels that give the same bits every time; to be called before the device is used.
+
+    An operation that has no such kernel raises RuntimeError. Source: PyTorch's notes on reproducibility.
+    """
+    os.environ |= DETERMINISTIC
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no step reads any
+    torch.backends.cudnn.benchmark = False
+
+
 def choose_device(device: str, precision: str, local_rank: int, gpus: int) -> torch.device:
     """What a process computes on, on a machine that shows `gpus`. Raises ConfigError as `joined` does."""
     if device == "cuda" and not gpus:

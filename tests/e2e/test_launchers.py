@@ -72,7 +72,7 @@ LAUNCHERS = {  # how it is started, as what it is named, and the engine
     "accelerate": (accelerate, "accelerate launch", "fsdp"),
     "srun": (srun, "srun", "ddp"),
 }
-LONG = ("deepspeed", "torchrun", "accelerate")  # run with the long tests
+LONG = ("deepspeed", "deepspeed-hostfile", "torchrun", "accelerate")  # run with the long tests
 NAMES = [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in LAUNCHERS]
 
 

@@ -29,6 +29,7 @@ def damage(folder):
     return path
 
 
+@pytest.mark.soak
 def test_damaged_before_it_is_exported_it_is_set_aside(whole):
     config, expected = whole
     broken = expected.with_name("unexported")

@@ -37,12 +37,21 @@ def reported(folder, stage, step):
 
 
 @pytest.mark.parametrize(
-    "engine", ["zero3", *(pytest.param(engine, marks=pytest.mark.soak) for engine in ("ddp", "fsdp", "zero1", "zero2"))]
+    "engine", ["fsdp", *(pytest.param(engine, marks=pytest.mark.soak) for engine in ("ddp", "zero1", "zero2", "zero3"))]
 )
 def test_killed_in_each_stage_and_started_again(tmp_path, engine):
     """With packing, shuffling, accumulation, dropout, evaluation and a moving average of the weights."""
-    config = small_config(tmp_path, steps=STEPS, every=4, dropout=0.1, ema=0.9)
-    overrides = [f"parallel.engine={engine}"]
+    killed_in_each_stage(tmp_path, [f"parallel.engine={engine}"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_killed_on_gpus_and_started_again(tmp_path, engine):
+    killed_in_each_stage(tmp_path, [f"parallel.engine={engine}", "parallel.processes=auto", "precision=bf16"])
+
+
+def killed_in_each_stage(tmp_path, overrides):
+    config = small_config(tmp_path, steps=STEPS, every=4, dropout=0.1, ema=0.9, deterministic=True)
     run(config, *overrides, "name=whole")
     whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
     for stage, step in (("pretrain", 6), ("finetune", 5)):

@@ -1,5 +1,8 @@
 """Which device a process computes on; the machines of these tests are named by their number of GPUs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,3 +32,23 @@ def test_without_gpus_or_by_choice_it_is_the_cpu():
 def test_what_cannot_be_had_is_refused(device, precision, local_rank, gpus, message):
     with pytest.raises(ConfigError, match=message):
         choose_device(device, precision, local_rank, gpus)
+
+
+DETERMINISTIC = """
+import os
+from bigtrain.parallel.world import DETERMINISTIC, use_deterministic_kernels
+
+use_deterministic_kernels()
+import torch
+import torch._inductor.config
+
+assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+assert not torch.utils.deterministic.fill_uninitialized_memory
+assert torch._inductor.config.deterministic
+assert os.environ.items() >= DETERMINISTIC.items()
+"""
+
+
+def test_deterministic_kernels():
+    """In a process of its own: they stay chosen."""
+    subprocess.run([sys.executable, "-c", DETERMINISTIC], check=True)
