@@ -1,9 +1,17 @@
 """Which tests a worker of `pytest -n` takes together."""
 
-import pytest
+from xdist.scheduler import LoadFileScheduling
+
+POOLS = {"tests/parity/test_state.py", "tests/parity/test_steps.py"}  # these share pools of ranks
 
 
-def pytest_collection_modifyitems(items):
-    """A file each; those that share pools of ranks are one."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("pools" if "pools" in item.fixturenames else str(item.path)))
+class Scheduling(LoadFileScheduling):
+    """A file each, and POOLS as one."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "pools" if file in POOLS else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
