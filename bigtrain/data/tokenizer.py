@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from bigtrain.data.chat import MARK, Rendered, Span
+from bigtrain.data.words import Words
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
+
+FEW_THREADS = 2  # of the `tokenizers` library: with so many its batch call is half as fast as word by word
 
 Masked = tuple[list[int], list[bool]]  # ids; which of them are learned
 
@@ -127,7 +132,25 @@ def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rend
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of each text, whole: no special token is added, and one that is spelt out is not obeyed."""
     with _untouched(tokenizer, encode_special_tokens=True) as backend:  # twice as fast as calling the tokenizer itself
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        words = _words(tokenizer)
+        found = [None if words is None else words.encode(backend, text) for text in texts]
+        rest = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        encodings = iter(backend.encode_batch_fast(rest, add_special_tokens=False))
+        return [next(encodings).ids if ids is None else ids for ids in found]
+
+
+_WORDS: WeakKeyDictionary[Any, tuple[int, Words | None]] = WeakKeyDictionary()
+
+
+def _words(tokenizer: Any) -> Words | None:
+    """Those of a tokenizer, until it gets more tokens; None where the library's threads are faster."""
+    if int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1) > FEW_THREADS:
+        return None
+    size, words = _WORDS.get(tokenizer, (None, None))
+    if size != len(tokenizer):
+        words = Words.of(tokenizer.backend_tokenizer)
+        _WORDS[tokenizer] = len(tokenizer), words
+    return words
 
 
 @contextmanager
