@@ -22,7 +22,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 _LATER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = frozenset({GPT2, _LATER % "{1,3}", _LATER % ""})  # of GPT-2 and SmolLM2, Llama 3, Qwen 2 and 3
+PATTERNS = frozenset({GPT2, _LATER % "{1,3}", _LATER % ""})  # of GPT-2, Llama 3, Qwen 2 and 3
 # ASCII, Latin-1, dashes, quotation marks, bullets and ellipses: NFC leaves them as they are, and their classes are as
 # old as Unicode. Not the separators 1C to 1F, which are blanks to some.
 PLAIN = regex.compile(r"[\x00-\x1b\x20-\x7f\xa0-\xff\u2010-\u2027]*")
@@ -77,6 +77,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if pre_tokenizer is None:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if not steps:
+        return None
     *before, last = steps
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(before) > 1:
         return None

@@ -96,6 +96,7 @@ def test_tokens_that_were_added_are_left_to_the_library(backend):
         pytest.param({"pre_tokenizer": pre_tokenizers.Metaspace()}, id="sentencepiece"),
         pytest.param({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, id="prefix"),
         pytest.param({"pre_tokenizer": cutting(r"\w+|\W+")}, id="unknown-pattern"),
+        pytest.param({"pre_tokenizer": pre_tokenizers.Sequence([])}, id="no-step"),
         pytest.param({"normalizer": normalizers.NFKC()}, id="normalizer"),
     ],
 )
