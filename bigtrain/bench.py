@@ -35,7 +35,7 @@ from bigtrain.observability.progress import plural
 from bigtrain.observability.stream import Event, Stream
 from bigtrain.parallel.agreement import in_common
 from bigtrain.parallel.contract import Engine, TaskModule
-from bigtrain.parallel.world import World, joined, use_deterministic_kernels
+from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
 from bigtrain.stages import check_execution, compiling, stage_engine
@@ -63,9 +63,7 @@ def bench_here(config: Run, stage: Stage, steps: int) -> None:
     """Measure `steps` steps of a stage with this process as one rank; rank 0 prints what was found."""
     quiet()
     task = TASKS[stage.task]()
-    if config.deterministic:
-        use_deterministic_kernels()
-    with joined(config.parallel.device, config.precision, in_common(config)) as world:
+    with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         tokenizer = open_tokenizer(config)
         data = prepare_stage(config, stage, task, tokenizer)

@@ -39,7 +39,7 @@ from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
 from bigtrain.parallel.contract import Engine
-from bigtrain.parallel.world import World, joined, use_deterministic_kernels
+from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
 from bigtrain.run_folder import RunFolder
@@ -62,9 +62,7 @@ def run_here(config: Run, restart: str | None = None) -> int:
     quiet()
     begun = time.monotonic()
     folder = RunFolder.of(config)
-    if config.deterministic:
-        use_deterministic_kernels()
-    with joined(config.parallel.device, config.precision, in_common(config)) as world:
+    with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         requests = Requests()
         if world.rank == 0:

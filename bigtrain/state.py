@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from bigtrain.errors import CheckpointError
-
 if TYPE_CHECKING:
     import torch
 
@@ -51,10 +49,9 @@ class Reader(Protocol):
         ...
 
 
-def check_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> None:
-    """Raises CheckpointError if the box of `lengths` at `offsets` does not lie inside a tensor of `shape`."""
-    if len(offsets) != len(shape) or any(o + n > size for o, n, size in zip(offsets, lengths, shape, strict=True)):
-        raise CheckpointError(f"the box {tuple(offsets)} + {tuple(lengths)} does not fit a tensor of {tuple(shape)}")
+def lies_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` has the box of `lengths` at `offsets`."""
+    return len(offsets) == len(shape) and all(o + n <= size for o, n, size in zip(offsets, lengths, shape, strict=True))
 
 
 class Span(NamedTuple):
@@ -66,8 +63,7 @@ class Span(NamedTuple):
 
 
 def flat_span(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Span:
-    """Where the box of `lengths` at `offsets` lies in a row-major tensor. Raises CheckpointError as `check_inside`."""
-    check_inside(shape, offsets, lengths)
+    """Where the box of `lengths` at `offsets` lies in a row-major tensor that has it."""
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
     if 0 in lengths:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigtrain.state import Shape, flat_span
+from bigtrain.errors import CheckpointError
+from bigtrain.state import Shape, flat_span, lies_inside
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +42,8 @@ class Stored(NamedTuple):
 
         Raises CheckpointError where the box lies outside, OSError if the file cannot be read.
         """
+        if not lies_inside(self.shape, offsets, lengths):
+            raise CheckpointError(f"the box {offsets} + {lengths} does not fit a tensor of shape {self.shape}")
         first, stop, strides = flat_span(self.shape, offsets, lengths)
         data = torch.empty(stop - first, dtype=self.dtype)
         with self.path.open("rb", buffering=0) as file:

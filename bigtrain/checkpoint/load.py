@@ -14,7 +14,7 @@ from torch import Tensor
 from bigtrain.checkpoint.format import bytes_of, checksum, complete, read_manifest, read_progress
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
-from bigtrain.state import BUFFER, WEIGHT, Shape, check_inside, flat_span
+from bigtrain.state import BUFFER, WEIGHT, Shape, flat_span, lies_inside
 from bigtrain.tensor_files import read_whole
 
 
@@ -58,7 +58,8 @@ class Checkpoint:
             entry = self._state[name][slot]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no {slot} of {name}: it is another model's.") from None
-        check_inside(entry["shape"], offsets, lengths)
+        if not lies_inside(entry["shape"], offsets, lengths):
+            raise CheckpointError(f"{self.folder}: {name} has shape {entry['shape']}; the model's is another.")
         dtype = getattr(torch, entry["dtype"])
         result: Tensor | None = None
         filled = 0

@@ -2,8 +2,8 @@
 
 A byte-level BPE cuts a text into words with a regular expression, and the ids of a word depend on the word alone. In
 the `tokenizers` library the cutting takes most of the time. Here `regex` cuts, and the library is asked what a new word
-becomes: the same ids, several times as fast as one of the library's threads. It is done where both are known to cut
-alike: for PATTERNS, and texts of nothing but PLAIN characters. All others are left to the library.
+becomes: the same ids, in half the time of its batch call on two cores (benchmarks/data.py). It is done where both are
+known to cut alike: for PATTERNS, and texts of nothing but PLAIN characters. All others are left to the library.
 """
 
 from __future__ import annotations

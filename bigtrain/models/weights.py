@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigtrain.errors import CheckpointError, shorten
 from bigtrain.pretrained import arguments, opening
-from bigtrain.state import BUFFER, WEIGHT, Reader, Shape, check_inside
+from bigtrain.state import BUFFER, WEIGHT, Reader, Shape, lies_inside
 from bigtrain.tensor_files import Stored, read_header
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class RandomWeights:
 
 def cut(tensor: Tensor, offsets: Shape, lengths: Shape) -> Tensor:
     """The box of a tensor that begins at `offsets`; CheckpointError where it lies outside."""
-    check_inside(tensor.shape, offsets, lengths)
+    if not lies_inside(tensor.shape, offsets, lengths):
+        raise CheckpointError(f"the box {offsets} + {lengths} does not fit a tensor of shape {tuple(tensor.shape)}")
     for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         tensor = tensor.narrow(dimension, offset, length)
     return tensor

@@ -34,13 +34,18 @@ class World:
 
 
 @contextmanager
-def joined(device: str, precision: str, facts: Mapping[str, str] | None = None) -> Iterator[World]:
+def joined(
+    device: str, precision: str, facts: Mapping[str, str] | None = None, deterministic: bool = False
+) -> Iterator[World]:
     """Join the process group that the launcher's environment names; without one, be a world of one.
 
-    `device` is auto, cpu or cuda; `facts` are what all ranks must have in common (`agreement.in_common`). Raises
+    `device` is auto, cpu or cuda; `facts` are what all ranks must have in common (`agreement.in_common`);
+    `deterministic`: compute with kernels that give the same bits every time. Raises
     ConfigError for a device that is not there, or cannot do `precision`; Told when ranks are missing or do not agree;
     BigtrainError when they cannot reach each other.
     """
+    if deterministic:
+        use_deterministic_kernels()
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

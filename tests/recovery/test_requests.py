@@ -36,9 +36,12 @@ def start(config):
     raise AssertionError("it ended before its first step")
 
 
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 def saved_steps(folder):
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [event["step"] for event in events if event["kind"] == "checkpoint_saved"]
+    return [event["step"] for event in events(folder) if event["kind"] == "checkpoint_saved"]
 
 
 def test_saved_when_asked(tmp_path):
@@ -57,8 +60,9 @@ def test_saved_when_asked(tmp_path):
     job.terminate()
     job.stdout.read()
     assert job.wait() == 75
-    last = Checkpoint(complete(saved.parent)[-1]).step
-    assert saved_steps(folder) == [Checkpoint(saved).step, last]
+    step, last = Checkpoint(saved).step, Checkpoint(complete(saved.parent)[-1]).step
+    assert last > step
+    assert saved_steps(folder) == [step, last]
 
     after = bigtrain("save", folder)
     assert after.returncode == 1
@@ -67,7 +71,7 @@ def test_saved_when_asked(tmp_path):
 
 
 def test_it_leaves_when_its_time_is_over(tmp_path):
-    job = start(long_run(tmp_path, time_limit="10s"))
+    job = start(long_run(tmp_path, time_limit="25s"))
     output = job.stdout.read()
     assert job.wait() == 75
     folder = tmp_path / "runs" / "small"
@@ -75,6 +79,8 @@ def test_it_leaves_when_its_time_is_over(tmp_path):
     assert saved_steps(folder) == [last]
     assert f"saved at step {last} of pretrain" in output
     assert (folder / "preempted").exists()
+    times = {event["kind"]: event["time"] for event in events(folder)}
+    assert times["preempted"] - times["started"] < 25
 
 
 JOB = """
@@ -88,15 +94,15 @@ with Requests(Path(sys.argv[1]) / "save-now"):
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "silence", "told"),
     [
-        pytest.param(lambda job: job.stdin.close(), "ended before it had saved", id="ends"),
-        pytest.param(lambda job: job.kill(), "no sign of life", id="killed"),
+        pytest.param(lambda job: job.stdin.close(), 60.0, "ended before it had saved", id="ends"),
+        pytest.param(lambda job: job.kill(), 2.0, "no sign of life", id="killed"),
     ],
 )
-def test_a_job_that_hears_and_does_not_save(tmp_path, monkeypatch, end, told):
+def test_a_job_that_hears_and_does_not_save(tmp_path, monkeypatch, end, silence, told):
     (tmp_path / "config.yaml").touch()
-    monkeypatch.setattr(asking, "SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(asking, "SILENCE_SECONDS", silence)
     job = subprocess.Popen([sys.executable, "-c", JOB, str(tmp_path)], stdin=subprocess.PIPE)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(asking.ask_to_save, tmp_path)

@@ -1,11 +1,14 @@
 """Word by word a text becomes the ids that the library makes of it whole."""
 
+import inspect
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from bigtrain.data import stdlib, words
 from bigtrain.data.words import GPT2, PATTERNS, PLAIN, Words
@@ -109,3 +112,12 @@ def test_other_tokenizers_are_left_to_the_library(backend, change):
 
 def test_dropout_is_left_to_the_library():
     assert Words.of(make(GPT2, dropout=0.1)) is None
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2Tokenizer, Qwen2Tokenizer])
+def test_tokenizers_of_transformers_are_known(tokenizer):
+    assert Words.of(tokenizer().backend_tokenizer) is not None
+
+
+def test_the_pattern_of_llama_3_is_known():
+    assert inspect.signature(TikTokenConverter).parameters["pattern"].default in PATTERNS
