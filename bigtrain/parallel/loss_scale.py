@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from bigtrain.errors import BigtrainError
 
 
@@ -15,12 +13,12 @@ class LossScale:
         self._patience = patience
         self._good_steps = 0
 
-    def accepts(self, grad_norm: Tensor) -> bool:
-        """Whether the gradient with this norm is finite; adapts the scale. Waits for the device.
+    def accepts(self, finite: bool) -> bool:
+        """Adapt the scale to a gradient that is finite or not; returns `finite`.
 
         Raises BigtrainError when the scale has fallen below 1: the gradients themselves are not finite.
         """
-        if grad_norm.isfinite().item():
+        if finite:
             self._good_steps += 1
             if self._good_steps == self._patience:
                 self.value *= 2

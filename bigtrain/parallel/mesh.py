@@ -103,7 +103,7 @@ class MeshEngine:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scale = self._loss_scale.value if self._loss_scale is not None else 1.0
         norm = norm / scale
-        if self._loss_scale is None or self._loss_scale.accepts(norm):
+        if self._loss_scale is None or self._loss_scale.accepts(bool(norm.isfinite())):
             if self._max_grad_norm is not None:
                 clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_([_local(g) for g in gradients], clip / scale)

@@ -28,6 +28,7 @@ from torch.nn import functional
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import NOTHING, Batch, Outcome, Say, TaskModule
+from bigtrain.parallel.loss_scale import LossScale
 from bigtrain.parallel.memory import fill, give_back
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
 
@@ -67,7 +68,6 @@ class ZeroEngine:
         """
         deepspeed = _import_deepspeed(device)
         self._stage = stage
-        self._precision = precision
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._device = device
@@ -89,6 +89,9 @@ class ZeroEngine:
         module = TaskModule(self._model, task, device, compile)
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
+        self._loss_scale = LossScale() if precision == "fp16" else None
+        if self._loss_scale is not None:
+            self._zero.loss_scaler = _Scaler(self._loss_scale)  # private: DeepSpeed's own has counters of its own
         self._engine.train()
         give_back()
         parameters = list(self._model.named_parameters())
@@ -137,7 +140,6 @@ class ZeroEngine:
         """Fill the state from `reader`; collective.
 
         Without moments in `reader` the optimizer starts anew: moments of zero and no updates done.
-        A `loss_scale` is taken where `progress` has one and the precision is fp16.
         """
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._updates = int(progress["updates"]) if moments else 0
@@ -145,8 +147,8 @@ class ZeroEngine:
         contract.read_together(partial(self._read, reader))
         give_back()
         _copy_masters_to_model(self._zero, self._stage)
-        if self._precision == "fp16" and "loss_scale" in progress:
-            self._zero.loss_scale = progress["loss_scale"]
+        if self._loss_scale is not None:
+            self._loss_scale.load(progress)
 
     def _read(self, reader: Reader) -> None:
         """This rank's share."""
@@ -155,10 +157,8 @@ class ZeroEngine:
                 fill(box.tensor, reader, box.name, box.slot, box.offsets)
 
     def progress(self) -> dict[str, float]:
-        """`updates`, an int, and in fp16 `loss_scale`."""
-        if self._precision == "fp16":
-            return {"updates": self._updates, "loss_scale": float(self._zero.loss_scale)}
-        return {"updates": self._updates}
+        scale = {} if self._loss_scale is None else self._loss_scale.progress()
+        return {"updates": self._updates, **scale}
 
     def close(self) -> None:
         """Let go of the model and of what DeepSpeed patched; the engine is of no use afterwards."""
@@ -195,6 +195,23 @@ class ZeroEngine:
                 value.zero_()
             if state:
                 state["step"] = torch.tensor(float(self._updates), device=flat.device)
+
+
+class _Scaler:
+    """What DeepSpeed asks its loss scaler, answered by ours."""
+
+    def __init__(self, scale: LossScale):
+        self._scale = scale
+
+    @property
+    def cur_scale(self) -> float:
+        return self._scale.value
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss * self._scale.value
+
+    def update_scale(self, overflow: bool) -> None:
+        self._scale.accepts(not overflow)
 
 
 class _Shard(NamedTuple):
@@ -295,6 +312,4 @@ def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str
     }
     if precision != "fp32":
         config[precision] = {"enabled": True}
-    if precision == "fp16":
-        config[precision]["hysteresis"] = 1  # halve the scale at the first overflow, as the torch engine does
     return config

