@@ -44,6 +44,7 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
         written = save(
             folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
         )
+    folder.leave()
     lost = ["the order of samples is bigtrain's own", "learning rate and Adam's settings are those of the run's file"]
     lost += ["the loss scale of fp16 begins anew"] if config.precision == "fp16" else []
     lost += ["the moving average of the weights begins anew"] if stage.optimizer.ema is not None else []

@@ -8,16 +8,20 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import sys
 import time
 import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from bigtrain.config import Run, differences, load_config, to_yaml
 from bigtrain.config.schema import Stage
 from bigtrain.errors import ConfigError, nearest
 
+ENDING_SECONDS = 60.0  # how long a job that was killed may take to end
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
 
 
@@ -26,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock = filelock.FileLock(path / "lock")
 
     @classmethod
     def of(cls, config: Run) -> RunFolder:
@@ -68,7 +73,7 @@ class RunFolder:
                 f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
             )
         if not written.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
             return
         anew = tuple(f"stages.{stage}." for stage in _with_dependents(config, restart))
@@ -98,9 +103,14 @@ class RunFolder:
         return self.export(stage).exists() and facts.get("exported_step") == facts.get("steps")
 
     def begin(self, config: Run, restart: str | None, **execution: Any) -> int:
-        """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number."""
+        """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number.
+
+        Until `leave` the folder is this process's alone. Raises ConfigError when another one holds it and does not end.
+        """
         self.check(config, restart)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._enter()
+        self.check(config, restart)  # again: another job may have begun meanwhile
         for stage in _with_dependents(config, restart):
             self._set_aside(stage)
         self._replace("config.yaml", to_yaml(config))
@@ -120,6 +130,33 @@ class RunFolder:
         for file in self.path.glob(f"{self.save_request.name}*"):
             file.unlink()
         return len(facts["attempts"])
+
+    def leave(self) -> None:
+        """Let another job begin."""
+        self._lock.release(force=True)
+
+    def _enter(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+            return
+        except filelock.Timeout:
+            other = self._job()
+        waiting = f"{other}; waiting up to {ENDING_SECONDS:.0f} s for it to end ..."
+        print(waiting, file=sys.stderr, flush=True)
+        try:
+            self._lock.acquire(timeout=ENDING_SECONDS, poll_interval=0.2)
+        except filelock.Timeout:
+            raise ConfigError(
+                f"{other}. Two jobs cannot train one run: wait until that one has ended, or end it; or give this run "
+                "another `name`."
+            ) from None
+
+    def _job(self) -> str:
+        attempts = self.facts().get("attempts")
+        if not attempts:
+            return f"another job has begun in {self.path}"
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempts[-1]["started"]))
+        return f"another job, begun at {begun} on {attempts[-1]['machine']}, is at work in {self.path}"
 
     def newest_attempt(self) -> str | None:
         """The id of the attempt that was begun last, different for each one of each run; None where there is none."""

@@ -80,6 +80,7 @@ def run_here(config: Run, restart: str | None = None) -> int:
             ) from None
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
     stream.close()
+    folder.leave()
     if finished and world.rank == 0:
         print(summary(config, folder))
     return 0 if finished else os.EX_TEMPFAIL

@@ -1,9 +1,12 @@
 """The run's folder: one run lives in it, stages can be begun anew, nothing is deleted."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from bigtrain import run_folder
 from bigtrain.config import load_config
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Files, Stream, read_metrics
@@ -40,6 +43,40 @@ def test_the_same_run_may_go_on_with_another_execution(run):
     assert folder.begin(config(), None, world_size=3) == 2
     assert [attempt["world_size"] for attempt in folder.facts()["attempts"]] == [2, 3]
     assert folder.facts()["attempts"][0]["versions"]["torch"].startswith("2.")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from bigtrain.config import load_config
+from bigtrain.run_folder import RunFolder
+
+config = load_config(Path(sys.argv[1]))
+folder = RunFolder.of(config)
+folder.begin(config, None, world_size=1)
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_path, monkeypatch, capsys):
+    path = small_config(tmp_path)
+    config = load_config(path)
+    folder = RunFolder.of(config)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    job = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **pipes)
+    assert job.stdout.readline() == "begun\n"
+    monkeypatch.setattr(run_folder, "ENDING_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=r"another job, begun at 20\d\d-.* is at work in .*small\. Two jobs cannot"):
+        folder.begin(config, "pretrain", world_size=1)
+    assert "waiting up to 0 s" in capsys.readouterr().err
+    assert len(folder.facts()["attempts"]) == 1
+    monkeypatch.setattr(run_folder, "ENDING_SECONDS", 60.0)
+    job.kill()  # its lock goes with it
+    assert folder.begin(config, None, world_size=1) == 2
+    folder.leave()
+    job.communicate()
+    assert RunFolder.of(config).begin(config, None, world_size=1) == 3
 
 
 def test_another_mathematics_is_refused_with_the_choice(run):
