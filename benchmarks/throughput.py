@@ -48,11 +48,12 @@ from bigtrain.data.writing import Layout, write_store
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
 from bigtrain.models.linear import mkl_is_slow, use_onednn
-from bigtrain.models.weights import ModelWeights
+from bigtrain.models.weights import cut
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
 from bigtrain.parallel import build_engine
 from bigtrain.resilience.requests import Requests
+from bigtrain.state import WEIGHT, Shape
 from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -89,6 +90,19 @@ SIZES = {
     ),
     "8B": Size(2, 4096, llama3(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8)),
 }
+
+
+class InMemory:
+    """Gives an engine the weights of a model that is there already."""
+
+    slots = (WEIGHT,)
+
+    def __init__(self, model: LlamaForCausalLM):
+        self._weights = dict(model.named_parameters())
+
+    def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:
+        assert slot == WEIGHT
+        return cut(self._weights[name].detach(), offsets, lengths)
 
 
 @dataclass(frozen=True)
@@ -213,7 +227,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
         seed=0,
         device=setting.device,
     )
-    engine.load(ModelWeights(setting.model), {"updates": 0})
+    engine.load(InMemory(setting.model), {"updates": 0})
 
     def turns(event: dict[str, Any]) -> None:
         if event["kind"] == "step":

@@ -38,7 +38,7 @@ from bigtrain.parallel.contract import Engine, TaskModule
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
-from bigtrain.stages import check_execution, compiling, stage_engine
+from bigtrain.stages import check_execution, compiling, stage_engine, stage_model
 from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -68,7 +68,8 @@ def bench_here(config: Run, stage: Stage, steps: int) -> None:
         tokenizer = open_tokenizer(config)
         data = prepare_stage(config, stage, task, tokenizer)
         model = model_config(config.model, tokenizer, config.adds_tokens)
-        build, engine = stage_engine(config, stage, task, model, world)
+        build = stage_model(config, stage, model)
+        engine = stage_engine(config, stage, task, build, world)
         empty = build(meta=True)
         engine.load(RandomWeights(empty, config.seed), {"updates": 0})
         batches = Batches(

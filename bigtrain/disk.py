@@ -9,7 +9,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
 from bigtrain.errors import DataError
+
+
+def make_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Have `build` fill the folder, with `manifest.json` as its last file, unless that has been done.
+
+    Of several processes the first one builds and the others wait for it; what a killed one left is removed. Raises
+    DataError when the disk is full.
+    """
+    if is_made(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(folder.name + ".lock")):
+        if not is_made(folder):
+            publish(folder, build)
+    return folder
+
+
+def is_made(folder: Path) -> bool:
+    """Whether `make_once` has finished a folder."""
+    return (folder / "manifest.json").is_file()
 
 
 def publish(folder: Path, build: Callable[[Path], None]) -> None:

@@ -19,6 +19,7 @@ import filelock
 
 from bigtrain.config import Run, differences, load_config, to_yaml
 from bigtrain.config.schema import Stage
+from bigtrain.disk import remove
 from bigtrain.errors import ConfigError, nearest
 
 ENDING_SECONDS = 60.0  # how long a job that was killed may take to end
@@ -54,6 +55,11 @@ class RunFolder:
     def save_request(self) -> Path:
         """A file that asks the running job for a checkpoint."""
         return self.path / "save-now"
+
+    @property
+    def first_weights(self) -> Path:
+        """What transformers has made of a pretrained model, until all ranks have read it."""
+        return self.path / "first-weights"
 
     @property
     def tokenizer(self) -> Path:
@@ -126,6 +132,7 @@ class RunFolder:
             }
         )
         self._write(facts)
+        remove(self.first_weights)  # an earlier attempt was killed before it had
         self.preempted.unlink(missing_ok=True)
         for file in self.path.glob(f"{self.save_request.name}*"):
             file.unlink()

@@ -22,8 +22,9 @@ from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_stages
 from bigtrain.data.sources import COLUMNS, documents
-from bigtrain.data.store import Store, make_once
+from bigtrain.data.store import Store
 from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.disk import make_once, remove
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError
 from bigtrain.history import History
 from bigtrain.inference.export import export
@@ -165,18 +166,16 @@ def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
         folder.record(stage.name, export=str(where), exported_step=steps, answers=answers)
 
 
-def stage_engine(
-    config: Run, stage: Stage, task: Task, model: PreTrainedConfig, world: World
-) -> tuple[Callable[..., PreTrainedModel], Engine]:
-    """(what builds the stage's model, empty; its engine, whose weights are still to be loaded); collective."""
+def stage_model(config: Run, stage: Stage, model: PreTrainedConfig) -> Callable[..., PreTrainedModel]:
+    """What builds the stage's model, empty."""
+    checkpointing = config.parallel_of(stage).activation_checkpointing
+    return partial(empty_model, model, attention=config.attention, activation_checkpointing=checkpointing)
+
+
+def stage_engine(config: Run, stage: Stage, task: Task, build: Callable[..., PreTrainedModel], world: World) -> Engine:
+    """The engine of the stage's model, whose weights are still to be loaded; collective."""
     parallel = config.parallel_of(stage)
-    build = partial(
-        empty_model,
-        model,
-        attention=config.attention,
-        activation_checkpointing=parallel.activation_checkpointing,
-    )
-    engine = build_engine(
+    return build_engine(
         parallel.engine,
         build,
         task,
@@ -188,7 +187,6 @@ def stage_engine(
         seed=config.seed,
         device=world.device,
     )
-    return build, engine
 
 
 class _Pipeline:
@@ -252,20 +250,13 @@ class _Pipeline:
             if self.world.rank == 0:
                 self.folder.record(stage.name, finished=True)
             return True
-        build, engine = stage_engine(self.config, stage, task, model, self.world)
+        build = stage_model(self.config, stage, model)
         empty = build(meta=True)
         origin, reader = (imported or resumed.folder.name, resumed) if resumed else self._first_weights(stage, empty)
         shapes = parameter_shapes(empty)
         if isinstance(reader, Checkpoint):
             reader.check_fit(shapes)
-        try:
-            engine.load(reader, resumed.progress if resumed else {"updates": 0})
-        except DamagedError:
-            engine.close()
-            raise
-        finally:
-            if isinstance(reader, Checkpoint):
-                reader.close()
+        engine = self._load(stage, task, build, reader, resumed.progress if resumed else {"updates": 0})
         parameters = sum(math.prod(shape) for shape in shapes.values())
         facts = {
             "from": origin,
@@ -296,6 +287,28 @@ class _Pipeline:
                 self.folder.preempted.touch()
                 self.stream.emit("preempted", stage=stage.name, step=run.done)
         return finished
+
+    def _load(
+        self,
+        stage: Stage,
+        task: Task,
+        build: Callable[..., PreTrainedModel],
+        reader: Reader,
+        progress: dict[str, float],
+    ) -> Engine:
+        """The stage's engine, with what the reader has; it is closed afterwards."""
+        engine = stage_engine(self.config, stage, task, build, self.world)
+        try:
+            engine.load(reader, progress)
+        except DamagedError:
+            engine.close()
+            raise
+        finally:
+            if isinstance(reader, Checkpoint):
+                reader.close()
+        if self.world.rank == 0:
+            remove(self.folder.first_weights)  # all ranks have read them
+        return engine
 
     def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
         rank, size = self.world.rank, self.world.size
@@ -334,10 +347,12 @@ class _Pipeline:
             return f"{stage.from_stage}, {folder.name}", self.history.open(folder, weights_only=True)
         source = self.config.model.from_pretrained
         if source is not None:
-            reader, reason = pretrained_weights(source, empty, self.config.seed)
-            if reason is not None:
-                self.stream.emit("weights_read_whole", reason=reason)
-            return source, reader
+            folder = self.folder.first_weights
+
+            def tell(reason: str) -> None:
+                self.stream.emit("weights_converted", reason=reason, folder=str(folder))
+
+            return source, pretrained_weights(source, empty, self.config.seed, folder, tell)
         return "random weights", RandomWeights(empty, self.config.seed)
 
 

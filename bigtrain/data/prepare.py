@@ -16,10 +16,10 @@ from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.shards import Shards, batched, text_of
 from bigtrain.data.sources import COLUMNS, Columns, Row, documents, fingerprint, is_held_out, size_of
-from bigtrain.data.store import FORMAT, Store, is_made, make_once, open_store
+from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from bigtrain.data.writing import Document, Encoded, Layout, assemble, count_answers, gather, token_dtype
-from bigtrain.disk import remove
+from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
 

@@ -17,42 +17,19 @@ import hashlib
 import json
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.batches import IGNORE
-from bigtrain.disk import publish
 from bigtrain.errors import DataError
 
 FORMAT = 2
 MADE_AGAIN = "Remove the folder; it will be made again."
 
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-
-
-def make_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Have `build` fill the folder, with `manifest.json` as its last file, unless that has been done.
-
-    Of several processes the first one builds and the others wait for it; what a killed one left is removed. Raises
-    DataError when the disk is full.
-    """
-    if is_made(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(folder.name + ".lock")):
-        if not is_made(folder):
-            publish(folder, build)
-    return folder
-
-
-def is_made(folder: Path) -> bool:
-    """Whether `make_once` has finished a folder."""
-    return (folder / "manifest.json").is_file()
 
 
 def open_store(folder: Path, sequence_length: int, isolated: bool = True) -> Store:

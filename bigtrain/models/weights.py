@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,31 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, shorten
 from bigtrain.pretrained import arguments, opening
-from bigtrain.state import BUFFER, WEIGHT, Reader, Shape, lies_inside
+from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
 from bigtrain.tensor_files import Stored, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class ModelWeights:
-    """Reads the parameters and buffers of a model in memory."""
-
-    slots = (WEIGHT, BUFFER)
-
-    def __init__(self, model: nn.Module):
-        self._tensors: dict[str, dict[str, Tensor]] = {
-            WEIGHT: dict(model.named_parameters()),
-            BUFFER: dict(model.named_buffers()),
-        }
-
-    def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
-        tensor = self._tensors.get(slot, {}).get(name)
-        if tensor is None:
-            raise CheckpointError(f"{name}: the pretrained model has no such {slot}.")
-        return cut(tensor.detach(), offsets, lengths)
 
 
 class PretrainedFiles:
@@ -145,26 +129,37 @@ def _hash(seed: int, *names: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def pretrained_weights(source: str, empty: PreTrainedModel, seed: int) -> tuple[Reader, str | None]:
-    """(the weights of a folder, Hub id or .gguf file; why every rank reads all of them, None if it need not).
+def pretrained_weights(
+    source: str, empty: PreTrainedModel, seed: int, folder: Path, tell: Callable[[str], None]
+) -> PretrainedFiles:
+    """The weights of a model's folder, Hub id or .gguf file, read no further than they are asked for.
 
     `empty` is the model that they are for. Where its names and shapes are those of the safetensors files, the reader
-    takes from the files what it is asked for; else transformers reads the whole model into host memory in fp32.
+    takes from these what it is asked for. Else the reason is told, and the first of all processes has transformers
+    read the whole model into host memory, in fp32, and writes it to `folder` for all of them.
     An embedding with fewer rows than that of `empty` grows; the new rows are drawn around the mean of the old ones
     (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021).
+
+    Raises ConfigError for a model that cannot be opened, CheckpointError for one of another architecture.
     """
     with opening(source, "model.from_pretrained"):
         try:
-            return _pretrained_files(source, empty), None
+            return _reader(_published(source, empty), empty)
         except _OnlyWhole as reason:
-            return ModelWeights(_pretrained_model(source, empty.config.vocab_size, seed)), str(reason)
+            tell(str(reason))
+        make_once(folder, partial(_write_whole, source, empty.config.vocab_size, seed))
+    try:
+        return _reader(dict(read_header(folder / "model.safetensors")), empty)
+    except _OnlyWhole as reason:
+        raise CheckpointError(f"model.from_pretrained: {source} does not fit the model: {reason}") from None
 
 
 class _OnlyWhole(Exception):
     """A pretrained model cannot be read in parts; the message says why."""
 
 
-def _pretrained_model(source: str, vocab_size: int, seed: int) -> PreTrainedModel:
+def _write_whole(source: str, vocab_size: int, seed: int, folder: Path) -> None:
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, GgufConfig
 
     name, options = arguments(source)
@@ -175,20 +170,32 @@ def _pretrained_model(source: str, vocab_size: int, seed: int) -> PreTrainedMode
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
-    return model
+    unique = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in unique.values()}
+    check_free(folder, sum(tensor.nbytes for tensor in tensors.values()), f"{source}, as transformers converts it,")
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"from": source}) + "\n", encoding="utf-8")
 
 
-def _pretrained_files(source: str, empty: PreTrainedModel) -> PretrainedFiles:
-    """Raises _OnlyWhole where transformers does more than to give each tensor of the files to the parameter or buffer
-    of its name, or would have something to say about them."""
+def _published(source: str, empty: PreTrainedModel) -> dict[str, Stored]:
+    """Where the files of a model have each tensor of `empty`.
+
+    Raises _OnlyWhole where transformers does more than to give each tensor of the files to the parameter or buffer
+    of its name, or would have something to say about them.
+    """
     stored: dict[str, Stored] = {}
     for path in _safetensors(source, empty):
         try:
             stored.update(read_header(path))
         except ValueError as error:
             raise _OnlyWhole(str(error)) from None
+    return _by_parameter(stored, empty, empty.state_dict(keep_vars=True))
+
+
+def _reader(stored: dict[str, Stored], empty: PreTrainedModel) -> PretrainedFiles:
+    """Raises _OnlyWhole where a tensor of `empty` is not in `stored`, or is another one there."""
     tensors: dict[str, Tensor] = empty.state_dict(keep_vars=True)
-    named = _by_parameter(stored, empty, tensors)
+    named = dict(stored)
     aliases: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)

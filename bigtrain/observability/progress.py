@@ -102,8 +102,8 @@ class Progress:
     def _on_verified(self, event: Event) -> None:
         self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
 
-    def _on_weights_read_whole(self, event: Event) -> None:
-        self._print(f"{'weights':<10} read whole by every rank, since {event['reason']}")
+    def _on_weights_converted(self, event: Event) -> None:
+        self._print(f"{'weights':<10} written to {event['folder']} by one process for all, since {event['reason']}")
 
     def _on_stage_started(self, event: Event) -> None:
         resumed = f", resumed at step {event['done']}" if event["done"] else ""

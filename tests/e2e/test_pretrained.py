@@ -6,6 +6,8 @@ import shutil
 import subprocess
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bigtrain.observability.stream import read_metrics
 from tests.support import bigtrain, small_config
@@ -52,8 +54,11 @@ def test_goes_on_from_the_exported_folder(first, tmp_path):
 
 
 def test_code_in_a_checkpoint_is_never_run(first, tmp_path):
+    """Nor where transformers must read it, as of old files."""
     folder, run = first
     evil = shutil.copytree(run / "pretrain" / "export", tmp_path / "evil")
+    torch.save(load_file(evil / "model.safetensors"), evil / "pytorch_model.bin")
+    (evil / "model.safetensors").unlink()
     config = json.loads((evil / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     config["trust_remote_code"] = True
@@ -65,6 +70,11 @@ def test_code_in_a_checkpoint_is_never_run(first, tmp_path):
     process = bigtrain("run", folder / "small.yaml", *from_folder(tmp_path, evil), stdin=subprocess.DEVNULL)
     assert process.returncode == 0, process.stderr
     assert not (tmp_path / "it-ran").exists()
+    second = tmp_path / "second"
+    assert held_out(second, "pretrain")[0] == pytest.approx(held_out(run, "pretrain")[-1], rel=1e-6)
+    told = f"written to {second / 'first-weights'} by one process for all, since it has no model.safetensors"
+    assert process.stdout.count(told) == 1
+    assert not (second / "first-weights").exists()
 
 
 @pytest.mark.parametrize(

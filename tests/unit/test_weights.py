@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import empty_model
-from bigtrain.models.weights import ModelWeights, PretrainedFiles, RandomWeights, pretrained_weights
+from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.parallel.contract import persistent_buffers
 
 SMALL = {
@@ -105,15 +105,6 @@ def test_a_parameter_that_nobody_initialises_is_refused():
         RandomWeights(model, seed=0).read("model.extra", "weight", (0,), (3,))
 
 
-def test_reads_a_model_in_memory():
-    config, _ = meta_model("llama")
-    model = AutoModelForCausalLM.from_config(config)
-    reader = ModelWeights(model)
-    assert torch.equal(reader.read("model.norm.weight", "weight", (8,), (4,)), model.model.norm.weight[8:12])
-    with pytest.raises(CheckpointError, match="no such weight"):
-        reader.read("model.nothing", "weight", (0,), (1,))
-
-
 PRETRAINED = {
     "llama": FAMILIES["llama"],
     "llama-untied": SMALL | {"model_type": "llama", "tie_word_embeddings": False},
@@ -135,12 +126,16 @@ def save_pretrained(folder, family, values, dtype=torch.float32, headless=False,
 
 
 def open_pretrained(folder, **changes):
-    """(reader, why it reads all, the model it is for)"""
+    """(reader, why it has not read the folder's own files, the model it is for)"""
     config = AutoConfig.from_pretrained(folder)
     for key, value in changes.items():
         setattr(config, key, value)
     empty = empty_model(config, attention="sdpa", activation_checkpointing="none", meta=True)
-    return *pretrained_weights(str(folder), empty, seed=0), empty
+    reasons = []
+    written = folder / "written"
+    reader = pretrained_weights(str(folder), empty, 0, written, reasons.append)
+    assert written.exists() == bool(reasons)
+    return reader, *(reasons or [None]), empty
 
 
 def assert_same_as_transformers(folder, reader, empty):
@@ -168,7 +163,6 @@ def test_pretrained_files_hold_what_transformers_loads(tmp_path, family, shards,
     assert (len(list(folder.glob("*.safetensors"))) == 1) == (shards == 1)
     reader, reason, empty = open_pretrained(folder)
     assert reason is None
-    assert isinstance(reader, PretrainedFiles)
     assert_same_as_transformers(folder, reader, empty)
 
 
@@ -231,5 +225,7 @@ def test_files_that_are_cut_short_are_refused(tmp_path):
     folder = save_pretrained(tmp_path, "llama", PRETRAINED["llama"])
     reader, _, _ = open_pretrained(folder)
     os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="no such weight"):
+        reader.read("model.nothing", "weight", (0,), (1,))
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: it ends"):
         reader.read("model.norm.weight", "weight", (0,), (64,))

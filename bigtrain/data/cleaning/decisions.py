@@ -27,7 +27,8 @@ from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.report import Report
 from bigtrain.data.cleaning.texts import Change, TextSteps, row_text, words
 from bigtrain.data.sources import Columns, Row, documents, fingerprint, is_held_out
-from bigtrain.data.store import MADE_AGAIN, make_once, map_file
+from bigtrain.data.store import MADE_AGAIN, map_file
+from bigtrain.disk import make_once
 from bigtrain.errors import DataError
 
 VERSION = 1  # of what the steps do; a new one decides anew
