@@ -142,6 +142,14 @@ class RunFolder:
         """Let another job begin."""
         self._lock.release(force=True)
 
+    def is_at_work(self) -> bool:
+        """Whether a job holds the folder."""
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
     def _enter(self) -> None:
         try:
             self._lock.acquire(timeout=0)

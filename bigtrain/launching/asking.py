@@ -10,6 +10,7 @@ from bigtrain.resilience.requests import heard
 from bigtrain.run_folder import RunFolder
 
 ANSWER_SECONDS = 15.0  # a job that trains looks for the file twice a second
+UNSEEN_SECONDS = 3.0  # where no job is seen to hold the folder: some disks do not show other hosts' locks
 SILENCE_SECONDS = 60.0  # and renews the answer's time as often; a shared disk may show it late
 LOOK_SECONDS = 0.1
 
@@ -21,11 +22,12 @@ def ask_to_save(run_dir: Path) -> Path:
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds no run: it has no config.yaml.")
-    request = RunFolder(run_dir).save_request
+    folder = RunFolder(run_dir)
+    request = folder.save_request
     answer = heard(request)
     answer.unlink(missing_ok=True)
     request.touch()
-    deadline = time.monotonic() + ANSWER_SECONDS
+    deadline = time.monotonic() + (ANSWER_SECONDS if folder.is_at_work() else UNSEEN_SECONDS)
     while request.exists():
         if time.monotonic() > deadline:
             request.unlink(missing_ok=True)
@@ -34,16 +36,16 @@ def ask_to_save(run_dir: Path) -> Path:
             )
         time.sleep(LOOK_SECONDS)
     try:
-        folder = _awaited(answer)
+        saved = _awaited(answer)
     except FileNotFoundError:
         raise BigtrainError(f"the job of {run_dir} ended before it had saved.") from None
     answer.unlink()
-    if not folder:
+    if not saved:
         raise BigtrainError(
             f"the job of {run_dir} heard that it should save, and has shown no sign of life for "
             f"{SILENCE_SECONDS:.0f} s since: it was killed, or its host cannot be reached."
         )
-    return Path(folder)
+    return Path(saved)
 
 
 def _awaited(answer: Path) -> str:

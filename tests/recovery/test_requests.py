@@ -84,13 +84,33 @@ def test_it_leaves_when_its_time_is_over(tmp_path):
 
 
 JOB = """
-import sys
+import contextlib, sys
 from pathlib import Path
+import filelock
 from bigtrain.resilience.requests import Requests
 
-with Requests(Path(sys.argv[1]) / "save-now"):
+folder = Path(sys.argv[1])
+with filelock.FileLock(folder / "lock"), Requests(folder / "save-now") if sys.argv[2:] else contextlib.nullcontext():
+    print("at work", flush=True)
     sys.stdin.read()
 """
+
+
+def at_work(folder, *listens):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    job = subprocess.Popen([sys.executable, "-c", JOB, str(folder), *listens], **pipes)
+    job.stdout.readline()
+    return job
+
+
+def test_a_job_that_does_not_train_is_not_waited_for_long(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.2)
+    job = at_work(tmp_path)
+    with pytest.raises(BigtrainError, match="no job answers"):
+        asking.ask_to_save(tmp_path)
+    job.communicate()
+    assert not list(tmp_path.glob("save-now*"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +123,7 @@ with Requests(Path(sys.argv[1]) / "save-now"):
 def test_a_job_that_hears_and_does_not_save(tmp_path, monkeypatch, end, silence, told):
     (tmp_path / "config.yaml").touch()
     monkeypatch.setattr(asking, "SILENCE_SECONDS", silence)
-    job = subprocess.Popen([sys.executable, "-c", JOB, str(tmp_path)], stdin=subprocess.PIPE)
+    job = at_work(tmp_path, "listens")
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(asking.ask_to_save, tmp_path)
         while not (tmp_path / "save-now.heard").exists() and not answer.done():
