@@ -48,7 +48,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         try:
             build(partial)
-        except OSError:
+        except Exception:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for what nobody will read
             raise
         for path in (*partial.iterdir(), partial):

@@ -38,13 +38,16 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
     try_inputs(config)
     model = _model(config)
     state = foreign.read(model)
-    folder.begin(config, None, imported=str(where))
-    folder.record(stage.name, imported=str(where))
-    with joined("cpu", "fp32"):
-        written = save(
-            folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
-        )
-    folder.leave()
+    try:
+        folder.begin(config, None, imported=str(where))
+        _check_not_begun(folder, stage)  # again: another job may have done so meanwhile
+        folder.record(stage.name, imported=str(where))
+        with joined("cpu", "fp32"):
+            written = save(
+                folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
+            )
+    finally:
+        folder.leave()
     lost = ["the order of samples is bigtrain's own", "learning rate and Adam's settings are those of the run's file"]
     lost += ["the loss scale of fp16 begins anew"] if config.precision == "fp16" else []
     lost += ["the moving average of the weights begins anew"] if stage.optimizer.ema is not None else []

@@ -5,6 +5,7 @@ Free of torch, so that a launcher can answer before it starts anything.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import platform
@@ -18,11 +19,12 @@ from typing import Any
 import filelock
 
 from bigtrain.config import Run, differences, load_config, to_yaml
+from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
 from bigtrain.disk import remove
 from bigtrain.errors import ConfigError, nearest
 
-ENDING_SECONDS = 60.0  # how long a job that was killed may take to end
+ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
 
 
@@ -31,7 +33,8 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = filelock.FileLock(path / "lock")
+        # a lock that is a mere file would outlive a job whose host is lost
+        self._lock = filelock.FileLock(path / LOCK, fallback_to_soft=False)
 
     @classmethod
     def of(cls, config: Run) -> RunFolder:
@@ -78,9 +81,9 @@ class RunFolder:
             raise ConfigError(
                 f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
             )
+        if is_occupied(self.path):
+            raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
         if not written.exists():
-            if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
-                raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
             return
         anew = tuple(f"stages.{stage}." for stage in _with_dependents(config, restart))
         changed = [c for c in differences(load_config(written), config, "mathematics") if not c[0].startswith(anew)]
@@ -149,6 +152,8 @@ class RunFolder:
                 return False
         except filelock.Timeout:
             return True
+        except OSError:  # a disk without locks
+            return False
 
     def _enter(self) -> None:
         try:
@@ -156,6 +161,12 @@ class RunFolder:
             return
         except filelock.Timeout:
             other = self._job()
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            unsafe = f"the disk of {self.path} has no locks: nothing keeps a second job from training the same run."
+            print(unsafe, file=sys.stderr, flush=True)
+            return
         waiting = f"{other}; waiting up to {ENDING_SECONDS:.0f} s for it to end ..."
         print(waiting, file=sys.stderr, flush=True)
         try:
@@ -163,7 +174,7 @@ class RunFolder:
         except filelock.Timeout:
             raise ConfigError(
                 f"{other}. Two jobs cannot train one run: wait until that one has ended, or end it; or give this run "
-                "another `name`."
+                f"another `name`. (If its host is lost, remove {self.path / LOCK}.)"
             ) from None
 
     def _job(self) -> str:

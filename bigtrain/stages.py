@@ -61,8 +61,15 @@ def run_here(config: Run, restart: str | None = None) -> int:
     Returns the exit code: 0, or 75 if it was asked to stop and has saved.
     """
     quiet()
-    begun = time.monotonic()
     folder = RunFolder.of(config)
+    try:
+        return _run(config, folder, restart)
+    finally:
+        folder.leave()
+
+
+def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
+    begun = time.monotonic()
     with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         requests = Requests()
@@ -81,7 +88,6 @@ def run_here(config: Run, restart: str | None = None) -> int:
             ) from None
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
     stream.close()
-    folder.leave()
     if finished and world.rank == 0:
         print(summary(config, folder))
     return 0 if finished else os.EX_TEMPFAIL

@@ -26,6 +26,9 @@ SIZES = (
     "max_position_embeddings",
 )  # of an architecture; every family that has one of them means the same by it
 
+LOCK = "lock"  # the file in a run's folder that the job at work holds
+RESERVED = ("tokenizer", "first-weights", "preempted", "save-now", LOCK)  # what else a run's folder may hold
+
 Broken = Iterator[tuple[KeyPath, str]]
 
 
@@ -166,8 +169,8 @@ def check_replicas(run: Run, processes: int) -> None:
 def _stage(run: Run, i: int) -> Broken:
     stage, at = run.stages[i], ("stages", i)
     earlier = [other.name for other in run.stages[:i]]
-    if stage.name == "tokenizer":
-        yield (*at, "name"), "`tokenizer` is where the run keeps its tokenizer; choose another name."
+    if stage.name in RESERVED:
+        yield (*at, "name"), f"`{stage.name}` is the name of something else in a run's folder; choose another."
     if stage.name in earlier:
         yield (*at, "name"), f"there are two stages named {stage.name!r}."
     if stage.from_stage is not None and stage.from_stage not in earlier:
@@ -248,13 +251,19 @@ def _weights(sources: list[Source], at: KeyPath) -> Broken:
         yield at, "give a weight to every source or to none."
 
 
+def is_occupied(folder: Path) -> bool:
+    """Whether there is something in a folder, and no run; a job that is about to begin one holds its LOCK already."""
+    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return bool(there - {LOCK}) and "config.yaml" not in there
+
+
 def _run_folder(run: Run) -> Broken:
     output, folder = Path(run.output), Path(run.output) / run.name
     if output.exists() and not output.is_dir():
         yield ("output",), f"{output} is a file; name a folder."
     elif folder.exists() and not folder.is_dir():
         yield ("name",), f"{folder} is a file; choose another `name` or `output`."
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+    elif is_occupied(folder):
         yield ("name",), f"{folder} is not empty and holds no run; choose another `name` or `output`."
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from bigtrain.tensor_files import Stored, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Found = TypeVar("Found", Stored, Tensor)
 
 
 class PretrainedFiles:
@@ -140,40 +143,49 @@ def pretrained_weights(
     An embedding with fewer rows than that of `empty` grows; the new rows are drawn around the mean of the old ones
     (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021).
 
-    Raises ConfigError for a model that cannot be opened, CheckpointError for one of another architecture.
+    Raises ConfigError for a model that cannot be opened, CheckpointError for one of another architecture, DataError for
+    a disk without room for `folder`.
     """
-    with opening(source, "model.from_pretrained"):
-        try:
-            return _reader(_published(source, empty), empty)
-        except _OnlyWhole as reason:
-            tell(str(reason))
-        make_once(folder, partial(_write_whole, source, empty.config.vocab_size, seed))
     try:
-        return _reader(dict(read_header(folder / "model.safetensors")), empty)
+        with opening(source, "model.from_pretrained"):
+            found = _for_all(_published(source, empty), empty)
     except _OnlyWhole as reason:
-        raise CheckpointError(f"model.from_pretrained: {source} does not fit the model: {reason}") from None
+        tell(str(reason))
+        make_once(folder, partial(_write_whole, source, empty, seed))
+        found = _for_all(dict(read_header(folder / "model.safetensors")), empty)
+    return PretrainedFiles(found, {name: tensor.dtype for name, tensor in empty.state_dict(keep_vars=True).items()})
 
 
 class _OnlyWhole(Exception):
     """A pretrained model cannot be read in parts; the message says why."""
 
 
-def _write_whole(source: str, vocab_size: int, seed: int, folder: Path) -> None:
+def _write_whole(source: str, empty: PreTrainedModel, seed: int, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    vocab_size = empty.config.vocab_size
     name, options = arguments(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), opening(source, "model.from_pretrained"):
         torch.manual_seed(_hash(seed, "added tokens"))
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
     unique = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in unique.values()}
-    check_free(folder, sum(tensor.nbytes for tensor in tensors.values()), f"{source}, as transformers converts it,")
-    save_file(tensors, folder / "model.safetensors")
+    try:
+        _for_all(tensors, empty)
+        check_free(folder, sum(tensor.nbytes for tensor in tensors.values()), f"{source}, as transformers converts it,")
+        save_file(tensors, folder / "model.safetensors")
+    except _OnlyWhole as reason:
+        raise CheckpointError(f"model.from_pretrained: {source} does not fit the model: {reason}") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}, as transformers converts it, cannot be written to {folder}: {error}"
+        ) from None
     (folder / "manifest.json").write_text(json.dumps({"from": source}) + "\n", encoding="utf-8")
 
 
@@ -192,10 +204,11 @@ def _published(source: str, empty: PreTrainedModel) -> dict[str, Stored]:
     return _by_parameter(stored, empty, empty.state_dict(keep_vars=True))
 
 
-def _reader(stored: dict[str, Stored], empty: PreTrainedModel) -> PretrainedFiles:
-    """Raises _OnlyWhole where a tensor of `empty` is not in `stored`, or is another one there."""
+def _for_all(found_by_name: Mapping[str, Found], empty: PreTrainedModel) -> dict[str, Found]:
+    """What was found, by each of the names that a tensor has in `empty`. Raises _OnlyWhole where one lacks, or is
+    another there."""
     tensors: dict[str, Tensor] = empty.state_dict(keep_vars=True)
-    named = dict(stored)
+    named = dict(found_by_name)
     aliases: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
@@ -206,10 +219,12 @@ def _reader(stored: dict[str, Stored], empty: PreTrainedModel) -> PretrainedFile
         for name in names:
             found = named.setdefault(name, named[there[0]])
             if found.shape != tuple(tensors[name].shape):
-                raise _OnlyWhole(f"{name} has shape {found.shape} there and {tuple(tensors[name].shape)} in the model")
+                raise _OnlyWhole(
+                    f"{name} has shape {tuple(found.shape)} there and {tuple(tensors[name].shape)} in the model"
+                )
             if tensors[name].is_floating_point() and not found.dtype.is_floating_point:
                 raise _OnlyWhole(f"{name} is stored as {found.dtype}")
-    return PretrainedFiles(named, {name: tensor.dtype for name, tensor in tensors.items()})
+    return named
 
 
 def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:

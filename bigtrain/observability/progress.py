@@ -103,7 +103,7 @@ class Progress:
         self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
 
     def _on_weights_converted(self, event: Event) -> None:
-        self._print(f"{'weights':<10} written to {event['folder']} by one process for all, since {event['reason']}")
+        self._print(f"{'weights':<10} converted to {event['folder']} by one process for all, since {event['reason']}")
 
     def _on_stage_started(self, event: Event) -> None:
         resumed = f", resumed at step {event['done']}" if event["done"] else ""

@@ -91,7 +91,7 @@ class ZeroEngine:
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._loss_scale = LossScale() if precision == "fp16" else None
         if self._loss_scale is not None:
-            self._zero.loss_scaler = _Scaler(self._loss_scale)  # private: DeepSpeed's own has counters of its own
+            self._zero.loss_scaler = _Scaler(self._loss_scale)  # its own has counters of its own
         self._engine.train()
         give_back()
         parameters = list(self._model.named_parameters())
@@ -198,17 +198,16 @@ class ZeroEngine:
 
 
 class _Scaler:
-    """What DeepSpeed asks its loss scaler, answered by ours."""
+    """What DeepSpeed asks its loss scaler, answered by ours. It adapts the scale before it divides the gradients by it:
+    `cur_scale` stays what they were multiplied by."""
 
     def __init__(self, scale: LossScale):
         self._scale = scale
-
-    @property
-    def cur_scale(self) -> float:
-        return self._scale.value
+        self.cur_scale = scale.value
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        return loss * self._scale.value
+        self.cur_scale = self._scale.value
+        return loss * self.cur_scale
 
     def update_scale(self, overflow: bool) -> None:
         self._scale.accepts(not overflow)

@@ -72,7 +72,7 @@ def test_code_in_a_checkpoint_is_never_run(first, tmp_path):
     assert not (tmp_path / "it-ran").exists()
     second = tmp_path / "second"
     assert held_out(second, "pretrain")[0] == pytest.approx(held_out(run, "pretrain")[-1], rel=1e-6)
-    told = f"written to {second / 'first-weights'} by one process for all, since it has no model.safetensors"
+    told = f"converted to {second / 'first-weights'} by one process for all, since it has no model.safetensors"
     assert process.stdout.count(told) == 1
     assert not (second / "first-weights").exists()
 

@@ -14,6 +14,7 @@ from bigtrain.config import load_config
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launching import asking
 from bigtrain.resilience.requests import TimeLimit
+from bigtrain.run_folder import RunFolder
 from tests.support import bigtrain, small_config
 
 
@@ -104,12 +105,20 @@ def at_work(folder, *listens):
 
 
 def test_a_job_that_does_not_train_is_not_waited_for_long(tmp_path, monkeypatch):
+    """One at work is given its time; where there is none, the answer comes sooner."""
     (tmp_path / "config.yaml").touch()
     monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(asking, "UNSEEN_SECONDS", float("inf"))
     job = at_work(tmp_path)
+    assert RunFolder(tmp_path).is_at_work()
     with pytest.raises(BigtrainError, match="no job answers"):
         asking.ask_to_save(tmp_path)
     job.communicate()
+    assert not RunFolder(tmp_path).is_at_work()
+    monkeypatch.setattr(asking, "ANSWER_SECONDS", float("inf"))
+    monkeypatch.setattr(asking, "UNSEEN_SECONDS", 0.2)
+    with pytest.raises(BigtrainError, match="no job answers"):
+        asking.ask_to_save(tmp_path)
     assert not list(tmp_path.glob("save-now*"))
 
 

@@ -70,6 +70,11 @@ def test_reads_values_and_overrides(config):
             "task: stf",
             "run.yaml:13: stages.finetune.task: 'stf' is not one of 'pretrain' or 'sft'",
         ),
+        (
+            "name: finetune",
+            "name: first-weights",
+            "run.yaml:12: stages.first-weights.name: `first-weights` is the name of something else in a run's folder",
+        ),
         ("    steps: 10\n", "", "stages.pretrain: give one of steps, tokens and epochs; found none"),
         ("from: pretrain", "from: pretrian", "stages.finetune.from: 'pretrian' is no earlier stage"),
         (

@@ -36,8 +36,8 @@ def test_is_restored():
 
 
 def overflowing(layout):
-    """Whether a step with an absurd loss scale left the state as it was; then the losses of ordinary fp16 steps, with
-    an old scale that has nearly been patient enough."""
+    """Whether a step with an absurd loss scale left the state as it was; then ordinary fp16 steps, the second of which
+    doubles the scale: the losses and norms of five, and the first moments after two."""
     if layout.startswith("zero"):
         from deepspeed.accelerator import get_accelerator
 
@@ -51,10 +51,18 @@ def overflowing(layout):
     skipped = engine.progress()
     progress = {"updates": 0, "loss_scale": 256.0, "loss_scale_good_steps": 998}
     engine.load(cases.RandomWeights(cases.model_builder()(meta=True), 0), progress)
-    losses = [engine.step(cases.share(step), cases.learning_rate(step)).loss.item() for step in range(5)]
+    outcomes = [engine.step(cases.share(step), cases.learning_rate(step)) for step in range(2)]
+    moments = first_moments(cases.collect(engine))
+    outcomes += [engine.step(cases.share(step), cases.learning_rate(step)) for step in range(2, 5)]
+    numbers = [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], moments
     reached = engine.progress()
     engine.close()
-    return kept, outcome.grad_norm.isfinite().item(), skipped, losses, reached
+    return kept, outcome.grad_norm.isfinite().item(), skipped, numbers, reached
+
+
+def first_moments(state):
+    """The norm of each."""
+    return {name: tensor.norm().item() for (name, slot), tensor in state.items() if slot == "exp_avg"}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +73,14 @@ def two():
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero2", "zero3"])
 def test_an_overflow_changes_nothing_and_fp16_trains_like_fp32(two, layout):
-    expected = two(cases.trained, layout, 5)[0][0]
-    for kept, finite, skipped, losses, reached in two(overflowing, layout):
+    expected, expected_norms, _ = two(cases.trained, layout, 5)[0]
+    expected_moments = first_moments(two(cases.trained, layout, 2)[0][2])
+    for kept, finite, skipped, (losses, norms, moments), reached in two(overflowing, layout):
         assert kept
         assert not finite
         assert skipped == {"updates": 0, "loss_scale": 2.0**39, "loss_scale_good_steps": 0}
         assert losses == pytest.approx(expected, rel=5e-3)
         assert losses != expected
+        assert norms == pytest.approx(expected_norms, rel=2e-2)
+        assert moments == pytest.approx(expected_moments, rel=5e-2)
         assert reached == {"updates": 5, "loss_scale": 512.0, "loss_scale_good_steps": 3}

@@ -1,5 +1,6 @@
 """The run's folder: one run lives in it, stages can be begun anew, nothing is deleted."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from bigtrain import run_folder
 from bigtrain.config import load_config
+from bigtrain.config.load import load
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder
@@ -49,6 +51,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from bigtrain.config import load_config
+from bigtrain.config.load import load
 from bigtrain.run_folder import RunFolder
 
 config = load_config(Path(sys.argv[1]))
@@ -69,7 +72,7 @@ def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_p
     monkeypatch.setattr(run_folder, "ENDING_SECONDS", 0.1)
     with pytest.raises(ConfigError, match=r"another job, begun at 20\d\d-.* is at work in .*small\. Two jobs cannot"):
         folder.begin(config, "pretrain", world_size=1)
-    assert "waiting up to 0 s" in capsys.readouterr().err
+    assert "; waiting up to 0 s" in capsys.readouterr().err
     assert len(folder.facts()["attempts"]) == 1
     monkeypatch.setattr(run_folder, "ENDING_SECONDS", 60.0)
     job.kill()  # its lock goes with it
@@ -77,6 +80,29 @@ def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_p
     folder.leave()
     job.communicate()
     assert RunFolder.of(config).begin(config, None, world_size=1) == 3
+
+
+def test_a_folder_that_a_job_is_about_to_begin_is_free(tmp_path):
+    """As a job that was killed then leaves it."""
+    path = small_config(tmp_path)
+    folder = RunFolder.of(load_config(path))
+    folder.path.mkdir(parents=True)
+    (folder.path / "lock").touch()
+    assert folder.begin(load(path, here=True).run, None, world_size=1) == 1
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    config = load_config(small_config(tmp_path))
+    folder = RunFolder.of(config)
+    assert not folder.is_at_work()
+    assert folder.begin(config, None, world_size=1) == 1
+    assert capsys.readouterr().err == (
+        f"the disk of {folder.path} has no locks: nothing keeps a second job from training the same run.\n"
+    )
 
 
 def test_another_mathematics_is_refused_with_the_choice(run):
