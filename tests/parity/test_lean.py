@@ -172,6 +172,7 @@ def test_four_ranks_load_a_model_in_little_more_than_its_size(stored, layout, ki
         ranks(warm_up, layout)
         peaks = [sum(column) for column in zip(*ranks(load, layout, MODELS[size], kind, folders[kind]), strict=True)]
     limit = 1.4 * whole + (4 * largest if layout == "zero3" else 0)
+    limit += largest if kind == "converted" else 0  # its embedding grows
     if layout == "zero3":
         peaks[-1] += whole
     told = f"{layout} {kind}: peaks {[round(peak / 1e6) for peak in peaks]} MB; the model has {whole / 1e6:.0f} MB, "
