@@ -59,7 +59,7 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
         "model": {"from_config": MODEL | {"attention_dropout": dropout}},
         "tokenizer": {"train": {"vocab_size": 400}},
         "precision": "fp32",
-        "parallel": {"engine": "zero2", "processes": 2, "micro_batch_size": 2},
+        "parallel": {"engine": "ddp", "processes": 2, "micro_batch_size": 2},
         "stages": [
             {"name": "pretrain", "task": "pretrain", "data": [{"source": f"{package}/*.py"}], **stage},
             {

@@ -17,7 +17,9 @@ from tests.support import bigtrain, small_config
 def first(tmp_path_factory):
     """(folder, run) of a finished small run."""
     folder = tmp_path_factory.mktemp("first")
-    process = bigtrain("run", small_config(folder, steps=5), "stages.finetune.parallel.engine=fsdp")
+    process = bigtrain(
+        "run", small_config(folder, steps=5), "stages.finetune.parallel.engine=fsdp", "parallel.engine=zero2"
+    )
     assert process.returncode == 0, process.stderr
     return folder, folder / "runs" / "small"
 

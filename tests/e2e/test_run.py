@@ -15,7 +15,8 @@ from tests.support import bigtrain, small_config
 def finished(tmp_path_factory):
     """A finished run of two stages: (config, run folder, what it printed)."""
     folder = tmp_path_factory.mktemp("run")
-    config = small_config(folder, steps=20, every=10)
+    parallel = {"engine": "zero2", "processes": 2, "micro_batch_size": 2}
+    config = small_config(folder, steps=20, every=10, parallel=parallel)
     process = bigtrain("run", config)
     assert process.returncode == 0, process.stderr
     return config, folder / "runs" / "small", process.stdout

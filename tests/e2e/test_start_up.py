@@ -46,12 +46,12 @@ def start(ranks, config, *, size=2, seconds=60):
 
 def test_ranks_with_different_files_are_told_which_keys_differ(tmp_path):
     config, port = small_config(tmp_path), free_port()
-    other = ["stages.pretrain.optimizer.lr=1e-2", "parallel.engine=ddp"]
+    other = ["stages.pretrain.optimizer.lr=1e-2", "parallel.engine=fsdp"]
     results, left = start([{"rank": 0, "port": port}, {"rank": 1, "port": port, "overrides": other}], config)
     assert [code for code, _ in results] == [2, 2]
     assert results[0][1].splitlines() == [
         f"rank 1 on {HOST}: {key}, rank 0 on {HOST} has {ours}; start all ranks with the same file and overrides."
-        for key, ours in (("parallel.engine: ddp", "zero2"), ("stages.pretrain.optimizer.lr: 0.01", "0.003"))
+        for key, ours in (("parallel.engine: fsdp", "ddp"), ("stages.pretrain.optimizer.lr: 0.01", "0.003"))
     ]
     assert results[1][1] == ""  # rank 0 has told it
     assert left == []

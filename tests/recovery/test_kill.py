@@ -68,8 +68,10 @@ def killed_in_each_stage(tmp_path, overrides):
 @pytest.mark.soak
 def test_another_engine_and_world_size_take_over(tmp_path):
     config = small_config(tmp_path, steps=12, every=4)
-    run(config, "name=whole")
-    kill_after_step(["run", str(config), "name=moved"], tmp_path / "runs" / "moved", "pretrain", 5)
+    run(config, "name=whole", "parallel.engine=zero2")
+    kill_after_step(
+        ["run", str(config), "name=moved", "parallel.engine=zero2"], tmp_path / "runs" / "moved", "pretrain", 5
+    )
     run(config, "name=moved", "parallel.engine=fsdp", "parallel.processes=3")
     moved, whole = numbers(tmp_path / "runs" / "moved"), numbers(tmp_path / "runs" / "whole")
     assert [row[:3] for row in moved] == [row[:3] for row in whole]
