@@ -228,9 +228,8 @@ def evaluate(
 
 def main() -> None:
     """The `bigtrain` command. Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 75 asked to stop."""
-    atexit.register(
-        gc.freeze
-    )  # else Python looks through all of torch and transformers for cycles as it ends, for 1.5 s
+    # else Python looks through all of torch and transformers for cycles as it ends, for 1.5 s
+    atexit.register(gc.freeze)
     try:
         app()
     except BigtrainError as error:
