@@ -10,6 +10,7 @@ import pytest
 from bigtrain import run_folder
 from bigtrain.config import load_config
 from bigtrain.config.load import load
+from bigtrain.config.rules import RESERVED
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder
@@ -89,6 +90,12 @@ def test_a_folder_that_a_job_is_about_to_begin_is_free(tmp_path):
     folder.path.mkdir(parents=True)
     (folder.path / "lock").touch()
     assert folder.begin(load(path, here=True).run, None, world_size=1) == 1
+
+
+def test_no_stage_may_be_named_as_what_else_lies_in_the_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    ours = (folder.tokenizer, folder.first_weights, folder.preempted, folder.save_request, tmp_path / "lock")
+    assert {path.name for path in ours} == set(RESERVED)
 
 
 def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
