@@ -12,7 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigtrain.errors import BigtrainError
+import bigtrain
+from bigtrain.errors import BigtrainError, ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,9 +24,18 @@ Overrides = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"bigtrain {bigtrain.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _app(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Train large models from one file."""
 
@@ -38,17 +48,20 @@ def run(
         str | None, typer.Option(help="Begin this stage anew, and those that follow from it; the old is set aside.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print resolved values, where each came from, and what they amount to.")
+        bool, typer.Option("--dry-run", help="Print what the run amounts to, and the values given and where.")
     ] = False,
+    every_value: Annotated[bool, typer.Option("--all", help="With --dry-run: the defaults too.")] = False,
 ) -> None:
     """Run all stages of CONFIG; started again, it continues where it was."""
     from bigtrain.config import load
 
+    if every_value and not dry_run:
+        raise ConfigError("--all: it says what --dry-run prints; give both.")
     loaded = load(config, overrides or [], here=not dry_run)
     if dry_run:
         from bigtrain.launching.dry_run import dry_run as show
 
-        return show(loaded)
+        return show(loaded, every_value)
     from bigtrain.launching.start import start
 
     raise typer.Exit(start(loaded.run, restart))

@@ -19,6 +19,8 @@ from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import Run, Section, mark_of
 from bigtrain.errors import ConfigError, nearest
 
+DEFAULT = "default"  # the origin of a value that nobody has given
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -28,7 +30,7 @@ class Loaded:
     document: Document
 
     def origin(self, path: KeyPath) -> str:
-        return self.document.origins.get(path, "default")
+        return self.document.origins.get(path, DEFAULT)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:

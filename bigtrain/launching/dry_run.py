@@ -1,4 +1,4 @@
-"""`bigtrain run CONFIG --dry-run`: the resolved file and what the run amounts to. Nothing is trained or written."""
+"""`bigtrain run CONFIG --dry-run`: what the run amounts to, and the resolved file. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from bigtrain.config.load import Loaded, lacking
+from bigtrain.config.load import DEFAULT, Loaded, lacking
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
@@ -42,8 +42,9 @@ class Shares:
     dummies: int  # rows without targets, over all processes, that make the micro-batches equal
 
 
-def dry_run(loaded: Loaded) -> None:
-    """Print every value with its origin, the model's size, each stage's length and layout, and what a run lacks here.
+def dry_run(loaded: Loaded, defaults: bool = False) -> None:
+    """Print the model's size, each stage's length and layout, what a run lacks here, and the values that were given,
+    each with its origin; with `defaults` the others too.
 
     Raises ConfigError for what only shows when the architecture is built.
     """
@@ -53,18 +54,29 @@ def dry_run(loaded: Loaded) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # of the ranks that a launcher has started, one is enough to tell
     console = Console(soft_wrap=True, highlight=False)
-    rows = [(key, as_yaml(value), origin) for key, value, origin in resolved(loaded)]
-    keys, values = (min(60, max(len(row[column]) for row in rows)) for column in (0, 1))
-    for key, value, origin in rows:
-        console.print(Text.assemble((f"{key:<{keys}}", "bold"), f"  {value:<{values}}  ", (origin, "dim")))
-    console.print()
-    size = model_size(run)  # takes seconds: the values above are there to be read meanwhile
+    size = model_size(run)
     for name, told in [_model_lines(size), *(_stage_lines(run, stage, size, processes) for stage in run.stages)]:
         console.print(Text(name, "bold"))
         for key, text in told:
             console.print(Text(f"  {key:<24}{text}"))
     for line in lacking(loaded):
         console.print(Text(f"would be refused here: {line}", "yellow"))
+    _print_values(console, loaded, defaults)
+
+
+def _print_values(console: Console, loaded: Loaded, defaults: bool) -> None:
+    rows = [(key, as_yaml(value), origin) for key, value, origin in resolved(loaded)]
+    given = [row for row in rows if row[2] != DEFAULT]
+    left = [row for row in rows if row[2] == DEFAULT]
+    shown = rows if defaults else given
+    keys, values = (min(60, max(len(row[column]) for row in shown)) for column in (0, 1))
+    for title, section in (("given", given), ("defaults", left if defaults else [])):
+        if section:
+            console.print(Text(f"\n{title}", "bold"))
+        for key, value, origin in section:
+            console.print(Text.assemble((f"  {key:<{keys}}", "bold"), f"  {value:<{values}}  ", (origin, "dim")))
+    if left and not defaults:
+        console.print(Text(f"\n{len(left)} more values are defaults; --all shows them", "dim"))
 
 
 def model_size(run: Run) -> Size | str:

@@ -10,22 +10,34 @@ from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
 from bigtrain.errors import BigtrainError, Told
 from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
+from bigtrain.observability.results import RunResult, read_result
 from bigtrain.run_folder import RunFolder
 
 
-def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), restart: str | None = None) -> Path:
-    """Run all stages of a run's file (a path, with `KEY=VALUE` overrides, or a loaded one); returns the run's folder.
+class RunError(BigtrainError):
+    """A run did not reach its end. exit_code: 75, it was asked to stop and has saved; else it failed, 2 where its input
+    was wrong. result: what it has reached."""
 
-    `restart` names a stage to begin anew, with all that follow from it. Raises ConfigError for wrong input, and
-    BigtrainError for a run that failed.
+    def __init__(self, text: str, exit_code: int, result: RunResult):
+        super().__init__(text)
+        self.exit_code = exit_code
+        self.result = result
+
+
+def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), restart: str | None = None) -> RunResult:
+    """Run all stages of a run's file (a path, with `KEY=VALUE` overrides, or a loaded one); returns what it reached.
+
+    `restart` names a stage to begin anew, with all that follow from it. Raises ConfigError for wrong input, RunError
+    (with the result so far) for a run that failed or was asked to stop.
     """
     loaded = config if isinstance(config, Run) else load(config, overrides, here=True).run
     code = start(loaded, restart)
+    result = read_result(loaded)
     if code == os.EX_TEMPFAIL:
-        raise BigtrainError(f"the run in {RunFolder.of(loaded).path} was asked to stop, and has saved; run it again.")
+        raise RunError(f"the run in {result.folder} was asked to stop, and has saved; run it again.", code, result)
     if code != 0:
-        raise BigtrainError(f"the run in {RunFolder.of(loaded).path} failed with exit code {code}; see above.")
-    return RunFolder.of(loaded).path
+        raise RunError(f"the run in {result.folder} failed with exit code {code}; see above.", code, result)
+    return result
 
 
 def start(config: Run, restart: str | None = None) -> int:

@@ -83,7 +83,7 @@ def test_the_formula_gives_the_published_sizes():
 def test_every_recipe(recipe, tmp_path):
     recipe_data(tmp_path)
     before = files_below(tmp_path)
-    told = bigtrain("run", recipe, "--dry-run", cwd=tmp_path)
+    told = bigtrain("run", recipe, "--dry-run", "--all", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert files_below(tmp_path) == before
     lines = [tuple(re.split(r"  +", line.strip())) for line in told.stdout.splitlines()]
@@ -93,6 +93,26 @@ def test_every_recipe(recipe, tmp_path):
     name_line = 1 + recipe.read_text().splitlines().index(f"name: {load(recipe).run.name}")
     assert ("name", load(recipe).run.name, f"{recipe}:{name_line}") in lines
     assert ("attention", "sdpa", "default") in lines
+    assert [section for section in lines if section in (("given",), ("defaults",))] == [("given",), ("defaults",)]
+    assert lines.index(("given",)) > lines.index(FIGURES[recipe.stem][-1])  # what it amounts to stands first
+
+
+def test_the_values_that_were_given_are_shown_and_the_defaults_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    loaded = load(small_config(tmp_path), ["seed=3"])
+    dry_run(loaded)
+    told = capsys.readouterr().out
+    plan, values = told.split("\ngiven\n")
+    assert "parameters" in plan and "global batch" in plan
+    assert re.search(r"^  seed +3 +command line$", values, re.MULTILINE)
+    assert not re.search(r" default$", told, re.MULTILINE)
+    left = [key for key, _, origin in resolved(loaded) if origin == "default"]
+    assert f"{len(left)} more values are defaults; --all shows them" in values
+    dry_run(loaded, defaults=True)
+    shown = re.findall(r"^  (\S+) .* default$", capsys.readouterr().out, re.MULTILINE)
+    assert shown == left
+    refused = bigtrain("run", tmp_path / "small.yaml", "--all")
+    assert (refused.returncode, refused.stderr) == (2, "--all: it says what --dry-run prints; give both.\n")
 
 
 def run_imports(*arguments, cwd):
