@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import filelock
 
@@ -65,6 +66,19 @@ def remove(folder: Path) -> None:
     except FileNotFoundError:  # somebody else was faster
         return
     shutil.rmtree(going)
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open for appending whole lines: what a killed process has left of its last line gets a line of its own."""
+    torn = False
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as before:
+            before.seek(-1, os.SEEK_END)
+            torn = before.read() != b"\n"
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if torn:
+        file.write("\n")
+    return file
 
 
 def check_free(folder: Path, needed: float, what: str) -> None:

@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import platform
+import shutil
 import sys
 import time
 import uuid
@@ -21,7 +22,7 @@ import filelock
 from bigtrain.config import Run, differences, load_config, to_yaml
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
-from bigtrain.disk import remove
+from bigtrain.disk import append_lines, remove
 from bigtrain.errors import ConfigError, nearest
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
@@ -74,19 +75,36 @@ class RunFolder:
         file = self.path / "run.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
+    def has_state(self, stage: str) -> bool:
+        """Whether a stage has more behind it than steps that were never saved: a checkpoint, a damaged one among them,
+        or its end, or an import. Only such a stage is bound to the values that it began with."""
+        facts = self.facts().get("stages", {}).get(stage, {})
+        return bool(facts.get("finished")) or "imported" in facts or _has_checkpoint(self.checkpoints(stage))
+
+    def is_kept(self) -> bool:
+        """Whether any stage has a state, one that was set aside too: they share the model, tokenizer and seed."""
+        stages = {*self.facts().get("stages", {}), *(root.parent.name for root in self.path.glob("*/checkpoints"))}
+        return any(self.has_state(stage) for stage in stages)
+
     def check(self, config: Run, restart: str | None = None) -> None:
-        """Raises ConfigError when something else lives in the folder, or a run that trains something else."""
-        written = self.path / "config.yaml"
+        """Raises ConfigError when something else lives in the folder, or a run that trains something else.
+
+        What no state depends on may change: a stage that has saved nothing takes the values of `config`.
+        """
         if restart is not None and restart not in [stage.name for stage in config.stages]:
             raise ConfigError(
                 f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
             )
         if is_occupied(self.path):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
-        if not written.exists():
+        if not self.is_kept():
             return
-        anew = tuple(f"stages.{stage}." for stage in _with_dependents(config, restart))
-        changed = [c for c in differences(load_config(written), config, "mathematics") if not c[0].startswith(anew)]
+        anew = _with_dependents(config, restart)
+        changed = [
+            change
+            for change in differences(load_config(self.path / "config.yaml"), config, "mathematics")
+            if (stage := _stage_of(change[0])) is None or (stage not in anew and self.has_state(stage))
+        ]
         if not changed:
             return
         lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in changed]
@@ -122,8 +140,13 @@ class RunFolder:
         self.check(config, restart)  # again: another job may have begun meanwhile
         for stage in _with_dependents(config, restart):
             self._set_aside(stage)
+        for name in sorted({*self.facts().get("stages", {}), *(stage.name for stage in config.stages)}):
+            if not self.has_state(name):
+                self._forget(name)
+        if not self.is_kept():
+            remove(self.tokenizer)  # the next one may be another
         self._replace("config.yaml", to_yaml(config))
-        facts = self.facts() or {"name": config.name, "seed": config.seed, "attempts": [], "stages": {}}
+        facts = {"attempts": [], "stages": {}, **self.facts(), "name": config.name, "seed": config.seed}
         facts["attempts"].append(
             {
                 "id": uuid.uuid4().hex,
@@ -197,17 +220,40 @@ class RunFolder:
 
     def _set_aside(self, stage: str) -> None:
         """Rename a stage's folder, so that nothing is lost, and let its rows of metrics.jsonl no longer count."""
-        folder, facts = self.stage(stage), self.facts()
-        if not facts:
+        facts = self.facts()
+        if self.has_state(stage) or _has_files(self.stage(stage)):
+            names = (f"{stage}.{number}" for number in itertools.count(1))
+            aside = next(n for n in names if n not in facts["stages"] and not self.stage(n).exists())
+            if self.stage(stage).exists():
+                self.stage(stage).rename(self.stage(aside))
+            facts["stages"][aside] = facts["stages"].pop(stage, {})
+            self._write(facts)
+            self._end_rows(stage, kept_as=aside)
+        self._forget(stage)
+
+    def _forget(self, stage: str) -> None:
+        """Take away what a stage that has saved nothing has left: what run.json says of it, its rows of metrics.jsonl
+        (they count no longer), half-made folders."""
+        facts = self.facts()
+        if facts.get("stages", {}).pop(stage, None) is not None:
+            self._write(facts)
+        self._end_rows(stage)
+        if self.stage(stage).exists() and not _has_files(self.stage(stage)):
+            shutil.rmtree(self.stage(stage))
+
+    def _end_rows(self, stage: str, **where: str) -> None:
+        """Let the rows of a stage in metrics.jsonl no longer count, if there are any."""
+        path, counts = self.path / "metrics.jsonl", False
+        if not path.exists():
             return
-        number = next(n for n in itertools.count(1) if f"{stage}.{n}" not in facts["stages"])
-        if folder.exists():
-            folder.rename(self.stage(f"{stage}.{number}"))
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            row = {"kind": "restarted", "time": time.time(), "stage": stage, "step": 0, "kept_as": f"{stage}.{number}"}
-            metrics.write(json.dumps(row) + "\n")
-        facts["stages"][f"{stage}.{number}"] = facts["stages"].pop(stage, {})
-        self._write(facts)
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if f'"stage": "{stage}"' in line:
+                    counts = '"kind": "restarted"' not in line
+        if counts:
+            with append_lines(path) as metrics:
+                row = {"kind": "restarted", "time": time.time(), "stage": stage, "step": 0, **where}
+                metrics.write(json.dumps(row) + "\n")
 
     def _write(self, facts: dict[str, Any]) -> None:
         self._replace("run.json", json.dumps(facts, indent=1) + "\n")
@@ -219,12 +265,28 @@ class RunFolder:
         partial.replace(self.path / name)
 
 
+def _has_checkpoint(root: Path) -> bool:
+    """Whether there is one under `root`, whole or damaged; what an interrupted save has left is none."""
+    folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    return any(not folder.name.startswith("step-") or (folder / "manifest.json").exists() for folder in folders)
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a stage's folder holds anything worth keeping: a file, but for those of interrupted saves."""
+    files = (path.relative_to(folder).parts for path in folder.rglob("*") if not path.is_dir())
+    return _has_checkpoint(folder / "checkpoints") or any(parts[0] != "checkpoints" for parts in files)
+
+
+def _stage_of(key: str) -> str | None:
+    """The stage that a dotted key of the run's file is about."""
+    return key.split(".")[1] if key.startswith("stages.") else None
+
+
 def _choices(config: Run, changed: list[str]) -> list[str]:
     """What can be done about keys that differ from those of the run, and what each would mean."""
     choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
-    stages = {key.split(".")[1] if key.startswith("stages.") else "" for key in changed}
-    if len(stages) == 1 and "" not in stages:
-        (stage,) = stages
+    stage, *more = {_stage_of(key) for key in changed}
+    if stage is not None and not more:
         others = _with_dependents(config, stage)[1:]
         also = f", and {', '.join(others)}, which starts from it," if others else ""
         choices.append(

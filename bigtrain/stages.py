@@ -127,7 +127,7 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     }
 
     def begin() -> tuple[int, str]:
-        if not folder.facts():
+        if not folder.is_kept():
             try_inputs(config)
         return folder.begin(config, restart, **execution), folder.newest_attempt() or ""
 

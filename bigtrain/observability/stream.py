@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from bigtrain.disk import append_lines
 
 Event = dict[str, Any]
 Reader = Callable[[Event], None]
@@ -41,8 +43,8 @@ class Files:
     """The reader that writes metrics.jsonl and events.jsonl, a line an event, as it happens."""
 
     def __init__(self, folder: Path):
-        self._metrics = _append(folder / "metrics.jsonl")
-        self._events = _append(folder / "events.jsonl")
+        self._metrics = append_lines(folder / "metrics.jsonl")
+        self._events = append_lines(folder / "events.jsonl")
 
     def __call__(self, event: Event) -> None:
         file = self._metrics if event["kind"] in METRICS else self._events
@@ -51,15 +53,6 @@ class Files:
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
-
-
-def _append(path: Path) -> TextIO:
-    """Open for appending whole lines: what a killed run left of its last line gets a line of its own."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if torn:
-        file.write("\n")
-    return file
 
 
 def read_metrics(folder: Path) -> list[Event]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 
@@ -165,6 +166,92 @@ def test_restart_sets_the_stage_and_its_dependents_aside(run):
     assert folder.facts()["stages"]["finetune.1"]["finished"]
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 8  # nothing was deleted
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.pretrain.sequence_length=32",
+        "stages.pretrain.optimizer.lr=1e-4",
+        "stages.pretrain.data.0.source=stdlib",
+        "stages.pretrain.name=first",
+        "stages.finetune.from=null",
+        "model.from_config.hidden_size=64",
+        "tokenizer.train.vocab_size=500",
+        "precision=bf16",
+        "seed=1",
+    ],
+)
+def test_a_run_that_has_saved_nothing_takes_any_change(tmp_path, override):
+    """Whatever the attempt before has left: records, rows, the tokenizer, half a checkpoint, a torn line."""
+    path = small_config(tmp_path)
+    first = load_config(path)
+    if "name=first" in override:
+        path.write_text(path.read_text().replace("from: pretrain", "from: first"))
+    changed = load_config(path, [override])
+    folder = RunFolder.of(first)
+    folder.begin(first, None, world_size=1)
+    folder.tokenizer.mkdir()
+    (folder.tokenizer / "manifest.json").write_text("{}")
+    folder.record("pretrain", data=[], steps=6)
+    stream = Stream([Files(folder.path)], attempt=1)
+    for step in (1, 2):
+        stream.emit("step", stage="pretrain", step=step, loss=1.0)
+    stream.close()
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "stage": "pretrain", "st')
+    half = folder.checkpoints("pretrain") / "step-00000002"
+    half.mkdir(parents=True)
+    (half / "weights-00000.safetensors").touch()
+    folder.check(changed)
+    assert folder.begin(changed, None, world_size=1) == 2
+    assert folder.facts()["stages"] == {}
+    assert folder.facts()["seed"] == changed.seed
+    assert read_metrics(folder.path) == []
+    assert not folder.tokenizer.exists()
+    left = {path.name for path in folder.path.iterdir()}
+    assert left == {"config.yaml", "lock", "events.jsonl", "metrics.jsonl", "run.json"}
+    assert load_config(folder.path / "config.yaml") == changed
+
+
+@pytest.mark.parametrize("state", ["checkpoint", "damaged", "finished", "imported"])
+def test_only_a_stage_with_a_state_is_bound_to_its_values(run, state):
+    config, folder = run
+    shutil.rmtree(folder.stage("finetune"))
+    folder.begin(config(), "finetune", world_size=1)
+    folder.check(config("stages.finetune.optimizer.lr=1", "stages.finetune.global_batch_size=7"))
+    with pytest.raises(ConfigError, match="seed: 0 in the run, 1 now"):
+        folder.check(config("seed=1"))  # pretrain has been trained with it
+    if state in ("checkpoint", "damaged"):
+        folder.record("pretrain", finished=False)
+        last = folder.checkpoints("pretrain") / "step-00000003"
+        if state == "damaged":
+            (last / "manifest.json").unlink()
+            last.rename(last.with_name("damaged-step-00000003"))
+    else:
+        shutil.rmtree(folder.stage("pretrain"))
+        folder.record("pretrain", finished=state == "finished", **({"imported": "x"} if state == "imported" else {}))
+    with pytest.raises(ConfigError, match=r"`--restart pretrain`: pretrain, and finetune, which"):
+        folder.check(config("stages.pretrain.optimizer.lr=1"))
+    folder.check(config("stages.pretrain.optimizer.lr=1"), restart="pretrain")
+
+
+def test_restart_of_what_has_not_begun_leaves_nothing(run):
+    config, folder = run
+    before = folder.facts()["stages"]
+    folder.begin(config(), "finetune", world_size=1)
+    assert folder.facts()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
+    rows = (folder.path / "metrics.jsonl").read_text()
+    (folder.checkpoints("finetune") / "step-00000001").mkdir(parents=True)
+    folder.begin(config(), "finetune", world_size=1)
+    assert folder.facts()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
+    assert (folder.path / "metrics.jsonl").read_text() == rows
+    assert not folder.stage("finetune").exists()
+    assert not folder.stage("finetune.2").exists()
+    (folder.stage("finetune") / "trace").mkdir(parents=True)
+    (folder.stage("finetune") / "trace" / "step-1.json").touch()  # of a profiler
+    folder.begin(config(), "finetune", world_size=1)
+    assert (folder.stage("finetune.2") / "trace" / "step-1.json").exists()
 
 
 def test_restart_of_the_last_stage_leaves_the_first(run):
