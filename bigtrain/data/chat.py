@@ -40,7 +40,10 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer (a PreTrainedTokenizerFast)."""
+    """The chat template of a tokenizer (a PreTrainedTokenizerFast).
+
+    end: the token that ends an answer, which is learned with it: where generation must stop.
+    """
 
     def __init__(self, tokenizer: Any):
         """Raises DataError for a template that ends answers without a token: the model would never learn to stop."""
@@ -58,11 +61,12 @@ class ChatTemplate:
                 "the tokenizer's chat template ends answers without a special token, "
                 "so the model would never learn to stop."
             )
-        self._end = end[0]
-        turns = {*self._token.findall(asked), self._end}
+        self.end = end[0]
+        turns = {*self._token.findall(asked), self.end}
         self._of_turns = _any_of(turns)
         self.tokens = frozenset(turns | {name for name, special in names.items() if special})
         self._of_template = _any_of(self.tokens)
+        self._marked_or_not = re.compile(f"{MARK}(?:{self._of_template.pattern}){MARK}|({self._of_template.pattern})")
 
     def documents(self, messages: list[Message], read_only: int = 0) -> list[Rendered]:
         """The documents of a conversation; none if nothing in it is to be learned.
@@ -89,7 +93,7 @@ class ChatTemplate:
                 continue
             if learned[-1][1] != answer[1]:
                 raise DataError(
-                    f"the generation marks of the chat template leave out {self._end!r}, which ends turn {i + 1}, "
+                    f"the generation marks of the chat template leave out {self.end!r}, which ends turn {i + 1}, "
                     "so the model would never learn to stop. Put the token between the marks."
                 )
             continues = bool(found) and text[: answer[0]].startswith(found[-1].text)
@@ -109,8 +113,8 @@ class ChatTemplate:
                     f"the chat template writes what comes before turn {len(before) + 1} differently once that turn is "
                     "answered, so the model would learn after what it never meets. Use another template."
                 )
-        ends = [match for match in self._of_template.finditer(text, start) if not _is_marked(text, match)]
-        chosen = [match for match in ends if match[0] == self._end] or ends
+        ends = [match for match in self._marked_or_not.finditer(text, start) if match[1]]
+        chosen = [match for match in ends if match[1] == self.end] or ends
         if not chosen:
             raise DataError(
                 f"the chat template ends turn {len(before) + 1} without a special token, "
@@ -171,10 +175,6 @@ def _any_of(names: Any) -> re.Pattern[str]:
 
 def _marked(tokens: re.Pattern[str], text: str) -> str:
     return tokens.sub(lambda match: f"{MARK}{match[0]}{MARK}", text)
-
-
-def _is_marked(text: str, match: re.Match[str]) -> bool:
-    return text[match.start() - 1 : match.start()] == MARK
 
 
 def _within(marks: list[Span], answer: Span) -> tuple[Span, ...]:

@@ -12,11 +12,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage
 from bigtrain.config.schema import Tokenizer as TokenizerOf
+from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer
@@ -192,7 +195,8 @@ def encode(tokenizer, messages, **more):
 
 
 def by_hand(tokenizer, spelt, forged=""):
-    """Ids and what is learned of a document as it is written above. @@ stands for a text that looks like tokens."""
+    """Ids and what is learned of a document as it is written above. @@ stands for a text that looks like tokens;
+    `forged` may also map other stand-ins to theirs."""
     added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     ids, trained, learned = [], [], False
     for piece in re.split("(⟦|⟧|" + "|".join(map(re.escape, added)) + ")", spelt):
@@ -202,7 +206,9 @@ def by_hand(tokenizer, spelt, forged=""):
         if piece in added:
             new = [tokenizer.convert_tokens_to_ids(piece)]
         else:
-            new = encode_texts(tokenizer, [piece.replace("@@", forged)])[0]
+            for stand_in, text in (forged if isinstance(forged, dict) else {"@@": forged}).items():
+                piece = piece.replace(stand_in, text)
+            new = encode_texts(tokenizer, [piece])[0]
         ids += new
         trained += [learned] * len(new)
     return ids, trained
@@ -302,6 +308,27 @@ def test_an_answer_cannot_end_itself_but_may_use_its_tokens(opened, family) -> N
         messages[2] = turn("assistant", f"<|python_tag|>Paris, {end}é <b>x</b>!")
         expected = [spelt.replace("Paris, ", "<|python_tag|>Paris, @@") for spelt in SPELT[family]]
         assert_spelt(tokenizer, encode(tokenizer, messages), expected, end)
+
+
+@pytest.mark.parametrize("family", TOKENS)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_an_answer_may_hold_any_special_token_anywhere(opened, family, data) -> None:
+    """Those that part turns are text in it, its own end too; the others are obeyed. It is neither cut nor refused."""
+    tokenizer = opened(family)
+    template = ChatTemplate(tokenizer)
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    of_turns = [token for token in (*TOKENS[family], *QWEN) if template._of_turns.fullmatch(token)]
+    pieces = st.sampled_from([*special, *of_turns * 3, "Paris", "é", "1", " and ", "\n"])
+    answer = "".join(data.draw(st.lists(pieces, min_size=1, max_size=6))).strip() or template.end
+    assert template.end in of_turns
+    stand_ins = {chr(0x2460 + number): token for number, token in enumerate(of_turns)}
+    written = answer
+    for stand_in, token in stand_ins.items():
+        written = written.replace(token, stand_in)
+    messages = [*CONVERSATION[:2], turn("assistant", answer), *CONVERSATION[3:]]
+    expected = [spelt.replace("Paris, é <b>x</b>!", written) for spelt in SPELT[family]]
+    assert_spelt(tokenizer, encode(tokenizer, messages), expected, stand_ins)
 
 
 def test_rows_with_and_without_forgeries_keep_their_order(opened) -> None:
