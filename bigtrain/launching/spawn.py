@@ -31,8 +31,9 @@ def spawn(command: list[str], processes: int, why: str) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
         failures = [Path(folder) / f"rank-{rank}.json" for rank in range(processes)]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         environment = {
-            **os.environ,
+            **inherited,  # of a torchrun around this process nothing: it does not serve these ranks' store
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
