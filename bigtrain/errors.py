@@ -40,6 +40,11 @@ class DamagedError(CheckpointError):
         return DamagedError, (self.folder, str(self))  # ranks tell each other of it
 
 
+class NotFiniteError(BigtrainError):
+    """Training has led to numbers that are not finite. Every rank raises it at the same point of the loop; what can be
+    done about it is said where the run's checkpoints are known."""
+
+
 class Told(BigtrainError):
     """All ranks leave together for a reason that rank 0 has told already; exit_code is that of the reason."""
 

@@ -77,6 +77,27 @@ class History:
 
         from_first(plan)
 
+    def way_on(self, stage: Stage) -> str:
+        """What can be done about numbers that are not finite, in sentences that `bigtrain run` accepts; collective."""
+        name, optimizer, schedule = stage.name, stage.optimizer, stage.schedule
+        lower = f"stages.{name}.optimizer.lr={min(optimizer.lr / 10, 1e-3):.3g}"
+        if optimizer.max_grad_norm is None:
+            lower += f" stages.{name}.optimizer.max_grad_norm=1.0"
+        if schedule.warmup_steps is None and not schedule.warmup_ratio:
+            lower += f" stages.{name}.schedule.warmup_ratio=0.1"
+        whole, kept = self.newest(name), from_first(lambda: (self._folder.has_state(name), self._folder.is_kept()))
+        if kept[0]:
+            return (
+                f"{f'{whole} is intact, but' if whole else 'Started again as it is,'} the run would come to the same "
+                f"end. Train the stage anew with gentler values: `bigtrain run CONFIG {lower} --restart {name}` (what "
+                f"it has so far is kept as {name}.1 or the next free number)."
+            )
+        also = ", or precision=fp32" if not kept[1] and self._config.precision != "fp32" else ""
+        return (
+            f"Nothing of stage {name} has been saved, so its values may change: start the run again with gentler ones, "
+            f"like {lower}{also}."
+        )
+
     def is_over(self, stage: Stage) -> bool:
         """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
 

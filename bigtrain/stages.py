@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigtrain
-from bigtrain.checkpoint import Checkpoint, Retention, Saver, set_aside
+from bigtrain.checkpoint import Checkpoint, Retention, Saver, newest, set_aside
 from bigtrain.config import Run
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
@@ -25,7 +25,7 @@ from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.disk import make_once, remove
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError, NotFiniteError, shorten
 from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
@@ -43,7 +43,7 @@ from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 from bigtrain.state import Reader
 from bigtrain.tasks import TASKS, Task
 from bigtrain.training.loop import train
@@ -61,16 +61,9 @@ def run_here(config: Run, restart: str | None = None) -> int:
     Returns the exit code: 0, or 75 if it was asked to stop and has saved.
     """
     quiet()
-    folder, since, first = RunFolder.of(config), time.time(), os.environ.get("RANK", "0") == "0"
+    folder = RunFolder.of(config)
     try:
-        code = _run(config, folder, restart)
-        if first:
-            folder.end("preempted" if code else "finished", None, since)
-        return code
-    except BaseException as error:
-        if first:
-            folder.end(*ending_of(error), since)
-        raise
+        return _run(config, folder, restart)
     finally:
         folder.leave()
 
@@ -89,10 +82,12 @@ def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
         try:
             _finish(config, folder, stream)
         except DamagedError as damaged:
-            raise CheckpointError(
-                f"{damaged}. It is set aside as {set_aside(damaged.folder)}: start the run again, and its stage goes "
-                "on from the checkpoint before it."
-            ) from None
+            aside, stage = set_aside(damaged.folder), damaged.folder.parents[1].name
+            if newest(damaged.folder.parent) is not None:
+                way_on = "start the run again, and its stage goes on from the checkpoint before it"
+            else:
+                way_on = f"there is none before it; `--restart {stage}` trains the stage anew"
+            raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}.") from None
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
     stream.close()
     if finished and world.rank == 0:
@@ -291,7 +286,10 @@ class _Pipeline:
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
         self.history.plan(stage, parameters)
-        finished = self._train(stage, run, engine, data, sequences)
+        try:
+            finished = self._train(stage, run, engine, data, sequences)
+        except NotFiniteError as error:
+            raise BigtrainError(f"{error} {self.history.way_on(stage)}") from None
         engine.close()
         if self.world.rank == 0:
             if finished:
@@ -313,6 +311,7 @@ class _Pipeline:
         engine = stage_engine(self.config, stage, task, build, self.world)
         try:
             engine.load(reader, progress)
+            self._check_start(engine, reader)
         except DamagedError:
             engine.close()
             raise
@@ -322,6 +321,18 @@ class _Pipeline:
         if self.world.rank == 0:
             remove(self.folder.first_weights)  # all ranks have read them
         return engine
+
+    def _check_start(self, engine: Engine, reader: Reader) -> None:
+        """Raises on all ranks if what was loaded is not finite: DamagedError for a checkpoint, else CheckpointError."""
+        names = engine.not_finite()
+        if not names:
+            return
+        told = f"there are numbers that are not finite in {self.config.precision} in {shorten(names)}"
+        if isinstance(reader, Checkpoint):
+            raise DamagedError(reader.folder, f"{reader.folder}: {told}")
+        source = self.config.model.from_pretrained
+        where = "model.from_config: of the first weights" if source is None else f"model.from_pretrained: in {source}"
+        raise CheckpointError(f"{where} {told}.")
 
     def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
         rank, size = self.world.rank, self.world.size

@@ -17,7 +17,7 @@ from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stag
 from bigtrain.data.batches import held_out_batches
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.data.store import Store
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.inference.generate import positions
 from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
@@ -97,6 +97,8 @@ def _evaluated(
     if not sums["targets"]:
         raise ConfigError(f"{on}: nothing in the first {sequences} sequences is to be predicted; take more.")
     loss = sums["loss"] / sums["targets"]
+    if not math.isfinite(loss):
+        raise BigtrainError(f"{opened.what}, on {on}: the loss is {loss}; the model computes what is not finite.")
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),

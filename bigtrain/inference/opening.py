@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from bigtrain.checkpoint import Checkpoint
 from bigtrain.config.schema import Run, Stage
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.errors import ConfigError, nearest
+from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
 from bigtrain.optim import EMA
@@ -105,12 +106,27 @@ def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device, 
 
 @torch.no_grad()
 def _fill(model: Any, reader: Checkpoint, slot: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the parameters on meta one by one. Buffers keep their own dtype: rotary frequencies are not cast."""
+    """Replace the parameters on meta one by one. Buffers keep their own dtype: rotary frequencies are not cast.
+
+    Raises DamagedError for weights that are not finite, ConfigError for those that `dtype` cannot hold.
+    """
+    bad, large = [], []
     for name, parameter in list(model.named_parameters()):
         tensor = reader.read(name, slot, _zeros(parameter), tuple(parameter.shape))
+        largest = torch.stack(tensor.aminmax()).abs().max().item()  # nan if any is
+        if not math.isfinite(largest):
+            bad.append(name)
+        elif largest > torch.finfo(dtype).max:
+            large.append(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    if bad:
+        raise DamagedError(reader.folder, f"{reader.folder}: there are numbers that are not finite in {shorten(bad)}")
+    if large:
+        raise ConfigError(
+            f"dtype: {str(dtype).removeprefix('torch.')} cannot hold the numbers of {shorten(large)}; use fp32."
+        )
     model.tie_weights()
     if BUFFER in reader.slots:
         for name, buffer in persistent_buffers(model):

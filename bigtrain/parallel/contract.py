@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import compile_layers, plain_head
 from bigtrain.models.linear import mkl_is_slow, use_onednn
-from bigtrain.state import Box, Reader
+from bigtrain.state import BUFFER, WEIGHT, Box, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +77,10 @@ class Engine(Protocol):
 
     def boxes(self) -> Iterator[Box]:
         """This rank's share: over all ranks, each element of each slot exactly once."""
+        ...
+
+    def not_finite(self) -> list[str]:
+        """The weights and slots in which any rank has a number that is not finite, by name; collective."""
         ...
 
     def load(self, reader: Reader, progress: dict[str, float]) -> None:
@@ -219,6 +224,27 @@ def read_together(read: Callable[[], None]) -> None:
         failed = failed or next((reason for reason in reasons if reason is not None), None)
     if failed is not None:
         raise failed
+
+
+def not_finite(boxes: Iterable[Box], dtype: torch.dtype) -> list[str]:
+    """The weights and slots in which any rank has a number that is not finite, by name; collective.
+
+    dtype: in which the model computes; a weight has to be finite there too. Buffers are left out: a mask may be
+    infinite.
+    """
+    trained = [box for box in boxes if box.slot != BUFFER]
+    bad: list[str] = []
+    if trained:
+        extremes = torch.stack([torch.stack(box.tensor.aminmax()) for box in trained])  # (boxes, 2); nan if any is
+        for box, largest in zip(trained, extremes.abs().amax(1).tolist(), strict=True):
+            limit = torch.finfo(dtype if box.slot == WEIGHT else torch.float32).max
+            if not largest <= limit:
+                bad.append(box.name if box.slot == WEIGHT else f"{box.slot} of {box.name}")
+    everyone: list[list[str]] = [bad]
+    if dist.get_world_size() > 1:
+        everyone = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, bad)
+    return list(dict.fromkeys(itertools.chain(*everyone)))
 
 
 def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import NotFiniteError
 
 
 class LossScale:
@@ -16,7 +16,7 @@ class LossScale:
     def accepts(self, finite: bool) -> bool:
         """Adapt the scale to a gradient that is finite or not; returns `finite`.
 
-        Raises BigtrainError when the scale has fallen below 1: the gradients themselves are not finite.
+        Raises NotFiniteError when the scale has fallen below 1: the gradients themselves are not finite.
         """
         if finite:
             self._good_steps += 1
@@ -27,10 +27,7 @@ class LossScale:
         self.value /= 2
         self._good_steps = 0
         if self.value < 1:
-            raise BigtrainError(
-                "fp16: the gradients overflow even with a loss scale of 1. "
-                "Use precision: bf16, or a lower learning rate."
-            )
+            raise NotFiniteError("fp16: the gradients overflow even with a loss scale of 1.")
         return False
 
     def progress(self) -> dict[str, float]:

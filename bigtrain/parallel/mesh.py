@@ -62,6 +62,7 @@ class MeshEngine:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._shard = shard
         self._updates = 0
+        self._dtype = PRECISIONS[precision]
         self._loss_scale = LossScale() if precision == "fp16" else None
 
         model = build_model()
@@ -69,14 +70,14 @@ class MeshEngine:
         self._module: Any = TaskModule(model, task, device, compile)
         self._wrapped = self._world_size > 1
         if self._wrapped:
-            _lay_over_mesh(self._module, self._world_size // shard, shard, PRECISIONS[precision], device)
+            _lay_over_mesh(self._module, self._world_size // shard, shard, self._dtype, device)
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         model.tie_weights()  # making parameters real one by one has untied them
         self._parameters = dict(model.named_parameters())
         self._optimizer = build_optimizer(model, optimizer)
         self._copies: _Copies | None = None
         if not self._wrapped and precision != "fp32":
-            self._copies = _Copies(model, self._parameters, PRECISIONS[precision])
+            self._copies = _Copies(model, self._parameters, self._dtype)
 
     def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
         seed_dropout(self._seed, batch.step, self._rank)
@@ -133,6 +134,9 @@ class MeshEngine:
         if self._rank == 0:
             for name, buffer in contract.persistent_buffers(self._module.model):
                 yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+
+    def not_finite(self) -> list[str]:
+        return contract.not_finite(self.boxes(), self._dtype)
 
     def _slots(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         state = self._optimizer.state.get(parameter, {})

@@ -73,8 +73,8 @@ class ZeroEngine:
         self._device = device
         self._updates = 0
         self._linear = functional.linear
-        dtype = contract.PRECISIONS[precision]
-        self._model = _build_partitioned(deepspeed, build_model, dtype) if stage == 3 else build_model()
+        self._dtype = contract.PRECISIONS[precision]
+        self._model = _build_partitioned(deepspeed, build_model, self._dtype) if stage == 3 else build_model()
         self._shape = contract.micro_batch_shape(self._model, compile)
         frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
         if frozen:
@@ -134,6 +134,10 @@ class ZeroEngine:
         yield from self._trained_boxes()
         if dist.get_rank() == 0:
             yield from self._buffer_boxes()
+
+    def not_finite(self) -> list[str]:
+        """What of the trained state is not finite on any rank, by name; collective."""
+        return contract.not_finite(self._trained_boxes(), self._dtype)
 
     @torch.no_grad()
     def load(self, reader: Reader, progress: dict[str, float]) -> None:

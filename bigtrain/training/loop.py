@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from bigtrain.checkpoint import NoSaver, Saver
 from bigtrain.data.batches import Batch
+from bigtrain.errors import NotFiniteError
 from bigtrain.parallel.contract import Engine, Say
 from bigtrain.resilience.requests import Requests
 from bigtrain.training.run import StageRun
@@ -19,7 +20,26 @@ def train(
     saver: Saver | NoSaver,
     requests: Requests,
 ) -> bool:
-    """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it."""
+    """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it.
+
+    Raises NotFiniteError for a step, an evaluation or a state that is not finite; such a state is not saved, and a save
+    that was under way is complete then.
+    """
+    try:
+        return _train(run, engine, batches, held_out, saver, requests)
+    except NotFiniteError:
+        saver.finish()
+        raise
+
+
+def _train(
+    run: StageRun,
+    engine: Engine,
+    batches: Callable[[int], Batch],
+    held_out: Callable[[], Iterable[Batch]],
+    saver: Saver | NoSaver,
+    requests: Requests,
+) -> bool:
     run.start_clock()
     if run.evaluates and run.done == 0:
         run.evaluated(engine.evaluate(held_out()))
@@ -31,6 +51,7 @@ def train(
         if due.evaluate:
             run.evaluated(engine.evaluate(held_out()))
         if due.save:
+            run.check_state(engine.not_finite())
             requests.saving(run.done)
             run.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
         if due.stop:

@@ -11,7 +11,7 @@ import torch
 
 from bigtrain.checkpoint import Saved
 from bigtrain.config.schema import Stage
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import NotFiniteError, shorten
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.contract import Outcome
@@ -115,18 +115,26 @@ class StageRun:
         )
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        """Every step is reported before it is saved, so no checkpoint ever holds what this refuses."""
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self._skips_overflows):
             return
-        raise BigtrainError(
-            f"stage {self._stage.name}, step {step}: the loss is {loss} and the gradient norm {grad_norm}. "
-            "The checkpoints before this step are intact. Look at the data of this step, lower optimizer.lr, "
-            "lengthen the warm-up, or train in fp32, then run it again."
+        raise NotFiniteError(
+            f"stage {self._stage.name}, step {step}: the loss is {loss} and the gradient norm {grad_norm} "
+            f"(its samples: `bigtrain preview CONFIG --stage {self._stage.name} --step {step - 1}`)."
         )
 
+    def check_state(self, not_finite: list[str]) -> None:
+        """Raises NotFiniteError if there is anything in `not_finite`, the names of what is not."""
+        if not_finite:
+            raise NotFiniteError(
+                f"stage {self._stage.name}: after step {self.done} there are numbers that are not finite in "
+                f"{shorten(not_finite)}."
+            )
+
     def evaluated(self, sums: dict[str, float]) -> None:
-        """Report an evaluation from the task's sums over all held-out targets."""
+        """Report an evaluation from the task's sums over all held-out targets. Raises NotFiniteError."""
         loss = sums["loss"] / sums["targets"]
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"stage {self._stage.name}: the held-out loss after step {self.done} is {loss}.")
         self._stream.emit(
             "evaluation",
             stage=self._stage.name,

@@ -179,3 +179,20 @@ def segment(layout, folder, first, count, precision="fp32"):
     state = collect(engine)
     engine.close()
     return loaded, [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state
+
+
+def not_finite(layout):
+    """What of the state is not finite, as this rank hears it: after a step, with one of the last rank's numbers
+    infinite, and after an update that leaves nothing finite."""
+    engine = make(layout)
+    engine.step(share(0), learning_rate(0))
+    found = [engine.not_finite()]
+    boxes = [box for box in engine.boxes() if box.slot == "exp_avg_sq"]
+    if boxes and dist.get_rank() == dist.get_world_size() - 1:
+        tensor = boxes[-1].tensor
+        tensor[(-1,) * tensor.dim()] = torch.inf
+    found.append(engine.not_finite())
+    engine.step(share(1), 1e39)
+    found.append(engine.not_finite())
+    engine.close()
+    return found

@@ -64,3 +64,14 @@ def test_no_rank_holds_the_whole_state(pools, tmp_path):
     sizes = [file.stat().st_size for file in tmp_path.glob("step-*/weights-*.safetensors")]
     assert len(sizes) == 3
     assert max(sizes) < 1.2 * min(sizes)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_all_ranks_know_what_is_not_finite(pools, layout):
+    one, other = pools(2)(cases.not_finite, layout)
+    assert one == other
+    fine, poisoned, exploded = one
+    assert fine == []
+    assert len(poisoned) == 1
+    assert poisoned[0].startswith("exp_avg_sq of ")
+    assert len({name.rpartition(" of ")[2] for name in exploded}) > 15
