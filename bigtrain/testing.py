@@ -1,6 +1,7 @@
 """Run functions on N gloo ranks: real processes and a real process group, kept between calls.
 
-Starting ranks is what costs, so a `Ranks` pool carries many cases:
+Starting ranks is what costs, so a `Ranks` pool carries many cases; `multiprocessing.set_forkserver_preload` may name
+what they import:
 
     with Ranks(2) as ranks:
         results = ranks(function, argument, keyword=...)   # one result per rank, in order
@@ -34,7 +35,7 @@ class Ranks:
         self._processes: list[Any] = []
 
     def __enter__(self) -> Ranks:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         port = free_port()
         for rank in range(self.size):
             here, there = context.Pipe()

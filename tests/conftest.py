@@ -1,6 +1,10 @@
-"""Which tests a worker of `pytest -n` takes together."""
+"""Which tests a worker of `pytest -n` takes together, and what the processes that they fork have imported."""
+
+import multiprocessing
 
 from xdist.scheduler import LoadFileScheduling
+
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 POOLS = {"tests/parity/test_state.py", "tests/parity/test_steps.py"}  # these share pools of ranks
 

@@ -14,6 +14,7 @@ import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.observability.stream import read_metrics
+from tests.forked import run_command
 
 MODEL = {
     "model_type": "llama",
@@ -81,7 +82,12 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
 
 
 def bigtrain(*arguments, **options):
-    """Run the real command; returns the finished process with its output as text."""
+    """Run the real command; returns the finished process with its output as text.
+
+    With `env` a new interpreter starts it, else `tests.forked`.
+    """
+    if "env" not in options:
+        return run_command([*map(str, arguments)], **options)
     command = [sys.executable, "-m", "bigtrain", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
 
