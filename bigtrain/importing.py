@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from bigtrain.errors import ConfigError, nearest
 from bigtrain.models.causal_lm import parameter_shapes, try_architecture
 from bigtrain.parallel.world import joined
 from bigtrain.pretrained import quiet
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import RunFolder, ending_of
 from bigtrain.stages import try_inputs
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
     try_inputs(config)
     model = _model(config)
     state = foreign.read(model)
+    since = time.time()
     try:
         folder.begin(config, None, imported=str(where))
         _check_not_begun(folder, stage)  # again: another job may have done so meanwhile
@@ -46,6 +48,10 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
             written = save(
                 folder.checkpoints(stage.name), foreign.step, state.boxes(), {"updates": state.updates}, Retention(1)
             )
+        folder.end("imported", None, since)
+    except BaseException as error:
+        folder.end(*ending_of(error), since)
+        raise
     finally:
         folder.leave()
     lost = ["the order of samples is bigtrain's own", "learning rate and Adam's settings are those of the run's file"]

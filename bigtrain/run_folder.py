@@ -13,9 +13,10 @@ import shutil
 import sys
 import time
 import uuid
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -23,9 +24,10 @@ from bigtrain.config import Run, differences, load_config, to_yaml
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
 from bigtrain.disk import append_lines, remove
-from bigtrain.errors import ConfigError, nearest
+from bigtrain.errors import BigtrainError, ConfigError, nearest
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
+Ending = Literal["finished", "imported", "preempted", "refused", "failed", "killed"]
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
 
 
@@ -147,6 +149,7 @@ class RunFolder:
             remove(self.tokenizer)  # the next one may be another
         self._replace("config.yaml", to_yaml(config))
         facts = {"attempts": [], "stages": {}, **self.facts(), "name": config.name, "seed": config.seed}
+        _close(facts["attempts"])
         facts["attempts"].append(
             {
                 "id": uuid.uuid4().hex,
@@ -163,6 +166,28 @@ class RunFolder:
         for file in self.path.glob(f"{self.save_request.name}*"):
             file.unlink()
         return len(facts["attempts"])
+
+    def end(self, how: Ending, reason: str | None, since: float) -> None:
+        """Record in run.json how the attempt ended that was begun after `since` (seconds since 1970), and why.
+
+        One that was refused before it had begun gets an entry of its own. Nothing is recorded where there is no run, or
+        while another job is at work in the folder.
+        """
+        held = self._lock.is_locked
+        with suppress(OSError, filelock.Timeout):  # the next attempt will take this one for killed
+            if not (self.path / "run.json").exists():
+                return
+            if not held:
+                self._lock.acquire(timeout=0)
+            facts = self.facts()
+            attempts = facts["attempts"]
+            if not attempts or attempts[-1]["started"] < since:
+                _close(attempts)
+                attempts.append({"id": uuid.uuid4().hex, "started": since, "machine": platform.node()})
+            attempts[-1]["ended"] = {"how": how, "reason": reason, "time": time.time()}
+            self._write(facts)
+        if not held:
+            self.leave()
 
     def leave(self) -> None:
         """Let another job begin."""
@@ -263,6 +288,23 @@ class RunFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
+
+
+def ending_of(error: BaseException) -> tuple[Ending, str]:
+    """How an attempt ended that raised this, and why: a sentence."""
+    if isinstance(error, BigtrainError):
+        return "refused" if error.exit_code == 2 else "failed", str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "failed", "stopped from the keyboard"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return "failed", f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _close(attempts: list[dict[str, Any]]) -> None:
+    """Of the attempt before, if it has left no word of its end, say so: nobody is at work in the folder any more."""
+    if attempts and "ended" not in attempts[-1]:
+        reason = "it was killed, or its machine was lost: it left no word of its end"
+        attempts[-1]["ended"] = {"how": "killed", "reason": reason, "time": None}
 
 
 def _has_checkpoint(root: Path) -> bool:

@@ -43,7 +43,7 @@ from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import RunFolder, ending_of
 from bigtrain.state import Reader
 from bigtrain.tasks import TASKS, Task
 from bigtrain.training.loop import train
@@ -61,9 +61,16 @@ def run_here(config: Run, restart: str | None = None) -> int:
     Returns the exit code: 0, or 75 if it was asked to stop and has saved.
     """
     quiet()
-    folder = RunFolder.of(config)
+    folder, since, first = RunFolder.of(config), time.time(), os.environ.get("RANK", "0") == "0"
     try:
-        return _run(config, folder, restart)
+        code = _run(config, folder, restart)
+        if first:
+            folder.end("preempted" if code else "finished", None, since)
+        return code
+    except BaseException as error:
+        if first:
+            folder.end(*ending_of(error), since)
+        raise
     finally:
         folder.leave()
 

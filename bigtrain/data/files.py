@@ -49,6 +49,7 @@ class Unusable(DataError):
 
 Row = dict[str, Any]
 Located = tuple[str, Row | Unusable]  # where the row stands, for messages; the row
+ABOUT = frozenset({"key", "where"})  # what of a document is no text of it
 Lines = Iterator[tuple[int, int, bytes | None]]  # number from 1, offset in bytes, the line; None for one too long
 
 

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
 from bigtrain.data.cleaning import Decisions, decide, kept
+from bigtrain.data.files import Row, Unusable
 from bigtrain.data.shards import Shards, batched, text_of
-from bigtrain.data.sources import COLUMNS, Columns, Row, documents, fingerprint, is_held_out, size_of
+from bigtrain.data.sources import COLUMNS, Columns, documents, fingerprint, is_held_out, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from bigtrain.data.writing import Document, Encoded, Layout, assemble, count_answers, gather, token_dtype
+from bigtrain.data.writing import Answer, Encoded, Layout, assemble, count_answers, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
@@ -33,9 +34,9 @@ class Encoder(Protocol):
     encoding: str  # name and version of what `encode` does; a new version makes new stores
     columns: Columns  # the sets of columns that it can read
 
-    def encode(self, rows: list[Row], tokenizer: Any) -> list[Document]:
-        """(ids, which of them are trained or None for all) of each row, which may become several; empty if there is
-        nothing to learn.
+    def encode(self, rows: list[Row], tokenizer: Any) -> list[Answer]:
+        """One answer for each row: its documents, none if there is nothing to learn, or Unusable.
+
         Raises DataError if the tokenizer lacks a special token that the encoding needs."""
         ...
 
@@ -207,14 +208,16 @@ def _check_answers(store: Store, stage: Stage, part: Part, task: Encoder, tokeni
     if cut <= stage.max_cut_answers * answers:
         return
     first = next(
-        row["key"]
+        row["where"]
         for row in part.documents(task.columns)
-        for _, mask in task.encode([part.cleaned(row)], tokenizer)
+        for answer in task.encode([part.cleaned(row)], tokenizer)
+        if not isinstance(answer, Unusable)
+        for _, mask in answer
         if count_answers(mask or (), stage.sequence_length + 1)
     )
     raise DataError(
         f"{part.source.source}: {cut} of {answers} answers lose their end, since their conversations are longer than "
-        f"sequence_length ({stage.sequence_length} tokens); the first is in the row with key {first}. The model would "
+        f"sequence_length ({stage.sequence_length} tokens); the first is in {first}. The model would "
         f"not learn where they end: raise stages.{stage.name}.sequence_length, split or leave out long "
         f"conversations, or allow more with max_cut_answers ({stage.max_cut_answers})."
     )
@@ -227,12 +230,7 @@ def _make(
     dtype = token_dtype(len(tokenizer))
 
     def encode(rows: list[Row]) -> Encoded:
-        batches = batched(map(part.cleaned, rows), BATCH_BYTES)
-        encoded = itertools.chain.from_iterable(task.encode(batch, tokenizer) for batch in batches)
-        try:
-            return gather(encoded, layout, dtype)
-        except DataError as error:
-            raise DataError(f"{part.source.source}: {error}") from error
+        return gather(_answers(rows, part, task, tokenizer), layout, dtype)
 
     made = Shards(
         _shards_of(folder),
@@ -250,6 +248,19 @@ def _make(
             assemble(empty, shards, layout, dtype=dtype, seed=facts["seed"], facts=facts, dropped=dropped)
 
         make_once(folder, build)
+
+
+def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any) -> Iterator[Answer]:
+    """What the encoder makes of each row. Raises DataError for one that it refuses, with `on_error: error`."""
+    for batch in batched(map(part.cleaned, rows), BATCH_BYTES):
+        try:
+            answers = task.encode(batch, tokenizer)
+        except DataError as error:
+            raise DataError(f"{part.source.source}: {error}") from error
+        for answer in answers:
+            if isinstance(answer, Unusable) and part.source.on_error == "error":
+                raise refused(answer) from answer
+            yield answer
 
 
 def _shards_of(folder: Path) -> Path:

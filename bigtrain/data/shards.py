@@ -23,7 +23,7 @@ from typing import Any
 
 import filelock
 
-from bigtrain.data.sources import Row
+from bigtrain.data.files import ABOUT, Row
 from bigtrain.data.writing import Encoded, write_shard
 from bigtrain.disk import check_free, publish
 from bigtrain.errors import DataError
@@ -217,7 +217,7 @@ def text_of(row: Row) -> str:
     """All that a row says."""
     if "messages" in row:
         return "\n".join(message["content"] for message in row["messages"])
-    return "".join(value for name, value in row.items() if name != "key")
+    return "".join(value for name, value in row.items() if name not in ABOUT)
 
 
 def text_bytes(row: Row) -> int:

@@ -17,10 +17,9 @@ from bigtrain.config.schema import Source
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, one_shape, turns
-from bigtrain.data.files import Located, Unusable, find, rows_of
+from bigtrain.data.files import Located, Row, Unusable, find, rows_of
 from bigtrain.errors import DataError, shorten
 
-Row = dict[str, Any]
 Columns = tuple[tuple[str, ...], ...]
 
 VERSION = 2  # of how rows are read; part of every fingerprint
@@ -32,8 +31,8 @@ CHOICES = {"source", "config", "split", "revision", "on_error", "max_characters"
 
 
 def documents(source: Source, columns: Columns, dropped: Counter[str] | None = None) -> Iterator[Row]:
-    """The rows of a source, in the same order every time: `key` and the first of the sets of columns that the row has,
-    conversations as `one_shape` gives them.
+    """The rows of a source, in the same order every time: `key`, `where` (file and line, or file and row, for messages)
+    and the first of the sets of columns that the row has, conversations as `one_shape` gives them.
 
     All values are str, but for `messages`: a list of dicts with at least `role` and `content`, both str.
 
@@ -58,8 +57,7 @@ def documents(source: Source, columns: Columns, dropped: Counter[str] | None = N
             document = _document(row, columns, theirs, where, source.max_characters)
         except DataError as error:
             if source.on_error == "error":
-                hint = " `on_error: skip` leaves such rows out." if isinstance(error, Unusable) else ""
-                raise DataError(f"{error}{hint}") from error
+                raise refused(error) from error
             first_wrong = first_wrong or error
             if dropped is not None:
                 dropped[error.reason if isinstance(error, Unusable) else "without usable turns"] += 1
@@ -83,7 +81,13 @@ def _document(row: Row | Unusable, columns: Columns, theirs: dict[str, str], whe
             f"{where}: is {length:,} characters long, more than max_characters ({longest:,}); split it or raise it.",
         )
     key = row.get(theirs["key"])
-    return {"key": content_key(texts) if key is None else str(key), **one_shape(texts, where)}
+    key = content_key(texts) if key is None else str(key)
+    return {"key": key, "where": where, **one_shape(texts, where)}
+
+
+def refused(error: DataError) -> DataError:
+    """What ends the run, with `on_error: error`, for what is wrong with a row."""
+    return DataError(f"{error} `on_error: skip` leaves such rows out.")
 
 
 def _length(value: Any) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from bigtrain.config.environment import threads
 from bigtrain.data.chat import MARK, Rendered, Span
 from bigtrain.data.words import Words
 from bigtrain.errors import ConfigError
@@ -144,7 +145,7 @@ _WORDS: WeakKeyDictionary[Any, tuple[int, Words | None]] = WeakKeyDictionary()
 
 def _words(tokenizer: Any) -> Words | None:
     """Those of a tokenizer, until it gets more tokens; None where the library's threads are faster."""
-    if int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1) > FEW_THREADS:
+    if (threads("RAYON_NUM_THREADS") or os.cpu_count() or 1) > FEW_THREADS:
         return None
     size, words = _WORDS.get(tokenizer, (None, None))
     if size != len(tokenizer):

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtrain.data.files import Unusable
 from bigtrain.data.order import make_key, permute
 from bigtrain.data.store import FORMAT, map_file, seal
 from bigtrain.disk import check_free
@@ -22,6 +23,7 @@ from bigtrain.errors import DataError
 ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
 Document = tuple[Sequence[int], Sequence[bool] | None]  # ids; which of them are trained, None for all
+Answer = list[Document] | Unusable  # what an encoder makes of a row
 Indices = NDArray[np.int64]
 COUNTS = ("documents", "tokens", "targets", "cut", "answers", "cut_answers")
 
@@ -58,14 +60,22 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
 
 
-def gather(documents: Iterable[Document], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
-    """Documents as arrays, for one shard."""
+def gather(rows: Iterable[Answer], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
+    """The documents of rows as arrays, for one shard."""
     limit = layout.sequence_length
     kept: list[Sequence[int]] = []
     masks: list[Sequence[bool] | None] = []
     dropped: Counter[str] = Counter()
     cut = targets = answers = cut_answers = 0
-    for ids, mask in documents:
+
+    def documents() -> Iterator[Document]:
+        for answer in rows:
+            if isinstance(answer, Unusable):
+                dropped[answer.reason] += 1
+            else:
+                yield from answer or [([], None)]
+
+    for ids, mask in documents():
         if len(ids) < (1 if limit is None else 2):
             dropped["empty"] += 1
             continue
@@ -122,7 +132,7 @@ def write_store(
     dtype = token_dtype(vocabulary_size)
     shard = folder.with_name(folder.name + ".shard")
     shard.mkdir()
-    write_shard(shard, gather(documents, layout, dtype), {})
+    write_shard(shard, gather(([document] for document in documents), layout, dtype), {})
     assemble(folder, [shard], layout, dtype=dtype, seed=seed, facts=facts)
     for path in shard.iterdir():
         path.unlink()

@@ -19,7 +19,7 @@ def prepare(config: Run, processes: int | None, verify: bool) -> int:
     """
     cores = os.cpu_count() or 1
     processes = processes or max(1, cores // CORES_PER_PROCESS)
-    if processes == 1 or adopt() is not None:
+    if adopt() is not None or processes == 1:
         return _here(config, verify)
     return spawn_command(config, "prepare", ["--verify"] if verify else [], processes, "as --processes says")
 

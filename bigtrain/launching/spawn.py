@@ -24,15 +24,19 @@ from bigtrain.resilience.requests import SIGNALS
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
 
 
-def spawn(command: list[str], processes: int, why: str) -> int:
+def spawn(
+    command: list[str], processes: int, why: str, failed: Callable[[int, str], None] = lambda _code, _reason: None
+) -> int:
     """Run `command` as `processes` ranks; returns the exit code of the one that failed first; 0, or 75 (preempted).
 
-    `why` says in words why there are as many; rank 0 shows it.
+    `why` says in words why there are as many; rank 0 shows it. `failed` is called with exit code and reason of the
+    first failure, once these are printed.
     """
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
         failures = [Path(folder) / f"rank-{rank}.json" for rank in range(processes)]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         environment = {
-            **os.environ,
+            **inherited,  # of a torchrun around this process nothing: it does not serve these ranks' store
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
@@ -52,17 +56,28 @@ def spawn(command: list[str], processes: int, why: str) -> int:
         ]
         try:
             with _passing_on(ranks):
-                return _wait(ranks, failures)
+                code, reason = _wait(ranks, failures)
         finally:
             _stop(ranks)
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        failed(code, reason)
+    return code
 
 
-def spawn_command(config: Run, command: str, options: list[str], processes: int, why: str) -> int:
+def spawn_command(
+    config: Run,
+    command: str,
+    options: list[str],
+    processes: int,
+    why: str,
+    failed: Callable[[int, str], None] = lambda _code, _reason: None,
+) -> int:
     """`spawn` for `bigtrain COMMAND CONFIG OPTIONS`: every rank gets the file as it is resolved here."""
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
         resolved = Path(temporary) / "config.yaml"
         resolved.write_text(to_yaml(config), encoding="utf-8")
-        return spawn([sys.executable, "-m", "bigtrain", command, str(resolved), *options], processes, why)
+        return spawn([sys.executable, "-m", "bigtrain", command, str(resolved), *options], processes, why, failed)
 
 
 @contextmanager
@@ -85,38 +100,33 @@ def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], failures: list[Path]) -> int:
-    """Wait until all ranks are done or one has failed; the others have nothing to wait for then."""
+def _wait(ranks: list[subprocess.Popen[bytes]], failures: list[Path]) -> tuple[int, str | None]:
+    """Wait until all ranks are done or one has failed; the others have nothing to wait for then. (exit code, why one
+    has failed.)"""
     while True:
         codes = [rank.poll() for rank in ranks]
         if any(code not in (None, 0, os.EX_TEMPFAIL) for code in codes):
             _stop(ranks)
             return _explain([rank.returncode for rank in ranks], codes, failures)
         if None not in codes:
-            return max(code or 0 for code in codes)
+            return max(code or 0 for code in codes), None
         time.sleep(0.05)
 
 
-def _explain(final: list[int], codes: list[int | None], failures: list[Path]) -> int:
-    """Print the earliest failure, once; returns the exit code."""
+def _explain(final: list[int], codes: list[int | None], failures: list[Path]) -> tuple[int, str]:
+    """(exit code, reason) of the earliest failure."""
     told = [json.loads(file.read_text()) for file in failures if file.exists()]
     silent = [rank for rank, file in enumerate(failures) if not file.exists()]
     killed = [(rank, -(codes[rank] or 0)) for rank in silent if (codes[rank] or 0) < 0]
     if killed:  # it could tell nothing, and the others only tell of its loss
         rank, number = killed[0]
         why = "; the machine was probably out of memory" if number == signal.SIGKILL else ""
-        print(
-            f"rank {rank} was killed by signal {number} ({signal.Signals(number).name}){why}.",
-            file=sys.stderr,
-        )
-        return 1
+        return 1, f"rank {rank} was killed by signal {number} ({signal.Signals(number).name}){why}."
     if told:
         first = min(told, key=lambda failure: failure["time"])
-        print(first["text"], file=sys.stderr)
-        return first["code"]
+        return first["code"], first["text"]
     rank = next(rank for rank, code in enumerate(codes) if code)
-    print(f"rank {rank} ended with exit code {final[rank]} and told nothing.", file=sys.stderr)
-    return 1
+    return 1, f"rank {rank} ended with exit code {final[rank]} and told nothing."
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:

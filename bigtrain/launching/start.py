@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from bigtrain.config import Run, load
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
-from bigtrain.errors import BigtrainError, Told
+from bigtrain.errors import BigtrainError, ConfigError, Told
 from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.observability.results import RunResult, read_result
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import RunFolder, ending_of
 
 
 class RunError(BigtrainError):
@@ -47,8 +48,12 @@ def start(config: Run, restart: str | None = None) -> int:
         if FAILURE_FILE not in os.environ:
             os.environ[PROCESSES_WHY] = _why(launcher, config)
         return _here(config, restart)
-    folder = RunFolder.of(config)
-    folder.check(config, restart)
+    folder, since = RunFolder.of(config), time.time()
+    try:
+        folder.check(config, restart)
+    except ConfigError as error:
+        folder.end(*ending_of(error), since)
+        raise
     if restart is None and folder.is_finished(config):
         from bigtrain.observability.summary import summary
 
@@ -58,7 +63,13 @@ def start(config: Run, restart: str | None = None) -> int:
     if processes == 1:
         os.environ[PROCESSES_WHY] = why
         return _here(config, restart)
-    return spawn_command(config, "run", ["--restart", restart] if restart else [], processes, why)
+
+    def failed(code: int, text: str) -> None:
+        lines = text.strip().splitlines()
+        reason = f"{lines[0]} {lines[-1]}" if "Traceback (most recent call last)" in text else text
+        folder.end("refused" if code == 2 else "failed", reason, since)
+
+    return spawn_command(config, "run", ["--restart", restart] if restart else [], processes, why, failed)
 
 
 def _why(launcher: Launcher, config: Run) -> str:

@@ -19,10 +19,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from bigtrain.config.environment import JOIN_SECONDS, tell
+from bigtrain.config.environment import JOIN_SECONDS, join_seconds, tell
 from bigtrain.errors import BigtrainError, ConfigError, Told, shorten
 
-DEFAULT_JOIN_SECONDS = 600.0
 NOTICE_SECONDS = 30.0  # of waiting, until it is said for whom
 LEAVE_SECONDS = 5.0  # that rank 0 keeps its store open for the others to read why all leave
 INTERFACES = (
@@ -39,15 +38,6 @@ class Member:
     rank: int
     host: str
     facts: dict[str, str]
-
-
-def join_seconds() -> float:
-    """How long the ranks wait for each other. Raises ConfigError for a user's setting that is no number."""
-    text = os.environ.get(JOIN_SECONDS, str(DEFAULT_JOIN_SECONDS))
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{JOIN_SECONDS}: {text!r} is no number of seconds.") from None
 
 
 def meet(

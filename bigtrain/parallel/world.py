@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from bigtrain.config.environment import PROCESSES_WHY
+from bigtrain.config.environment import PROCESSES_WHY, join_seconds, shown
 from bigtrain.errors import BigtrainError, ConfigError, Told
 from bigtrain.parallel import agreement
-from bigtrain.parallel.meeting import INTERFACES, first_line, join_seconds, meet
+from bigtrain.parallel.meeting import INTERFACES, first_line, meet
 from bigtrain.parallel.network import Network, measure
 
 
@@ -92,7 +92,15 @@ def _form(rank: int, size: int, device: torch.device, facts: dict[str, str]) -> 
 def _why_device(asked: str, chosen: torch.device) -> str:
     if asked != "auto":
         return f"device: {chosen.type}, as parallel.device says"
-    return f"device: {chosen.type}, as this machine has {'a' if chosen.type == 'cuda' else 'no'} GPU"
+    if chosen.type == "cuda":
+        return "device: cuda, as this machine has a GPU"
+    return f"device: cpu, as this machine has no GPU{_hiding()}"
+
+
+def _hiding() -> str:
+    """What may hide GPUs, in words; empty if nothing does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if visible is None else f" with CUDA_VISIBLE_DEVICES={shown(visible)}"
 
 
 DETERMINISTIC = {  # of cuBLAS, transformers (for flash attention) and PyTorch's compiler
@@ -116,7 +124,9 @@ def use_deterministic_kernels() -> None:
 def choose_device(device: str, precision: str, local_rank: int, gpus: int) -> torch.device:
     """What a process computes on, on a machine that shows `gpus`. Raises ConfigError as `joined` does."""
     if device == "cuda" and not gpus:
-        raise ConfigError("parallel.device: cuda was asked for, but this machine shows no GPU; use auto or cpu.")
+        raise ConfigError(
+            f"parallel.device: cuda was asked for, but this machine shows no GPU{_hiding()}; use auto or cpu."
+        )
     if device == "cpu" or not gpus:
         if precision == "fp16":
             raise ConfigError("precision: fp16 needs a GPU, and this run computes on the CPU; use bf16 or fp32.")

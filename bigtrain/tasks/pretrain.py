@@ -6,7 +6,7 @@ from typing import Any
 
 from bigtrain.data.sources import COLUMNS
 from bigtrain.data.tokenizer import encode_texts
-from bigtrain.data.writing import Document
+from bigtrain.data.writing import Answer
 from bigtrain.tasks.causal_lm import CausalLM
 
 
@@ -17,9 +17,9 @@ class Pretrain(CausalLM):
     encoding = "pretrain-1"
     columns = COLUMNS["pretrain"]
 
-    def encode(self, rows: list[dict[str, str]], tokenizer: Any) -> list[Document]:
-        """bos + text + eos, where the tokenizer has them. A row without text becomes an empty document."""
+    def encode(self, rows: list[dict[str, str]], tokenizer: Any) -> list[Answer]:
+        """bos + text + eos, where the tokenizer has them; no document of a row without text."""
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = encode_texts(tokenizer, [row["text"] for row in rows])
-        return [([*before, *ids, *after] if ids else [], None) for ids in texts]
+        return [[([*before, *ids, *after], None)] if ids else [] for ids in texts]

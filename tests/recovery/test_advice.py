@@ -8,6 +8,7 @@ import pytest
 from bigtrain import run
 from bigtrain.errors import BigtrainError, DataError
 from bigtrain.observability.stream import read_metrics
+from bigtrain.run_folder import RunFolder
 from tests.support import numbers, small_config
 
 ONE = [
@@ -27,8 +28,12 @@ def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     with pytest.raises(BigtrainError, match=r"step \d: the loss is (nan|inf).* lower optimizer\.lr"):
         run(config, [*ONE, "stages.pretrain.optimizer.lr=1e39", "stages.pretrain.optimizer.max_grad_norm=null"])
     better = [*ONE, "tokenizer.train.vocab_size=350", "stages.pretrain.sequence_length=32", "stages.pretrain.steps=2"]
-    folder = run(config, better)
-    assert numbers(folder) == numbers(run(config, [*better, "name=at-once"]))
+    folder = run(config, better).folder
+    assert numbers(folder) == numbers(run(config, [*better, "name=at-once"]).folder)
     assert {row["step"] for row in read_metrics(folder) if row["stage"] == "pretrain"} == {0, 1, 2}
+    ends = [attempt["ended"] for attempt in RunFolder(folder).facts()["attempts"]]
+    assert [end["how"] for end in ends] == ["refused", "failed", "finished"]
+    assert "max_cut_answers" in ends[0]["reason"]
+    assert "lower optimizer.lr" in ends[1]["reason"]
     kept, fresh = (path / "tokenizer" / "tokenizer.json" for path in (folder, folder.with_name("at-once")))
     assert kept.read_bytes() == fresh.read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.run_folder import RunFolder
 from tests.support import bigtrain, small_config
 
 SOURCE = """
@@ -37,6 +38,12 @@ def fail(folder, failure, stage="pretrain"):
     return process, marked(mark)
 
 
+def ending(folder):
+    """What run.json says of how the run's attempt ended."""
+    (attempt,) = RunFolder(folder / "runs" / "small").facts()["attempts"]
+    return attempt["ended"]["how"], attempt["ended"]["reason"]
+
+
 def marked(mark):
     """The processes of this machine whose environment has the mark."""
     found = []
@@ -53,6 +60,7 @@ def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
     lines = process.stderr.strip().splitlines()
     assert lines[0] == "rank 1 failed:"
     assert lines[-1] == "RuntimeError: the disk is on fire"
+    assert ending(tmp_path) == ("failed", "rank 1 failed: RuntimeError: the disk is on fire")
     assert process.stderr.count("Traceback (most recent call last)") == 1
     assert left == []
 
@@ -74,6 +82,7 @@ def test_a_killed_rank_is_named(tmp_path):
     assert process.returncode == 1
     assert "rank 1 was killed by signal 9 (SIGKILL); the machine was probably out of memory." in process.stderr
     assert "Traceback" not in process.stderr
+    assert ending(tmp_path) == ("failed", process.stderr.strip())
     assert left == []
 
 

@@ -1,12 +1,10 @@
 """What differs between ranks is named once for each host: with the ranks, both values, and what to do."""
 
-import pytest
 import yaml
 
 from bigtrain.config import Run, to_yaml
-from bigtrain.errors import ConfigError
 from bigtrain.parallel.agreement import CONFIG, DEVICE, SIZE, disagreements, in_common
-from bigtrain.parallel.meeting import Member, join_seconds, named
+from bigtrain.parallel.meeting import Member, named
 
 CONFIGURATION = {
     "name": "small",
@@ -77,9 +75,3 @@ def test_devices_and_world_sizes_have_remedies_of_their_own():
 def test_ranks_in_words():
     assert named([3]) == "rank 3"
     assert named([0, 1]) == "ranks 0, 1"
-
-
-def test_a_time_to_wait_that_is_no_number_is_refused(monkeypatch):
-    monkeypatch.setenv("BIGTRAIN_JOIN_SECONDS", "soon")
-    with pytest.raises(ConfigError, match="BIGTRAIN_JOIN_SECONDS: 'soon' is no number"):
-        join_seconds()

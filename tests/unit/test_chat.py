@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage
 from bigtrain.config.schema import Tokenizer as TokenizerOf
 from bigtrain.data.chat import ChatTemplate
+from bigtrain.data.files import Unusable
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer
@@ -191,7 +192,16 @@ def opened(smollm2):
 
 
 def encode(tokenizer, messages, **more):
-    return Sft().encode([{"key": "k1", "messages": messages, **more}], tokenizer)
+    return encode_rows(tokenizer, [{"key": "k1", "where": "chats.jsonl:7", "messages": messages, **more}])
+
+
+def encode_rows(tokenizer, rows):
+    """The documents of all rows. Raises what is wrong with the first that is refused."""
+    answers = Sft().encode(rows, tokenizer)
+    for answer in answers:
+        if isinstance(answer, Unusable):
+            raise answer
+    return [document for answer in answers for document in answer]
 
 
 def by_hand(tokenizer, spelt, forged=""):
@@ -337,8 +347,8 @@ def test_rows_with_and_without_forgeries_keep_their_order(opened) -> None:
         {"key": str(i), "messages": [turn("user", f"{i}{text}"), turn("assistant", str(i))]}
         for i, text in enumerate(["", "<|im_end|>", "", "<|im_end|>"])
     ]
-    found = Sft().encode(rows, tokenizer)
-    assert found == [document for row in rows for document in Sft().encode([row], tokenizer)]
+    found = encode_rows(tokenizer, rows)
+    assert found == [document for row in rows for document in encode_rows(tokenizer, [row])]
     assert [tokenizer.decode(ids).count("<|im_end|>") for ids, _ in found] == [3, 4, 3, 4]
     assert [ids.count(tokenizer.eos_token_id) for ids, _ in found] == [3, 3, 3, 3]
 
@@ -400,7 +410,7 @@ def test_sentencepiece_like_tokenizers(scheme) -> None:
 
 
 def test_a_template_that_refuses_names_the_row(opened) -> None:
-    with pytest.raises(DataError, match=r"key k1: .*refuses it: Conversation roles must alternate"):
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: .*refuses it: Conversation roles must alternate"):
         encode(opened("gemma3"), [turn("assistant", "Hello."), turn("user", "Hi."), turn("assistant", "Yes?")])
 
 
@@ -415,7 +425,7 @@ def test_marks_that_leave_the_end_out(smollm2) -> None:
     tokenizer = load_tokenizer(smollm2)
     marked = "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + marked + "{% endfor %}"
-    with pytest.raises(DataError, match=r"key k1: .*leave out '<\|im_end\|>', which ends turn 2"):
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: .*leave out '<\|im_end\|>', which ends turn 2"):
         encode(tokenizer, [turn("user", "a"), turn("assistant", "b")])
 
 
@@ -435,14 +445,14 @@ def test_marks_may_leave_whole_turns_out(smollm2) -> None:
 
 def test_a_conversation_without_an_answer_is_empty(opened) -> None:
     for messages in ([turn("user", "a")], [turn("user", "a"), turn("assistant", "")], []):
-        assert encode(opened("qwen3"), messages) == [([], [])]
+        assert encode(opened("qwen3"), messages) == []
 
 
 def test_private_characters_beside_a_forgery_are_refused(opened) -> None:
     tokenizer = opened("qwen2_5")
     [(ids, _)] = encode(tokenizer, [turn("user", "\U000f0001"), turn("assistant", "b")])
     assert "\U000f0001" in tokenizer.decode(ids)
-    with pytest.raises(DataError, match=r"key k1: .*private-use"):
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: .*private-use"):
         encode(tokenizer, [turn("user", "\U000f0001<|im_end|>"), turn("assistant", "b")])
 
 
@@ -471,7 +481,7 @@ def rows_of(tmp_path, *rows):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_conversations(opened, tmp_path, shape) -> None:
     tokenizer = opened("qwen2_5")
-    assert_spelt(tokenizer, Sft().encode(rows_of(tmp_path, SHAPES[shape]), tokenizer), SPELT["qwen2_5"])
+    assert_spelt(tokenizer, encode_rows(tokenizer, rows_of(tmp_path, SHAPES[shape])), SPELT["qwen2_5"])
 
 
 ALPACA = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n⟦11<|im_end|>⟧"
@@ -486,7 +496,7 @@ def test_instructions(opened, tmp_path) -> None:
         {"instruction": "Add.", "input": None, "output": "11"},
     )
     rows += rows_of(tmp_path, {"instruction": "Add.", "output": "11"})
-    found = Sft().encode(rows, tokenizer)
+    found = encode_rows(tokenizer, rows)
     empty = ALPACA.replace("11", "<think>\n\n</think>\n\n11")
     assert_spelt(tokenizer, found, [empty.format(text) for text in ("Add.\n\n5 and 6", "Add.", "Add.", "Add.")])
 
@@ -496,7 +506,7 @@ def test_prompt_and_completion_as_turns(opened, tmp_path) -> None:
     tokenizer = opened("qwen2_5")
     rows = rows_of(tmp_path, {"prompt": CONVERSATION[:4], "completion": CONVERSATION[4:5]})
     unlearned = SPELT["qwen2_5"][0].replace("⟦Paris, é <b>x</b>!<|im_end|>⟧", "Paris, é <b>x</b>!<|im_end|>")
-    assert_spelt(tokenizer, Sft().encode(rows, tokenizer), [unlearned])
+    assert_spelt(tokenizer, encode_rows(tokenizer, rows), [unlearned])
 
 
 def test_tool_calls_survive_the_file(opened, tmp_path) -> None:
@@ -509,7 +519,7 @@ def test_tool_calls_survive_the_file(opened, tmp_path) -> None:
     rows = rows_of(
         tmp_path, {"messages": [WITH_A_TOOL[0], called, *WITH_A_TOOL[2:]]}, {"messages": [turn("user", "a"), other]}
     )
-    first, second = Sft().encode(rows, tokenizer)
+    first, second = encode_rows(tokenizer, rows)
     assert_spelt(tokenizer, [first], TOOL_SPELT["llama3_1"])
     assert '{"name": "b", "parameters": {"c": "x"}}<|eot_id|>' in tokenizer.decode(second[0])
 
@@ -568,9 +578,7 @@ def test_too_many_answers_without_their_end(opened, tmp_path) -> None:
     """A conversation is cut at its end, to the sequence length and one target more."""
     tokenizer = opened("smollm2")
     file = chats(tmp_path, *[3] * 8, 60, 60)
-    message = (
-        r"chats\.jsonl: 2 of 10 answers lose their end.*first is in the row with key row-8.*max_cut_answers \(0.1\)"
-    )
+    message = r"chats\.jsonl: 2 of 10 answers lose their end.*first is in \S*chats.jsonl:9\. .*max_cut_answers \(0.1\)"
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, file, tokenizer)
     store = prepared(tmp_path, file, tokenizer, max_cut_answers=0.2)
@@ -588,7 +596,7 @@ def test_answers_are_runs_of_learned_tokens(mask, first, count) -> None:
 def test_an_error_in_a_row_names_source_and_row(opened, tmp_path) -> None:
     file = tmp_path / "wrong.jsonl"
     file.write_text(json.dumps({"key": "row-7", "messages": [turn("assistant", "a"), turn("assistant", "b")]}) + "\n")
-    with pytest.raises(DataError, match=r"wrong\.jsonl: the conversation with key row-7: .*must alternate"):
+    with pytest.raises(DataError, match=r"wrong\.jsonl:1: .*must alternate.*on_error: skip"):
         prepared(tmp_path, file, opened("gemma3"))
 
 

@@ -1,9 +1,14 @@
 """Who started a process, and as which rank: the environments are those of the launchers' documentation."""
 
+import os
+import re
+
 import pytest
 
+from bigtrain.config.environment import DEFAULT_JOIN_SECONDS, join_seconds, threads
 from bigtrain.errors import ConfigError
-from bigtrain.launching.launchers import Launcher, first_host, launcher
+from bigtrain.launching.launchers import Launcher, adopt, first_host, launcher
+from tests.support import bigtrain, small_config
 
 BATCH_SCRIPT = {  # what sbatch sets in its script, on the first of two nodes
     "SLURM_JOB_ID": "4711",
@@ -155,3 +160,129 @@ def test_mpirun_on_several_hosts_has_to_say_where_rank_0_is():
     with pytest.raises(ConfigError, match="no MASTER_ADDR"):
         launcher(several)
     assert launcher(several | {"MASTER_ADDR": "node-a"}).variables["MASTER_ADDR"] == "node-a"
+
+
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+def without(environment, *names):
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, "has WORLD_SIZE=4 but no RANK"),
+        ({"WORLD_SIZE": "two"}, "has WORLD_SIZE=two but no RANK"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "`unset WORLD_SIZE LOCAL_RANK`"),
+        ({"LOCAL_RANK": "0"}, "has LOCAL_RANK=0 but no RANK"),
+        ({"LOCAL_WORLD_SIZE": "8", "MASTER_PORT": "x"}, "has LOCAL_WORLD_SIZE=8 but no RANK"),
+        ({"RANK": "0"}, "has RANK=0, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (without(HAND, "MASTER_ADDR"), "has RANK=1, but no MASTER_ADDR"),
+        (HAND | {"RANK": "one"}, "RANK=one in the environment is no whole number from 0 to 1."),
+        (HAND | {"RANK": ""}, "RANK= in the environment is no whole number"),
+        (HAND | {"RANK": "-1"}, "RANK=-1 in the environment"),
+        (HAND | {"RANK": "2"}, "RANK=2 in the environment is no whole number from 0 to 1. WORLD_SIZE is 2"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1 in the environment is no whole number from 0 to 0"),
+        (HAND | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
+        (HAND | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no whole number of at least 1"),
+        (HAND | {"WORLD_SIZE": "\u0662"}, "WORLD_SIZE=\u0662 in the environment"),  # a digit of another script
+        (HAND | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 in the environment is no whole number from 0 to 1"),
+        (HAND | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 in the environment"),
+        (HAND | {"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3 in the environment is no whole number from 1 to 2"),
+        (HAND | {"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT=tcp://10.0.0.1:80 in the environment"),
+        (HAND | {"MASTER_PORT": "tcp://10.0.0.1:80"}, "`enableServiceLinks: false`"),
+        (HAND | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment is no whole number from 1 to 65535"),
+        (HAND | {"MASTER_PORT": ""}, "MASTER_PORT= in the environment"),
+        (HAND | {"MASTER_ADDR": "tcp://node0"}, "MASTER_ADDR=tcp://node0 in the environment is no name or address"),
+        (HAND | {"MASTER_ADDR": "\x1b[2J"}, "MASTER_ADDR=?[2J in the environment"),
+        (without(TASK, "SLURM_LOCALID"), "has SLURM_STEP_NUM_TASKS=8, which srun sets, but no SLURM_LOCALID"),
+        (without(TASK, "SLURM_PROCID"), "but no SLURM_PROCID: start all processes with srun"),
+        (without(TASK, "SLURM_JOB_ID", "SLURM_STEP_NODELIST"), "no SLURM_JOB_ID, SLURM_STEP_NODELIST"),
+        (TASK | {"SLURM_PROCID": "8"}, "SLURM_PROCID=8 in the environment is no whole number from 0 to 7"),
+        (TASK | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID=x in the environment"),
+        (TASK | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many in the environment"),
+        (TASK | {"SLURM_JOB_ID": "a"}, "SLURM_JOB_ID=a in the environment"),
+        (TASK | {"MASTER_PORT": "tcp://1:2"}, "MASTER_PORT=tcp://1:2 in the environment"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "has OMPI_COMM_WORLD_RANK=1, which mpirun sets, but no OMPI_COMM_WORLD_SIZE"),
+        (without(OPEN_MPI, "OMPI_COMM_WORLD_RANK"), "but no OMPI_COMM_WORLD_RANK"),
+        (without(MPICH, "MPI_LOCALRANKID"), "but no MPI_LOCALRANKID"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "2"}, "OMPI_COMM_WORLD_RANK=2 in the environment"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE=two in the environment"),
+        (MPICH | {"MPI_LOCALNRANKS": "3"}, "MPI_LOCALNRANKS=3 in the environment"),
+    ],
+)
+def test_leftover_and_malformed_variables_are_named_with_what_to_do(environment, said):
+    with pytest.raises(ConfigError) as refused:
+        launcher(environment)
+    text = str(refused.value)
+    assert said in text
+    assert "unset" in text or "Set it to" in text
+    for names in re.findall(r"`unset ([A-Z_ ]+)`", text):  # the advice works
+        assert launcher(without(environment, *names.split())) is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MASTER_ADDR": "node0", "MASTER_PORT": "tcp://10.0.0.1:80"},  # of a container; no rank, so nobody meets there
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},  # srun's plug-in for MPI, in a single task
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"},
+    ],
+)
+def test_variables_that_say_nothing_of_a_rank_are_no_mistake(environment):
+    assert launcher(environment) is None
+
+
+def test_ranks_of_mpich():
+    assert launcher(MPICH).variables["RANK"] == "1"
+
+
+@pytest.mark.parametrize("visible", ["0,x", "0;1", "NoDevFiles", "-1", "none", "GPU-1b2c,GPU-3d4e", "0,", " 0 , 1 "])
+def test_odd_lists_of_gpus_are_counted_as_cuda_counts_them(visible):
+    counted = {"0,x": 1, "0;1": 0, "NoDevFiles": 0, "-1": 0, "none": 0, "GPU-1b2c,GPU-3d4e": 2, "0,": 1, " 0 , 1 ": 2}
+    gpus = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": "2"}
+    assert launcher(TASK | gpus).variables["LOCAL_RANK"] == ("0" if counted[visible] < 2 else "2")
+    launcher(TASK | gpus | {"SLURM_GPUS_ON_NODE": "(null)"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("BIGTRAIN_JOIN_SECONDS", value) for value in ("soon", "", "nan", "inf", "0", "-5", "1e300")),
+        *(("RAYON_NUM_THREADS", value) for value in ("x", "-1", "2.5", "4,4")),
+        *(("OMP_NUM_THREADS", value) for value in ("abc", "4,x", "1e3")),
+        ("MKL_NUM_THREADS", "all"),
+    ],
+)
+def test_a_users_setting_that_cannot_be_read_is_refused_before_anything_starts(monkeypatch, name, value):
+    for other in (*os.environ.keys() & {"RANK", "WORLD_SIZE"}, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(f"{name}={value} in the environment is no ") + f".*`unset {name}`"):
+        adopt()
+    monkeypatch.delenv(name)
+    assert adopt() is None
+
+
+def test_settings_that_can_be_read(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4, 2")  # of nested regions
+    monkeypatch.setenv("RAYON_NUM_THREADS", "0")  # the library's own choice
+    monkeypatch.setenv("BIGTRAIN_JOIN_SECONDS", "2.5")
+    assert adopt() is None
+    assert (threads("OMP_NUM_THREADS"), threads("RAYON_NUM_THREADS"), join_seconds()) == (4, None, 2.5)
+    monkeypatch.delenv("BIGTRAIN_JOIN_SECONDS")
+    assert join_seconds() == DEFAULT_JOIN_SECONDS
+
+
+def test_a_command_answers_a_leftover_variable_in_a_sentence(tmp_path):
+    config = small_config(tmp_path)
+    for command in ("run", "prepare"):
+        refused = bigtrain(command, config, env={**os.environ, "WORLD_SIZE": "two"})
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("the environment has WORLD_SIZE=two but no RANK")
+        assert refused.stderr.count("\n") == 1
+        assert refused.stdout == ""
+    assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,9 +13,9 @@ from bigtrain import run_folder
 from bigtrain.config import load_config
 from bigtrain.config.load import load
 from bigtrain.config.rules import RESERVED
-from bigtrain.errors import ConfigError
+from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.observability.stream import Files, Stream, read_metrics
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import RunFolder, ending_of
 from tests.support import small_config
 
 
@@ -54,7 +55,7 @@ import sys
 from pathlib import Path
 from bigtrain.config import load_config
 from bigtrain.config.load import load
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import RunFolder, ending_of
 
 config = load_config(Path(sys.argv[1]))
 folder = RunFolder.of(config)
@@ -82,6 +83,50 @@ def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_p
     folder.leave()
     job.communicate()
     assert RunFolder.of(config).begin(config, None, world_size=1) == 3
+
+
+def test_each_attempt_says_how_it_ended_as_far_as_anybody_knows(tmp_path):
+    path = small_config(tmp_path)
+    config = load_config(path)
+    first, since = RunFolder.of(config), time.time()
+    first.end("refused", "its data is not there", since)
+    assert not first.path.exists()  # there is no run to speak of
+    job = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    job.stdout.readline()
+    RunFolder.of(config).end("refused", "another job is at work", time.time())
+    assert ["ended" in attempt for attempt in first.facts()["attempts"]] == [False]
+    job.kill()
+    job.communicate()
+    for how, reason in (("failed", "the disk is full"), ("preempted", None), ("finished", None)):
+        folder, since = RunFolder.of(config), time.time()
+        folder.begin(config, None, world_size=1)
+        folder.end(how, reason, since)
+        folder.leave()
+        RunFolder.of(config).end("refused", f"after {how}", time.time())
+    ends = [(attempt["ended"]["how"], attempt["ended"]["reason"]) for attempt in first.facts()["attempts"]]
+    assert ends[0] == ("killed", "it was killed, or its machine was lost: it left no word of its end")
+    assert ends[1:3] == [("failed", "the disk is full"), ("refused", "after failed")]
+    assert ends[3:] == [
+        ("preempted", None),
+        ("refused", "after preempted"),
+        ("finished", None),
+        ("refused", "after finished"),
+    ]
+    assert [attempt.get("world_size") for attempt in first.facts()["attempts"]] == [1, 1, None, 1, None, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (ConfigError("seed: no"), ("refused", "seed: no")),
+        (CheckpointError("the disk is full"), ("failed", "the disk is full")),
+        (ZeroDivisionError("division by zero"), ("failed", "ZeroDivisionError: division by zero")),
+        (SystemExit(), ("failed", "SystemExit")),
+        (KeyboardInterrupt(), ("failed", "stopped from the keyboard")),
+    ],
+)
+def test_what_an_error_says_of_the_end(error, ending):
+    assert ending_of(error) == ending
 
 
 def test_a_folder_that_a_job_is_about_to_begin_is_free(tmp_path):

@@ -214,7 +214,9 @@ def test_shards_of_any_size_make_the_same_store(tmp_path_factory, lengths, lengt
     for begin, end in itertools.pairwise([0, *sorted(borders), len(documents)]):
         shards.append(root / f"shard-{len(shards)}")
         shards[-1].mkdir()
-        write_shard(shards[-1], gather(documents[begin:end], chosen, np.dtype(np.uint16)), {})
+        write_shard(
+            shards[-1], gather([[document] for document in documents[begin:end]], chosen, np.dtype(np.uint16)), {}
+        )
     (root / "whole").mkdir()
     (root / "pieced").mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -56,7 +56,7 @@ def test_awkward_texts_survive_the_round_trip(tokenizer, text: str) -> None:
 
 
 def test_a_document_cannot_forge_special_tokens(tokenizer) -> None:
-    [(ids, _)] = TASKS["pretrain"]().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
+    [[(ids, _)]] = TASKS["pretrain"]().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
     assert [i for i in ids if i < 5] == [0, 1]
     assert tokenizer("<|end|>", add_special_tokens=False)["input_ids"] == [1]  # a chat template still can
 
@@ -105,11 +105,11 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_pretrain_encoding(tokenizer) -> None:
     rows = [{"text": "def f():\n    pass\n"}, {"text": ""}]
-    (ids, trained), empty = TASKS["pretrain"]().encode(rows, tokenizer)
+    [(ids, trained)], empty = TASKS["pretrain"]().encode(rows, tokenizer)
     assert ids[0] == 0 and ids[-1] == 1
     assert tokenizer.decode(ids[1:-1]) == rows[0]["text"]
     assert trained is None
-    assert empty == ([], None)
+    assert empty == []
 
 
 CHATML = (
@@ -127,7 +127,7 @@ def parts(tokenizer, document):
 
 def test_sft_learns_the_completion_and_its_end(tokenizer) -> None:
     rows = [{"prompt": "def f():\n  ", "completion": "  return 1\n"}, {"prompt": "x", "completion": ""}]
-    document, (empty, _) = TASKS["sft"]().encode(rows, tokenizer)
+    [document], empty = TASKS["sft"]().encode(rows, tokenizer)
     assert parts(tokenizer, document) == [
         (False, "<|begin|><|user|>def f():\n  <|assistant|>"),
         (True, "  return 1\n<|end|>"),
@@ -146,7 +146,7 @@ def test_sft_learns_every_answer_of_a_conversation(tokenizer, template) -> None:
     ]
     original, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
     try:
-        [document] = TASKS["sft"]().encode([{"messages": messages}], tokenizer)
+        [[document]] = TASKS["sft"]().encode([{"messages": messages}], tokenizer)
         assert tokenizer.decode(document[0]) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     finally:
         tokenizer.chat_template = original
@@ -165,13 +165,14 @@ def test_sft_refuses_templates_that_it_cannot_mark(folder: Path, template, messa
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
-        TASKS["sft"]().encode([{"key": "k", "prompt": "a", "completion": "b"}], tokenizer)
+        [answer] = TASKS["sft"]().encode([{"where": "a.jsonl:7", "prompt": "a", "completion": "b"}], tokenizer)
+        raise answer
 
 
 def test_sft_without_a_template_joins_prompt_and_completion(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = None
-    [document] = TASKS["sft"]().encode([{"prompt": "def f():\n", "completion": "  return 1"}], tokenizer)
+    [[document]] = TASKS["sft"]().encode([{"prompt": "def f():\n", "completion": "  return 1"}], tokenizer)
     assert parts(tokenizer, document) == [(False, "<|begin|>def f():\n"), (True, "  return 1<|end|>")]
     with pytest.raises(DataError, match="chat template"):
         TASKS["sft"]().encode([{"messages": []}], tokenizer)
@@ -182,7 +183,7 @@ def test_sft_needs_an_end_token(folder: Path) -> None:
     tokenizer.chat_template, tokenizer.eos_token = None, None
     with pytest.raises(DataError, match="eos_token"):
         TASKS["sft"]().encode([{"prompt": "a", "completion": "b"}], tokenizer)
-    [(ids, _)] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
+    [[(ids, _)]] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
     assert ids == [0, *encode_texts(tokenizer, ["a"])[0]]
 
 

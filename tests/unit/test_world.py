@@ -34,6 +34,13 @@ def test_what_cannot_be_had_is_refused(device, precision, local_rank, gpus, mess
         choose_device(device, precision, local_rank, gpus)
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "none"])
+def test_a_variable_that_hides_the_gpus_is_named(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError, match=rf"shows no GPU with CUDA_VISIBLE_DEVICES={visible}; use auto or cpu"):
+        choose_device("cuda", "bf16", 0, gpus=0)
+
+
 DETERMINISTIC = """
 import os
 from bigtrain.parallel.world import DETERMINISTIC, use_deterministic_kernels

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import Clean
 from bigtrain.data.cleaning.redaction import Redaction
+from bigtrain.data.files import ABOUT
 
 if TYPE_CHECKING:
     from bigtrain.data.sources import Row
@@ -57,7 +58,7 @@ def words(text: str) -> list[str]:
 
 def row_text(row: Row) -> str:
     """All that a row says, for filters and comparisons; roles and keys left out."""
-    return "\n".join(_strings(value) for name, value in row.items() if name != "key")
+    return "\n".join(_strings(value) for name, value in row.items() if name not in ABOUT)
 
 
 class TextSteps:
@@ -78,7 +79,7 @@ class TextSteps:
         """The row with its texts cleaned: `messages` keep their form. `told` hears of each change."""
         if not self._steps:
             return row
-        return {name: value if name == "key" else self._cleaned(value, told) for name, value in row.items()}
+        return {name: value if name in ABOUT else self._cleaned(value, told) for name, value in row.items()}
 
     def _cleaned(self, value: Any, told: Callable[[Change], None] | None) -> Any:
         if isinstance(value, str):
