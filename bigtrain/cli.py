@@ -229,12 +229,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Held-out loss, perplexity and token accuracy."""
-    from bigtrain.config.schema import Source
+    from bigtrain.config.load import source
     from bigtrain.inference.evaluate import evaluate as measure
     from bigtrain.pretrained import quiet
 
     quiet()
-    found = measure(where, [Source(source=source) for source in data] if data else None)
+    found = measure(where, [source(text, "--data") for text in data] if data else None)
     print(f"{found.what}: {found.targets} targets")
     print(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
 

@@ -13,7 +13,7 @@ from bigtrain.errors import ConfigError
 
 def arguments(source: str) -> tuple[str, dict[str, Any]]:
     """(name, keyword arguments) for any `from_pretrained` of transformers. Code of the checkpoint is never run."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name, "trust_remote_code": False}
     return (str(path) if path.exists() else source), {"trust_remote_code": False}

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
+from bigtrain.config.texts import written
 from bigtrain.observability.stream import read_metrics
 from tests.forked import run_command
 
@@ -56,7 +57,7 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
     package = Path(asyncio.__file__).parent
     config = {
         "name": "small",
-        "output": str(folder / "runs"),
+        "output": written(str(folder / "runs")),
         "model": {"from_config": MODEL | {"attention_dropout": dropout}},
         "tokenizer": {"train": {"vocab_size": 400}},
         "precision": "fp32",
@@ -67,7 +68,7 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
                 "name": "finetune",
                 "task": "sft",
                 "from": "pretrain",
-                "data": [{"source": str(folder / "functions.jsonl")}],
+                "data": [{"source": written(str(folder / "functions.jsonl"))}],
                 **stage,
                 "sequence_length": 128,
                 "max_cut_answers": 1.0,

@@ -36,6 +36,11 @@ for first, resolvers in Loader.yaml_implicit_resolvers.items():
     Loader.yaml_implicit_resolvers[first] = sorted(kept, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
 
 
+# What YAML 1.1, which PyYAML reads, takes for another number than a person does.
+OCTAL = re.compile(r"[-+]?0[0-9_]*[0-9]")
+SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
 class Dumper(yaml.SafeDumper):
     """Quotes the text that Loader would read as something else, like '1e5'."""
 
@@ -131,7 +136,11 @@ class _Values:
                 items.append(self.of(item, (*at, index)))
             return items
         try:
-            return self.loader.construct_object(node, deep=True)
+            value = self.loader.construct_object(node, deep=True)
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None  # without quotes
+            if plain and type(value) in (int, float) and (meant := _meant(node.value, value)):
+                raise ConfigError(f"{where}: {_dotted(at)}: {meant}")
+            return value
         except (ValueError, KeyError, AttributeError):  # what PyYAML raises for a text that does not fit its tag
             kind = node.tag.rpartition(":")[2]
             raise ConfigError(f"{where}: {_dotted(at)}: {str(node.value)[:40]!r} cannot be read as {kind}.") from None
@@ -161,6 +170,20 @@ class _Values:
 
     def _where(self, node: yaml.Node) -> str:
         return self.origin(node.start_mark.line + 1)
+
+
+def _meant(text: str, value: float) -> str | None:
+    """What may be meant by a number that YAML reads otherwise than a person; None for all others."""
+    if OCTAL.fullmatch(text):
+        digits = text.replace("_", "")
+        read = f"YAML reads {text} as {value}, with base 8" if value != int(digits) else f"{text} begins with a 0"
+        return f"{read}; write {int(digits)} if that number is meant, or '{text}' in quotes if it is text."
+    if SIXTIES.fullmatch(text):
+        return (
+            f"YAML reads {text} as {value:g}, with base 60; write {value:g} if that number is meant, or '{text}' in "
+            "quotes if it is text."
+        )
+    return None
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from bigtrain.config.files import Document, Dumper, KeyPath, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
-from bigtrain.config.schema import Run, Section, mark_of
+from bigtrain.config.schema import Run, Section, Source, mark_of
+from bigtrain.config.texts import MEANINGS
 from bigtrain.errors import ConfigError, nearest
 
 DEFAULT = "default"  # the origin of a value that nobody has given
@@ -55,6 +57,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
     if broken:
         raise ConfigError("\n".join(broken))
     return loaded
+
+
+def source(text: str, option: str) -> Source:
+    """A source that is named on the command line. Raises ConfigError, which names the option."""
+    try:
+        return Source(source=text)
+    except ValidationError as error:
+        raise ConfigError(f"{option} {text}: {_message(error.errors(include_url=False)[0], ('source',))}") from None
 
 
 def lacking(loaded: Loaded) -> list[str]:
@@ -188,9 +198,11 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
         case "missing":
             return "this key is required."
         case "literal_error":
-            return f"{value!r} is not one of {detail['ctx']['expected']}."
+            return f"{_shown(value)} is not one of {detail['ctx']['expected']}{_remedy(detail['type'], value)}."
         case "string_pattern_mismatch":
-            return f"{value!r} may hold only letters, digits, '-' and '_', and begins with a letter or digit."
+            return f"{value!r} {MEANINGS[detail['ctx']['pattern']]}."
+        case "value_error":
+            return f"{detail['ctx']['error']}."
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"expected keys and values below it, got {_shown(value)}."
         case _:
@@ -202,12 +214,12 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
 def _remedy(kind: str, value: Any) -> str:
     """How a value of the wrong type may have come about."""
     if value is None:
-        return ": nothing is written after the key; give a value or remove the key"
-    if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
-        return "; write it without quotes"
+        return ": nothing is written after the key, or `~` or `null`; give a value or remove the key"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and (number := _number(value)):
+        return "; write it without quotes" if number == value.strip() else f"; write {number}"
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
-    if kind == "string_type" and isinstance(value, bool):
+    if kind in ("string_type", "literal_error") and isinstance(value, bool):
         return " (YAML reads yes, no, on and off as true and false); put it in quotes"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
@@ -216,12 +228,16 @@ def _remedy(kind: str, value: Any) -> str:
     return ""
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _number(text: str) -> str | None:
+    """The number that a text spells, as YAML reads it; None if it spells none."""
+    plain = re.sub(r"[ ,'](?=\d{3}\b)", "", text.strip())  # 1,000,000
+    for read in (float, lambda digits: int(digits, 0)):  # the latter: 0o17
+        try:
+            number = read(plain)
+        except ValueError:
+            continue
+        return plain if read is float else str(number)
+    return None
 
 
 def _shown(value: Any) -> str:

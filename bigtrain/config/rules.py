@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,8 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
 def _finite(value: Any, at: KeyPath) -> Broken:
     if isinstance(value, float) and not math.isfinite(value):
         yield at, f"must be a finite number, got {value}."
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield at, f"is too large a number; the largest is {2**63 - 1}."
     elif isinstance(value, dict):
         for key, below in value.items():
             yield from _finite(below, (*at, key))
@@ -133,6 +134,8 @@ def _reporting(run: Run) -> Broken:
         first, last = run.profile.steps
         if first < 1 or last < first:
             yield ("profile", "steps"), f"[first, last] count from 1 and do not decrease, got [{first}, {last}]."
+    if run.time_limit_seconds == 0:
+        yield ("time_limit",), f"{run.time_limit} is no time at all; give one, like 11h30m, or remove it."
     for i, tracker in enumerate(run.trackers):
         if tracker in run.trackers[:i]:
             yield ("trackers", i), f"{tracker} is there twice; remove one."
@@ -274,7 +277,7 @@ def _pretrained(run: Run) -> Broken:
         missing = _missing_folder(model, "config.json")
         if missing:
             yield at, missing
-        elif _expanded(model).is_dir():
+        elif Path(model).is_dir():
             yield from _positions(run, model)
     tokenizer = run.tokenizer.from_pretrained if run.tokenizer else None
     if tokenizer is not None and _looks_like_path(tokenizer):
@@ -285,12 +288,12 @@ def _pretrained(run: Run) -> Broken:
 
 def _looks_like_path(name: str) -> bool:
     """Whether a `from_pretrained` is meant as a path; else it is a Hub id, `name` or `owner/name`."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf") or Path(name).exists()
+    return name.startswith(("/", ".")) or name.count("/") > 1 or name.endswith(".gguf") or Path(name).exists()
 
 
 def _missing_folder(name: str, needed: str) -> str | None:
     """What is wrong with a folder that must hold a file `needed` (a glob), or with a .gguf file."""
-    path = _expanded(name)
+    path = Path(name)
     if path.is_dir():
         return None if any(path.glob(needed)) else f"the folder {name} holds no {needed.replace('*', '.json')}."
     if path.is_file():
@@ -298,13 +301,9 @@ def _missing_folder(name: str, needed: str) -> str | None:
     return f"there is no folder {name} (looked in {Path.cwd()})."
 
 
-def _expanded(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for an unknown user
-
-
 def _positions(run: Run, model: str) -> Broken:
     """Of a checkpoint on disk; its config.json is enough to know them."""
-    file = _expanded(model) / "config.json"
+    file = Path(model) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

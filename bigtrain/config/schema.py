@@ -5,6 +5,8 @@ Every field carries its unit in the description and one mark:
 - `mathematics`: decides what is trained; a run cannot be resumed with another value;
 - `execution`: decides how; free to change on a resume, the numbers stay the same;
 - `reporting`: decides what is shown or kept.
+
+Paths are written with `~` and `$NAME`, as bigtrain.config.texts says.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bigtrain.config.texts import DURATION, REGION, RUN_NAME, STAGE_NAME, PathText
 
 Mark = Literal["mathematics", "execution", "reporting"]
 Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -43,7 +47,7 @@ class Model(Section):
         "`vocab_size` and special token ids are taken from the tokenizer where absent.",
         None,
     )
-    from_pretrained: str | None = mathematics(
+    from_pretrained: PathText | None = mathematics(
         "A pretrained causal language model: a folder, a Hub id, or a .gguf file (its weights are made dense).", None
     )
 
@@ -59,7 +63,7 @@ class TrainTokenizer(Section):
 
 class Tokenizer(Section):
     train: TrainTokenizer | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
-    from_pretrained: str | None = mathematics("A folder, a Hub id or a .gguf file of a tokenizer.", None)
+    from_pretrained: PathText | None = mathematics("A folder, a Hub id or a .gguf file of a tokenizer.", None)
     add_tokens: list[str] = mathematics(
         "Special tokens to add; a pretrained model's embedding grows by as many rows where it has to.", []
     )
@@ -107,7 +111,7 @@ class StageParallel(Section):
 
 
 class Source(Section):
-    source: str = mathematics(
+    source: PathText = mathematics(
         "Where documents come from. A file, a glob, a folder (every file below it) or any URL of fsspec, like "
         "s3://bucket/*.parquet: .jsonl, .json, .csv, .tsv, .parquet and .arrow files hold rows, any other file is one "
         "document; .gz, .bz2, .xz and .zst are decompressed. Or a folder of datasets' `save_to_disk`; a dataset of the "
@@ -193,7 +197,7 @@ class Clean(Section):
     phone_region: str | None = mathematics(
         "Country (ISO 3166, like US) whose phone numbers are known without a country code; null: none.",
         None,
-        pattern=r"^[A-Z]{2}$",
+        pattern=REGION,
     )
     min_characters: int | None = mathematics("Shorter documents are dropped; null: none.", None, ge=1)
     max_characters: int | None = mathematics("Longer documents are dropped; null: none.", None, ge=1)
@@ -263,7 +267,7 @@ class Checkpoint(Section):
 
 
 class Stage(Section):
-    name: str = mathematics("Names the stage's folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = mathematics("Names the stage's folder.", pattern=STAGE_NAME)
     task: Literal["pretrain", "sft"] = mathematics(
         "pretrain: next token of every document (column `text`). sft: conversations through the tokenizer's chat "
         "template, with the loss on the assistant's turns and the token that ends each. Columns: `messages` (role, "
@@ -332,8 +336,8 @@ class Profile(Section):
 
 
 class Run(Section):
-    name: str = reporting("The run lives in OUTPUT/NAME.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str = reporting("Folder of runs and of the token stores that they share.", "runs")
+    name: str = reporting("The run lives in OUTPUT/NAME.", pattern=RUN_NAME)
+    output: PathText = reporting("Folder of runs and of the token stores that they share.", "runs")
     seed: int = mathematics("Of initial weights, sample order and dropout.", 0, ge=0, lt=2**31)
     model: Model = mathematics("What is trained.")
     tokenizer: Tokenizer | None = mathematics("Text to tokens; null: that of `model.from_pretrained`.", None)
@@ -360,7 +364,7 @@ class Run(Section):
         "Like 11h30m, counted from the start of the ranks: the run saves and leaves in time, with exit code 75; "
         "started again it goes on. null: none.",
         None,
-        pattern=r"^(\d+[dhms])+$",
+        pattern=DURATION,
     )
     profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)

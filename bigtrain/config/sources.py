@@ -82,8 +82,6 @@ def wrong_with(source: Source) -> str | None:
 
 
 def _other_reading(name: str) -> str:
-    if name.startswith("~"):
-        return f" `~` is not expanded in sources; write {os.path.expanduser(name)}."  # noqa: PTH111 - does not raise
     if HUB_ID.fullmatch(name):
         return f" If the dataset {name} of the Hub is meant, say which split, like `split: train`."
     return ""

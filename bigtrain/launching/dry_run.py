@@ -82,7 +82,7 @@ def _print_values(console: Console, loaded: Loaded, defaults: bool) -> None:
 def model_size(run: Run) -> Size | str:
     """The model's size, from its architecture on torch's meta device; or why it is not known here."""
     model, tokenizer = run.model, run.tokenizer
-    if model.from_pretrained is not None and not (_folder(model.from_pretrained) / "config.json").is_file():
+    if model.from_pretrained is not None and not (Path(model.from_pretrained) / "config.json").is_file():
         return f"not known without loading {model.from_pretrained}"
     entries = _vocabulary(run)
     if model.from_config is not None and entries is None:
@@ -129,7 +129,7 @@ def _vocabulary(run: Run) -> int | None:
         # A small sample of text can give fewer entries; a model with a size of its own has room for those.
         return from_config or run.tokenizer.train.vocab_size + added
     name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
-    file = _folder(name or "") / "tokenizer.json"
+    file = Path(name or "") / "tokenizer.json"
     if not file.is_file():
         return from_config
     from tokenizers import Tokenizer
@@ -137,10 +137,6 @@ def _vocabulary(run: Run) -> int | None:
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens(list(run.tokenizer.add_tokens) if run.tokenizer else [])
     return tokenizer.get_vocab_size()
-
-
-def _folder(name: str) -> Path:
-    return Path(name).expanduser()
 
 
 def _processes(run: Run) -> int:
@@ -225,7 +221,7 @@ def _tokenizer_folder(run: Run) -> Path | None:
         parts = [part.facts(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
     name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
-    return _folder(name) if name is not None and _folder(name).exists() else None
+    return Path(name) if name is not None and Path(name).exists() else None
 
 
 def _made(run: Run, facts: dict[str, Any]) -> Path | None:

@@ -197,9 +197,10 @@ def missing_data(values, rng):
 
 
 def missing_checkpoint(values, rng):
-    wrong = rng.choice(["./nothing", "/nowhere/model", "models/a/b", "~/nothing-here", "~nobody/x", "nothing.gguf"])
+    plain = ["./nothing", "/nowhere/model", "models/a/b", "nothing.gguf"]
+    wrong = rng.choice([*plain, "~/nothing-here", "~no-user/x", "$NOT_SET_AT_ALL/x", "${HOME"])
     values["model"] = {"from_pretrained": wrong}
-    return wrong
+    return wrong if wrong in plain else "model.from_pretrained"
 
 
 def profile_backwards(values, rng):

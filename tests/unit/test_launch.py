@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from bigtrain.config.files import Loader
+from bigtrain.config.texts import written
 from bigtrain.errors import ConfigError
 from bigtrain.launching.commands import COMMANDS
 from bigtrain.launching.launch import Asked, plan, script
@@ -50,7 +51,7 @@ def odd(tmp_path, monkeypatch):
     """A run's file in a folder with an odd name, its output in another, and an override to match."""
     folder = tmp_path / ODD
     folder.mkdir()
-    file = small_config(folder, output=f"out {ODD}")
+    file = small_config(folder, output=written(f"out {ODD}"))
     monkeypatch.chdir(tmp_path)
     return file.relative_to(tmp_path), (f"stages.pretrain.prompts=['{ODD.replace(chr(39), chr(39) * 2)}']",)
 
