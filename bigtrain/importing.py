@@ -12,7 +12,8 @@ from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.errors import ConfigError, nearest
-from bigtrain.models.causal_lm import parameter_shapes, try_architecture
+from bigtrain.models.causal_lm import parameter_shapes
+from bigtrain.models.trial import try_architecture
 from bigtrain.parallel.world import joined
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder, ending_of

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
+
+ADVICE = (
+    "A folder must exist; a Hub id needs the network or the local cache, and for a gated model `hf auth login`; a file "
+    "that was not fetched whole has to be fetched again."
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what git leaves in place of a large file
+LONGEST_REASON = 300  # characters
 
 
 def arguments(source: str) -> tuple[str, dict[str, Any]]:
@@ -29,12 +36,31 @@ def quiet() -> None:
 
 @contextmanager
 def opening(source: str, key: str) -> Iterator[None]:
-    """Turn what transformers raises for a checkpoint that cannot be had into one sentence about `key`."""
+    """Turn whatever transformers raises for a checkpoint that cannot be had into one sentence about `key`."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{key}: {source} cannot be opened: {reason} (A folder must exist; a Hub id needs the network or the local "
-            "cache, and for a gated model `hf auth login`.)"
-        ) from error
+    except BigtrainError:
+        raise
+    except Exception as error:
+        wrong = [told for file in files_of(source) if (told := wrong_file(file))]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = wrong[0] if wrong else f"{lines[0][:LONGEST_REASON]} ({ADVICE})"
+        raise ConfigError(f"{key}: {source} cannot be opened: {reason}") from error
+
+
+def files_of(source: str) -> list[Path]:
+    """Of a pretrained model's folder, or the .gguf file that it is."""
+    path = Path(source).expanduser()
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def wrong_file(path: Path) -> str | None:
+    """In a sentence, why a file of a pretrained model is none that anything can be read from; None for one that may
+    be fine. Raises OSError if it cannot be opened."""
+    if not path.is_file():
+        return f"there is no file {path}."
+    with path.open("rb") as file:
+        begin = file.read(len(LFS_POINTER))
+    if begin == LFS_POINTER:
+        return f"{path} is a git-lfs pointer, not the file that it points to; `git lfs pull` in its folder fetches it."
+    return None if begin else f"{path} is empty; fetch it again."

@@ -30,7 +30,8 @@ from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import open_model
-from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, plain_head, try_architecture
+from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, plain_head
+from bigtrain.models.trial import try_architecture
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress

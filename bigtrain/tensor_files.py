@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.errors import CheckpointError
+from bigtrain.pretrained import wrong_file
 from bigtrain.state import Shape, flat_span, lies_inside
 
 DTYPES = {
@@ -27,6 +28,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+class UnknownDtype(Exception):
+    """A tensor is stored in a way that is not read here; the message says which and how."""
 
 
 class Stored(NamedTuple):
@@ -52,23 +57,33 @@ class Stored(NamedTuple):
 
 
 def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
-    """(key, where it is) of each tensor of a safetensors file. Raises ValueError if it is none or holds a dtype that
-    is not in DTYPES, OSError if it cannot be read."""
+    """(key, where it is) of each tensor of a safetensors file.
+
+    Raises CheckpointError if it is none, or not whole; UnknownDtype if it holds a dtype that is not in DTYPES; OSError
+    if it cannot be read.
+    """
+    if (wrong := wrong_file(path)) is not None:
+        raise CheckpointError(wrong)
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size:
+            if not 0 < length <= size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         for key, entry in header.items():
             if key != "__metadata__":
                 begin, end = entry["data_offsets"]
+                if entry["dtype"] not in DTYPES:
+                    raise UnknownDtype(f"{path}: {key} is stored as {entry['dtype']}")
                 stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
                 if end - begin != math.prod(stored.shape) * stored.dtype.itemsize:
                     raise ValueError(f"{key} has {end - begin} bytes")
+                if not 0 <= begin <= end <= size - 8 - length:
+                    raise ValueError(f"it ends within {key}, after {size} bytes")
                 yield key, stored
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no safetensors file that can be read here: {error}") from None
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}; fetch it again.") from None
 
 
 def read_whole(descriptor: int, data: memoryview, at: int) -> None:

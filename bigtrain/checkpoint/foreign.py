@@ -21,7 +21,7 @@ from bigtrain.checkpoint.load import check_shapes
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.parallel.contract import persistent_buffers
-from bigtrain.pretrained import arguments, opening
+from bigtrain.pretrained import arguments, opening, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Box, Shape
 
 if TYPE_CHECKING:
@@ -285,6 +285,8 @@ def _same_step(where: str, steps: dict[str, int]) -> int:
 def _load(path: Path) -> Any:
     """What torch.save has put into a file, if it is tensors and plain containers; the tensors stay on the disk until
     they are used. Raises CheckpointError."""
+    if (wrong := wrong_file(path)) is not None:
+        raise CheckpointError(wrong)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

@@ -16,9 +16,10 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
+from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
-from bigtrain.pretrained import arguments, opening
+from bigtrain.pretrained import arguments
 from bigtrain.state import BUFFER, WEIGHT, Shape
 
 
@@ -54,7 +55,8 @@ def open_model(
     if isinstance(place, RunPlace):
         model, tokenizer = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
         return Opened(model, tokenizer, str(place), there, place.run, place.stage, place.step)
-    model, tokenizer = _from_pretrained(place.source, _dtype(dtype) if dtype else "auto")
+    tokenizer = load_tokenizer(place.source)
+    model = load_whole(place.source, "model", _dtype(dtype) if dtype else "auto")
     return Opened(model.eval().requires_grad_(False).to(there), tokenizer, str(place), there)
 
 
@@ -72,17 +74,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in PRECISIONS:
         raise ConfigError(f"dtype: there is no {name!r}; {nearest(name, PRECISIONS)}")
     return PRECISIONS[name]
-
-
-def _from_pretrained(source: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    name, options = arguments(source)
-    if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    with opening(source, "model"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    return model, load_tokenizer(source)
 
 
 def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device, ema: bool) -> tuple[Any, Any]:

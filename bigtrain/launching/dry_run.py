@@ -93,7 +93,7 @@ def model_size(run: Run) -> Size | str:
 
 
 def _built(run: Run, entries: int) -> Size:
-    from bigtrain.models.causal_lm import try_architecture
+    from bigtrain.models.trial import try_architecture
 
     empty = try_architecture(
         run.model, entries, attention=run.attention, isolates=run.isolates, added_tokens=run.adds_tokens

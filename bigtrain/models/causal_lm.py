@@ -155,41 +155,6 @@ def check_isolated(config: PreTrainedConfig) -> None:
     )
 
 
-def try_architecture(
-    model: Model, entries: int, *, attention: str, isolates: bool, added_tokens: bool = False
-) -> PreTrainedModel:
-    """The model on the meta device, as it would be for a tokenizer of `entries` ids. Loads and writes nothing.
-
-    isolates: whether it has to keep the documents of a sequence apart.
-    Raises ConfigError for keys and values that transformers refuses, and if it cannot keep documents apart.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    stands_in: Any = _Tokenizer(entries)
-    try:
-        config = model_config(model, stands_in, added_tokens)
-        if isolates:
-            check_isolated(config)
-        attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
-        return empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        key = "from_config" if model.from_config is not None else "from_pretrained"
-        reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
-
-
-class _Tokenizer:
-    """As much of a tokenizer as an architecture asks for: its length."""
-
-    bos_token_id = eos_token_id = pad_token_id = None
-
-    def __init__(self, entries: int):
-        self.entries = entries
-
-    def __len__(self) -> int:
-        return self.entries
-
-
 def plain_head(model: PreTrainedModel) -> nn.Module | None:
     """The module that alone makes the model's logits from its last hidden states; None where more is done to them
     (caps, scales), or nobody has looked."""

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bigtrain.disk import check_free, make_once
-from bigtrain.errors import CheckpointError, shorten
-from bigtrain.pretrained import arguments, opening
+from bigtrain.errors import CheckpointError, ConfigError, shorten
+from bigtrain.pretrained import arguments, files_of, opening, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
-from bigtrain.tensor_files import Stored, read_header
+from bigtrain.tensor_files import Stored, UnknownDtype, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PRETRAINED = "model.from_pretrained"  # the key of the run's file that most messages are about
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
 Found = TypeVar("Found", Stored, Tensor)
 
 
@@ -141,19 +144,82 @@ def pretrained_weights(
     takes from these what it is asked for. Else the reason is told, and the first of all processes has transformers
     read the whole model into host memory, in fp32, and writes it to `folder` for all of them.
     An embedding with fewer rows than that of `empty` grows; the new rows are drawn around the mean of the old ones
-    (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021).
+    (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Nothing else is ever drawn.
 
-    Raises ConfigError for a model that cannot be opened, CheckpointError for one of another architecture, DataError for
-    a disk without room for `folder`.
+    Raises ConfigError for a model that cannot be opened, lacks a tensor or has one of another shape; DataError for a
+    disk without room for `folder`.
     """
     try:
-        with opening(source, "model.from_pretrained"):
-            found = _for_all(_published(source, empty), empty)
+        found = _for_all(_published(source, empty), empty)
     except _OnlyWhole as reason:
         tell(str(reason))
         make_once(folder, partial(_write_whole, source, empty, seed))
         found = _for_all(dict(read_header(folder / "model.safetensors")), empty)
     return PretrainedFiles(found, {name: tensor.dtype for name, tensor in empty.state_dict(keep_vars=True).items()})
+
+
+def check_folder(source: str, empty: PreTrainedModel) -> None:
+    """Look at the headers of a pretrained model's files, where these are on this disk.
+
+    Raises ConfigError for a file that is missing or not whole, and for a tensor that `empty` has and they lack or have
+    in another shape, as far as transformers need not convert them to tell.
+    """
+    if not Path(source).expanduser().exists():
+        return
+    try:
+        _for_all(_published(source, empty), empty)
+    except _OnlyWhole:
+        files = [file for file in files_of(source) if file.suffix in WEIGHT_FILES]
+        told = [wrong for file in files if (wrong := wrong_file(file))] if files else [f"no weights are in {source}."]
+        if told:
+            raise ConfigError(f"{PRETRAINED}: {source} cannot be opened: {told[0]}") from None
+
+
+def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
+    """A pretrained model as transformers reads and converts it. What its files hold too much of is told.
+
+    Raises ConfigError, about `key`, for a model that cannot be opened, or lacks a parameter or has one of another
+    shape: transformers would draw it at random.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    name, options = arguments(source)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    auto: Any = AutoModelForCausalLM
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what was drawn, left out and renamed
+    try:
+        with opening(source, key):
+            model, info = auto.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    parameters = {name for name, _ in model.named_parameters()}
+    _refuse_lacking(source, sorted(parameters & info["missing_keys"]), key)
+    for name, there, wanted in sorted(info["mismatched_keys"]):
+        _refuse_shape(source, name, tuple(there), tuple(wanted), key)
+    if info["unexpected_keys"]:
+        left_out = shorten(sorted(info["unexpected_keys"]))
+        print(f"{source}: {model.config.model_type} has no use for {left_out}; left out.", file=sys.stderr, flush=True)
+    return model
+
+
+def _refuse_lacking(source: str, names: list[str], key: str = PRETRAINED) -> None:
+    if names:
+        raise ConfigError(
+            f"{key}: the files of {source} lack {shorten(names)}, which its config.json asks for, and nothing is drawn "
+            "at random in their place. Fetch the model again, or mend its config.json."
+        )
+
+
+def _refuse_shape(source: str, name: str, there: Shape, wanted: Shape, key: str = PRETRAINED) -> NoReturn:
+    raise ConfigError(
+        f"{key}: {name} has shape {there} in the files of {source}, and {wanted} by its config.json. Fetch the model "
+        "again, or mend its config.json."
+    )
 
 
 class _OnlyWhole(Exception):
@@ -163,15 +229,11 @@ class _OnlyWhole(Exception):
 def _write_whole(source: str, empty: PreTrainedModel, seed: int, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, GgufConfig
 
     vocab_size = empty.config.vocab_size
-    name, options = arguments(source)
-    if "gguf_file" in options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    with torch.random.fork_rng(devices=[]), opening(source, "model.from_pretrained"):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_hash(seed, "added tokens"))
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        model = load_whole(source, PRETRAINED, torch.float32)
         if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
     unique = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -181,7 +243,7 @@ def _write_whole(source: str, empty: PreTrainedModel, seed: int, folder: Path) -
         check_free(folder, sum(tensor.nbytes for tensor in tensors.values()), f"{source}, as transformers converts it,")
         save_file(tensors, folder / "model.safetensors")
     except _OnlyWhole as reason:
-        raise CheckpointError(f"model.from_pretrained: {source} does not fit the model: {reason}") from None
+        raise ConfigError(f"{PRETRAINED}: {source} does not fit the model: {reason}.") from None
     except SafetensorError as error:
         raise CheckpointError(
             f"{source}, as transformers converts it, cannot be written to {folder}: {error}"
@@ -199,9 +261,11 @@ def _published(source: str, empty: PreTrainedModel) -> dict[str, Stored]:
     for path in _safetensors(source, empty):
         try:
             stored.update(read_header(path))
-        except ValueError as error:
+        except UnknownDtype as error:
             raise _OnlyWhole(str(error)) from None
-    return _by_parameter(stored, empty, empty.state_dict(keep_vars=True))
+        except (CheckpointError, OSError) as error:
+            raise ConfigError(f"{PRETRAINED}: {source} cannot be opened: {error}") from None
+    return _by_parameter(source, stored, empty, empty.state_dict(keep_vars=True))
 
 
 def _for_all(found_by_name: Mapping[str, Found], empty: PreTrainedModel) -> dict[str, Found]:
@@ -209,10 +273,7 @@ def _for_all(found_by_name: Mapping[str, Found], empty: PreTrainedModel) -> dict
     another there."""
     tensors: dict[str, Tensor] = empty.state_dict(keep_vars=True)
     named = dict(found_by_name)
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    for names in aliases.values():  # tied parameters are stored once
+    for names in _aliases(tensors):
         there = [name for name in names if name in named]
         if not there:
             raise _OnlyWhole(f"its files lack {names[0]}")
@@ -225,6 +286,27 @@ def _for_all(found_by_name: Mapping[str, Found], empty: PreTrainedModel) -> dict
             if tensors[name].is_floating_point() and not found.dtype.is_floating_point:
                 raise _OnlyWhole(f"{name} is stored as {found.dtype}")
     return named
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """The names of each tensor: tied parameters have several, and are stored once."""
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    return aliases.values()
+
+
+def _check_parameters(source: str, named: Mapping[str, Stored], empty: PreTrainedModel) -> None:
+    """Raises ConfigError for a parameter that the files lack or have in another shape, unless it may grow."""
+    parameters = dict(empty.named_parameters(remove_duplicate=False))
+    lacking = [names[0] for names in _aliases(parameters) if not any(name in named for name in names)]
+    _refuse_lacking(source, lacking)
+    vocabulary = {id(p) for m in (empty.get_input_embeddings(), empty.get_output_embeddings()) for p in m.parameters()}
+    for name, parameter in parameters.items():
+        there, wanted = named[name].shape if name in named else tuple(parameter.shape), tuple(parameter.shape)
+        grows = id(parameter) in vocabulary and there[1:] == wanted[1:] and there[:1] < wanted[:1]
+        if there != wanted and not grows:
+            _refuse_shape(source, name, there, wanted)
 
 
 def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
@@ -254,17 +336,21 @@ def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
     index = find("model.safetensors.index.json")
     if index is None:
         raise _OnlyWhole("it has no model.safetensors")
-    for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+    with opening(source, PRETRAINED):
+        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard in shards:
         found = find(shard)
         if found is None:
-            raise _OnlyWhole(f"it has no {shard}")
+            raise ConfigError(f"{PRETRAINED}: {source} has no {shard}, which its {Path(index).name} names; fetch it.")
         yield Path(found)
 
 
-def _by_parameter(stored: dict[str, Stored], empty: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Stored]:
-    """The tensors of the files by the names that transformers gives them in the model.
+def _by_parameter(
+    source: str, stored: dict[str, Stored], empty: PreTrainedModel, tensors: dict[str, Tensor]
+) -> dict[str, Stored]:
+    """The tensors of the files by the names that transformers gives them in the model; each parameter is there.
 
-    Raises _OnlyWhole if it makes other tensors of one of them, or knows no use for it.
+    Raises ConfigError for one that is not, _OnlyWhole if it makes other tensors of one of them, or knows no use for it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -287,6 +373,7 @@ def _by_parameter(stored: dict[str, Stored], empty: PreTrainedModel, tensors: di
             named[name] = stored[key]
         else:
             others.add(name)
+    _check_parameters(source, named, empty)
     keys: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=others)
     empty._adjust_missing_and_unexpected_keys(keys)  # private: takes away what an architecture ignores
     if keys.unexpected_keys:

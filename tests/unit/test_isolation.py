@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from bigtrain.config.schema import Model
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import ISOLATED, empty_model, try_architecture
+from bigtrain.models.causal_lm import ISOLATED, empty_model
+from bigtrain.models.trial import try_architecture
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import TaskModule
 from bigtrain.tasks.causal_lm import CausalLM
