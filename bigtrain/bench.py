@@ -15,7 +15,6 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
@@ -30,6 +29,7 @@ from bigtrain.data.prepare import open_tokenizer, prepare_stage
 from bigtrain.models.causal_lm import model_config
 from bigtrain.models.flops import Arithmetic, arithmetic, peak_flops
 from bigtrain.models.weights import RandomWeights
+from bigtrain.observability.console import console
 from bigtrain.observability.profiler import quiet_profile
 from bigtrain.observability.progress import plural
 from bigtrain.observability.stream import Event, Stream
@@ -192,7 +192,7 @@ def _part(running: Counter[str]) -> str:
 
 
 def _show(config: Run, stage: Stage, world: World, model: str, needed: Arithmetic | None, measured: Measured) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     tokens, seconds = stage.global_batch_size * stage.sequence_length, statistics.median(measured.seconds)
     parallel = config.parallel_of(stage)
     compiled = " · compiled" if parallel.compile else ""
@@ -206,14 +206,13 @@ def _show(config: Run, stage: Stage, world: World, model: str, needed: Arithmeti
         *_arithmetic_lines(needed, tokens / seconds / world.size, world.device, config.precision),
     ]
     for line in lines:
-        console.print(line, markup=False)
-    console.print(_parts_table(measured.parts, seconds))
+        out.print(line)
+    out.print(_parts_table(measured.parts, seconds))
     slower = sum(measured.parts.values()) / seconds
-    console.print(
+    out.print(
         f"  Shares of {PROFILED} more steps on rank 0 under the profiler, where a step took {slower:.2f} x as long.\n"
         "  communication: a collective was under way, and nothing was computed that would hide it.\n"
         "  other: the gradient's norm and clipping, counting targets, the engine's own copies.",
-        markup=False,
     )
 
 

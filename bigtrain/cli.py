@@ -7,13 +7,16 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 import bigtrain
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, one_line
+from bigtrain.terminal import guard, guarded, say, show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,9 +27,20 @@ Overrides = Annotated[
 ]
 
 
+@contextmanager
+def _product() -> Iterator[None]:
+    """Around a command that is there for what it prints. Raises BigtrainError if that could not be written; a reader
+    that has gone, like `head`, has what it wanted."""
+    out = guarded(sys.stdout)
+    yield
+    if out.failure is not None and not isinstance(out.failure, BrokenPipeError):
+        raise BigtrainError(f"standard output cannot be written: {one_line(out.failure)}.")
+
+
 def _version(asked: bool) -> None:
     if asked:
-        print(f"bigtrain {bigtrain.__version__}")
+        with _product():
+            show(f"bigtrain {bigtrain.__version__}")
         raise typer.Exit
 
 
@@ -59,9 +73,10 @@ def run(
         raise ConfigError("--all: it says what --dry-run prints; give both.")
     loaded = load(config, overrides or [], here=not dry_run)
     if dry_run:
-        from bigtrain.launching.dry_run import dry_run as show
+        from bigtrain.launching.dry_run import dry_run as tell
 
-        return show(loaded, every_value)
+        with _product():
+            return tell(loaded, every_value)
     from bigtrain.launching.start import start
 
     raise typer.Exit(start(loaded.run, restart))
@@ -98,7 +113,8 @@ def preview(
     from bigtrain.config import load
     from bigtrain.preview import preview as look
 
-    look(load(config, overrides or [], here=True).run, stage=stage, step=step, rows=rows, html=html)
+    with _product():
+        look(load(config, overrides or [], here=True).run, stage=stage, step=step, rows=rows, html=html)
 
 
 @app.command(name="import")
@@ -115,7 +131,7 @@ def import_state(
     from bigtrain.config import load
     from bigtrain.importing import import_state as take
 
-    print(take(load(config, overrides or [], here=True).run, folder, stage))
+    say(take(load(config, overrides or [], here=True).run, folder, stage))
 
 
 @app.command()
@@ -141,14 +157,16 @@ def launch(
         str | None, typer.Option(help="deepspeed on several nodes: a file with a line `NAME slots=GPUS` for each.")
     ] = None,
     image: Annotated[str | None, typer.Option(help="kubernetes: a container image with bigtrain in it.")] = None,
-    show: Annotated[bool, typer.Option("--print", help="Print the script instead of starting it.")] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the script instead of starting it.")] = False,
 ) -> None:
     """Start CONFIG with another launcher, on one machine or many."""
     from bigtrain.launching.launch import Asked
     from bigtrain.launching.launch import launch as start
 
     asked = Asked(config, tuple(overrides or ()), launcher, nodes, processes, head, hostfile, image)
-    raise typer.Exit(start(asked, show))
+    with _product():
+        code = start(asked, print_only)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -162,7 +180,9 @@ def bench(
     from bigtrain.config import load
     from bigtrain.launching.bench import bench as measure
 
-    raise typer.Exit(measure(load(config, overrides or [], here=True).run, stage, steps))
+    with _product():
+        code = measure(load(config, overrides or [], here=True).run, stage, steps)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -172,7 +192,7 @@ def save(
     """Ask a running job for a checkpoint now, and wait until it is complete."""
     from bigtrain.launching.asking import ask_to_save
 
-    print(ask_to_save(run_dir))
+    say(str(ask_to_save(run_dir)))
 
 
 @app.command()
@@ -187,7 +207,7 @@ def export(
     from bigtrain.pretrained import quiet
 
     quiet()
-    print(write(run_dir, to=to, dtype=dtype, ema=ema))
+    say(str(write(run_dir, to=to, dtype=dtype, ema=ema)))
 
 
 @app.command()
@@ -208,17 +228,18 @@ def generate(
     from bigtrain.pretrained import quiet
 
     quiet()
-    answer(
-        open_model(where),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-        show=lambda piece: print(piece, end="", flush=True),
-    )
-    print()
+    with _product():
+        answer(
+            open_model(where),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chat=chat,
+            show=lambda piece: show(piece, end=""),
+        )
+        show("")
 
 
 @app.command(name="eval")
@@ -235,12 +256,14 @@ def evaluate(
 
     quiet()
     found = measure(where, [source(text, "--data") for text in data] if data else None)
-    print(f"{found.what}: {found.targets} targets")
-    print(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
+    with _product():
+        say(f"{found.what}: {found.targets} targets")
+        say(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
 
 
 def main() -> None:
     """The `bigtrain` command. Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 75 asked to stop."""
+    guard()
     # else Python looks through all of torch and transformers for cycles as it ends, for 1.5 s
     atexit.register(gc.freeze)
     try:

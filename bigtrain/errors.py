@@ -6,11 +6,16 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from bigtrain.masking import masked
+
 
 class BigtrainError(Exception):
-    """Something went wrong that a sentence can explain; shown without a traceback."""
+    """Something went wrong that a sentence can explain; shown without a traceback, and without secrets."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class ConfigError(BigtrainError):
@@ -60,6 +65,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean `{close[0]}`?"
     return f"known here: {', '.join(names)}." if len(names) <= 20 else "no known name is near it."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in a line; its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def shorten(names: list[str]) -> str:

@@ -10,7 +10,6 @@ import itertools
 import json
 import platform
 import shutil
-import sys
 import time
 import uuid
 from contextlib import suppress
@@ -25,6 +24,7 @@ from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
 from bigtrain.disk import append_lines, remove
 from bigtrain.errors import BigtrainError, ConfigError, nearest
+from bigtrain.terminal import say
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
 Ending = Literal["finished", "imported", "preempted", "refused", "failed", "killed"]
@@ -213,10 +213,10 @@ class RunFolder:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
             unsafe = f"the disk of {self.path} has no locks: nothing keeps a second job from training the same run."
-            print(unsafe, file=sys.stderr, flush=True)
+            say(unsafe, error=True)
             return
         waiting = f"{other}; waiting up to {ENDING_SECONDS:.0f} s for it to end ..."
-        print(waiting, file=sys.stderr, flush=True)
+        say(waiting, error=True)
         try:
             self._lock.acquire(timeout=ENDING_SECONDS, poll_interval=0.2)
         except filelock.Timeout:

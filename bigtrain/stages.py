@@ -36,7 +36,7 @@ from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Event, Files, Stream
-from bigtrain.observability.summary import summary
+from bigtrain.observability.summary import Summary
 from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
@@ -98,8 +98,6 @@ def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
             raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}.") from None
         stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
     stream.close()
-    if finished and world.rank == 0:
-        print(summary(config, folder))
     return 0 if finished else os.EX_TEMPFAIL
 
 
@@ -148,8 +146,9 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     readers: list[Callable[[Event], None]] = [
         Files(folder.path),
         Progress(),
+        Summary(config, folder),
         *trackers(config, folder.path),
-        requests,
+        *requests.readers(),
     ]
     stream = Stream(readers, attempt=number)
     stream.emit(

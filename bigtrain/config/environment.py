@@ -10,13 +10,14 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import ConfigError
+from bigtrain.masking import masked
+from bigtrain.terminal import say
 
 FAILURE_FILE = "BIGTRAIN_FAILURE_FILE"  # where a rank writes why it failed
 PROCESSES_WHY = "BIGTRAIN_PROCESSES_WHY"  # in words, why there are as many ranks as there are
@@ -79,12 +80,15 @@ def shown(text: str) -> str:
 
 
 def tell(text: str, code: int) -> None:
-    """Say why this process ends: to the parent that spawned it, or to the terminal."""
+    """Say why this process ends: to the parent that spawned it, or to the terminal. Never raises."""
     file = os.environ.get(FAILURE_FILE)
     if file is None or not Path(file).parent.is_dir():  # a shell may have inherited it from a rank
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
         return
     partial = Path(file).with_suffix(".partial")
-    failure: dict[str, Any] = {"text": text, "code": code, "time": time.time()}
-    partial.write_text(json.dumps(failure))
-    partial.replace(file)
+    failure: dict[str, Any] = {"text": masked(text), "code": code, "time": time.time()}
+    try:
+        partial.write_text(json.dumps(failure))
+        partial.replace(file)
+    except OSError:  # the disk of temporary files is full, or the folder is gone
+        say(text, error=True)

@@ -12,6 +12,7 @@ from typing import Any
 from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
+from bigtrain.config.tracking import wrong_with_tracker
 from bigtrain.errors import ConfigError
 
 SIZES = (
@@ -120,8 +121,8 @@ def _architecture(run: Run) -> Broken:
 
 def _trackers(run: Run) -> Broken:
     for i, name in enumerate(run.trackers):
-        if importlib.util.find_spec(name) is None:
-            yield ("trackers", i), f"{name} is not installed; `pip install 'bigtrain[trackers]'`."
+        if wrong := wrong_with_tracker(name):
+            yield ("trackers", i), wrong
 
 
 def _flash(run: Run) -> Broken:

@@ -20,6 +20,8 @@ from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
+from bigtrain.masking import masked
+from bigtrain.observability.console import console
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,30 @@ def dry_run(loaded: Loaded, defaults: bool = False) -> None:
     check_replicas(run, processes)
     if os.environ.get("RANK", "0") != "0":
         return  # of the ranks that a launcher has started, one is enough to tell
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     size = model_size(run)
     for name, told in [_model_lines(size), *(_stage_lines(run, stage, size, processes) for stage in run.stages)]:
-        console.print(Text(name, "bold"))
+        out.print(Text(name, "bold"))
         for key, text in told:
-            console.print(Text(f"  {key:<24}{text}"))
+            out.print(Text(f"  {key:<24}{text}"))
     for line in lacking(loaded):
-        console.print(Text(f"would be refused here: {line}", "yellow"))
-    _print_values(console, loaded, defaults)
+        out.print(Text(masked(f"would be refused here: {line}"), "yellow"))
+    _print_values(out, loaded, defaults)
 
 
-def _print_values(console: Console, loaded: Loaded, defaults: bool) -> None:
-    rows = [(key, as_yaml(value), origin) for key, value, origin in resolved(loaded)]
+def _print_values(out: Console, loaded: Loaded, defaults: bool) -> None:
+    rows = [(key, masked(as_yaml(value)), origin) for key, value, origin in resolved(loaded)]
     given = [row for row in rows if row[2] != DEFAULT]
     left = [row for row in rows if row[2] == DEFAULT]
     shown = rows if defaults else given
     keys, values = (min(60, max(len(row[column]) for row in shown)) for column in (0, 1))
     for title, section in (("given", given), ("defaults", left if defaults else [])):
         if section:
-            console.print(Text(f"\n{title}", "bold"))
+            out.print(Text(f"\n{title}", "bold"))
         for key, value, origin in section:
-            console.print(Text.assemble((f"  {key:<{keys}}", "bold"), f"  {value:<{values}}  ", (origin, "dim")))
+            out.print(Text.assemble((f"  {key:<{keys}}", "bold"), f"  {value:<{values}}  ", (origin, "dim")))
     if left and not defaults:
-        console.print(Text(f"\n{len(left)} more values are defaults; --all shows them", "dim"))
+        out.print(Text(f"\n{len(left)} more values are defaults; --all shows them", "dim"))
 
 
 def model_size(run: Run) -> Size | str:

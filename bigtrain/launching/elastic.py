@@ -11,17 +11,19 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from bigtrain.terminal import say
+
 
 def main(arguments: list[str]) -> int:
     """Run torchrun with these arguments; returns the exit code, 128 + N for what ended by signal N, as shells do."""
     try:
         torchrun(arguments)
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
+        say(str(error), error=True)
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
     except SignalException as signal:
-        print(signal, file=sys.stderr)
+        say(str(signal), error=True)
         return 128 + signal.sigval
     return 0
 

@@ -17,6 +17,7 @@ from bigtrain.errors import ConfigError, nearest
 from bigtrain.launching import clusters, commands
 from bigtrain.launching.job import PORT, Job
 from bigtrain.launching.spawn import processes_here
+from bigtrain.terminal import say, show
 
 CLUSTERS = {"slurm": clusters.slurm, "kubernetes": clusters.kubernetes}
 SUBMITTED_WITH = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f", "-"]}
@@ -37,14 +38,14 @@ class Asked:
     image: str | None = None
 
 
-def launch(asked: Asked, show: bool) -> int:
-    """Print the script (`show`), or start it; returns an exit code, if this process has not become the launcher.
+def launch(asked: Asked, print_only: bool) -> int:
+    """Print the script (`print_only`), or start it; returns an exit code, if this process has not become the launcher.
 
     Raises ConfigError for wrong input, and for a launcher that is not on this machine.
     """
-    job = plan(asked, here=not show)
-    if show:
-        print(script(job), end="")
+    job = plan(asked, here=not print_only)
+    if print_only:
+        show(script(job), end="")
         return 0
     if job.launcher in CLUSTERS:
         return _submit(job)
@@ -172,7 +173,7 @@ def _become(job: Job) -> NoReturn:
         _need("pdsh", "deepspeed")
     command = commands.COMMANDS[job.launcher](job)
     each = f"; run the same on each of the {job.nodes} nodes" if job.nodes > 1 and job.head is not None else ""
-    print(f"starting {shlex.join(command.words)}{each}", flush=True)
+    say(f"starting {shlex.join(command.words)}{each}")
     os.execvp(command.here[0], command.here)  # noqa: S606 - no shell is wanted
 
 

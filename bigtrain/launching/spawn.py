@@ -19,7 +19,9 @@ from types import FrameType
 
 from bigtrain.config import Run, to_yaml
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.resilience.requests import SIGNALS
+from bigtrain.terminal import say
 
 GRACE_SECONDS = 5.0  # between asking the other ranks to stop and killing them
 
@@ -60,7 +62,7 @@ def spawn(
         finally:
             _stop(ranks)
     if reason is not None:
-        print(reason, file=sys.stderr)
+        say(reason, error=True)
         failed(code, reason)
     return code
 
@@ -126,7 +128,8 @@ def _explain(final: list[int], codes: list[int | None], failures: list[Path]) ->
         first = min(told, key=lambda failure: failure["time"])
         return first["code"], first["text"]
     rank = next(rank for rank, code in enumerate(codes) if code)
-    return 1, f"rank {rank} ended with exit code {final[rank]} and told nothing."
+    code = final[rank] if final[rank] == ConfigError.exit_code else BigtrainError.exit_code
+    return code, f"rank {rank} ended with exit code {final[rank]} and told nothing but what stands above."
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -13,6 +13,7 @@ from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.observability.results import RunResult, read_result
 from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.terminal import say
 
 
 class RunError(BigtrainError):
@@ -55,9 +56,11 @@ def start(config: Run, restart: str | None = None) -> int:
         folder.end(*ending_of(error), since)
         raise
     if restart is None and folder.is_finished(config):
-        from bigtrain.observability.summary import summary
+        from bigtrain.observability.stream import Stream
+        from bigtrain.observability.summary import Summary
 
-        print(f"{folder.path} is finished: nothing to do.", summary(config, folder), sep="\n")
+        say(f"{folder.path} is finished: nothing to do.")
+        Stream([Summary(config, folder)]).emit("finished")
         return 0
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
     if processes == 1:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
-
+from bigtrain.observability.console import console
 from bigtrain.observability.stream import Event
+from bigtrain.terminal import guarded, printable
 
 MASTERS = "master weights, moments, gradient accumulation and reduction, loss: fp32"
 PRECISION_NOTES = {
@@ -20,10 +21,17 @@ PRECISION_NOTES = {
 
 
 class Progress:
-    """Prints headings, steps and evaluations; on a terminal the step's line is renewed in place."""
+    """Prints headings, steps and evaluations; on a terminal the step's line is renewed in place.
 
-    def __init__(self, console: Console | None = None, log_seconds: float = 10.0):
-        self._console = console or Console(highlight=False, soft_wrap=True)
+    Raises OSError once nothing can be printed any more.
+    """
+
+    name = "the progress on standard output"
+
+    def __init__(self, file: TextIO | None = None, log_seconds: float = 10.0):
+        """file: to print on; None for standard output."""
+        self._out = guarded(file or sys.stdout)
+        self._console = console(self._out)
         self._seconds = 0.2 if self._console.is_terminal else log_seconds
         self._shown = 0.0
         self._steps_left_at: tuple[int, float] | None = None
@@ -34,12 +42,14 @@ class Progress:
         show = getattr(self, f"_on_{event['kind']}", None)
         if show is not None:
             show(event)
+        if self._out.failure is not None:
+            raise self._out.failure
 
     def _print(self, text: str) -> None:
         if self._open_line:
-            self._console.file.write("\n")
+            self._out.write("\n")
             self._open_line = False
-        self._console.print(text, markup=False)
+        self._console.print(text)
 
     def _on_started(self, event: Event) -> None:
         self._print(
@@ -59,8 +69,8 @@ class Progress:
     def _renew(self, line: str) -> None:
         """Show a line in the place of the one before, where there is a terminal."""
         if self._console.is_terminal:
-            self._console.file.write(f"\r\x1b[K{line[: self._console.width - 1]}")
-            self._console.file.flush()
+            self._out.write(f"\r\x1b[K{printable(line)[: self._console.width - 1]}")
+            self._out.flush()
             self._open_line = True
         else:
             self._print(line)

@@ -10,6 +10,22 @@ from bigtrain.config.schema import Run, Stage
 from bigtrain.observability.progress import count, duration, perplexity, plural
 from bigtrain.observability.stream import Event, read_metrics
 from bigtrain.run_folder import RunFolder
+from bigtrain.terminal import show
+
+SLOW = 3  # times the median, from which on a step is mentioned
+
+
+class Summary:
+    """The reader that prints the summary once a run is finished."""
+
+    name = "the summary"
+
+    def __init__(self, config: Run, folder: RunFolder):
+        self._config, self._folder = config, folder
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "finished":
+            show(summary(self._config, self._folder))
 
 
 def summary(config: Run, folder: RunFolder) -> str:
@@ -33,26 +49,55 @@ def summary(config: Run, folder: RunFolder) -> str:
 def _stage(stage: Stage, facts: dict[str, Any], rows: list[Event]) -> list[str]:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    sources = ", ".join(f"{d['source']} ({count(d['documents'])} documents)" for d in facts["data"])
     lines = [
         "",
         f"{stage.name}: {facts['model']} {count(facts['parameters'])} from {facts['from']}, task {stage.task}",
-        f"  trained    {count(sum(row['tokens'] for row in steps))} tokens in {len(steps)} steps of {sources}",
-        f"  speed      {count(statistics.median(row['tokens_per_second'] for row in steps))} tokens per second, "
-        f"{duration(sum(row['step_seconds'] for row in steps))} of steps",
+        *_steps(steps, facts),
     ]
     if evaluations:
-        first, last = evaluations[0]["loss"], evaluations[-1]["loss"]
+        first, last = evaluations[0], evaluations[-1]
         lines.append(
-            f"  held-out   loss {first:.4f} -> {last:.4f} ({last / first:.0%})   "
-            f"perplexity {perplexity(first)} -> {perplexity(last)}   "
-            f"accuracy {evaluations[0]['accuracy']:.1%} -> {evaluations[-1]['accuracy']:.1%}"
+            f"  held-out   loss {first['loss']:.4f} -> {last['loss']:.4f}{_change(first['loss'], last['loss'])}   "
+            f"perplexity {perplexity(first['loss'])} -> {perplexity(last['loss'])}   "
+            f"accuracy {first['accuracy']:.1%} -> {last['accuracy']:.1%}"
         )
     if "export" in facts:
         lines.append(f"  export     {facts['export']}")
     for answer in facts.get("answers", []):
         lines += ["  prompt     " + _indented(answer["prompt"]), "  answer     " + _indented(answer["answer"])]
     return lines
+
+
+def _steps(steps: list[Event], facts: dict[str, Any]) -> list[str]:
+    """What was trained how fast, from the rows of the steps that are known."""
+    sources = ", ".join(f"{d['source']} ({count(d['documents'])} documents)" for d in facts["data"])
+    if not steps:
+        return [f"  trained    {facts['steps']} steps of {sources}; metrics.jsonl has no row of them"]
+    positions, targets = (count(sum(row[name] for row in steps)) for name in ("tokens", "targets"))
+    seconds = [row["step_seconds"] for row in steps]
+    return [
+        f"  trained    {positions} positions, {targets} of them supervised targets, in {len(steps)} steps of {sources}",
+        f"  speed      {count(statistics.median(row['tokens_per_second'] for row in steps))} tokens per second, "
+        f"{duration(sum(seconds))} of steps",
+        *_slow(steps),
+    ]
+
+
+def _slow(steps: list[Event]) -> list[str]:
+    """A line about the steps that took far longer than the median; none if there are none."""
+    median = statistics.median(row["step_seconds"] for row in steps)
+    slow = [row for row in steps if row["step_seconds"] > SLOW * median]
+    if not slow:
+        return []
+    slowest = max(slow, key=lambda row: row["step_seconds"])
+    return [
+        f"  slow       {plural(len(slow), 'step', 'steps')} took more than {SLOW} times the median of {median:.3g} s; "
+        f"the slowest {slowest['step_seconds']:.3g} s, at step {slowest['step']}"
+    ]
+
+
+def _change(before: float, after: float) -> str:
+    return f" ({100 * (after / before - 1):+.0f} %)" if before else ""
 
 
 def _indented(text: str) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config.schema import Run
+from bigtrain.masking import masked_values
 from bigtrain.observability.stream import METRICS, Event
 
+START_SECONDS = 30  # that a server may take to answer
+FINISH_SECONDS = 120.0  # that sending the rest may take
+# MLflow's own are 7 retries, in which training would wait for minutes; what a user has set wins
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(START_SECONDS)}
 NOT_LOGGED = {"kind", "time", "stage", "step", "steps", "attempt"}
 
 
@@ -17,30 +24,44 @@ def trackers(config: Run, folder: Path) -> list[Tracker]:
 
 
 class Tracker:
-    """Sends every metric as STAGE/NAME, at the step counted over all stages.
+    """Sends every metric as STAGE/NAME, at the step counted over all stages; starts with its first event.
 
     The project (MLflow: experiment) is `bigtrain`, the run is named as here; where they send it to is set as their own
     documentation says (WANDB_*, MLFLOW_*, TRACKIO_* in the environment). TensorBoard's files are in the run's folder.
     """
 
-    def __init__(self, name: str, config: Run, folder: Path):
-        from accelerate import tracking
-        from accelerate.state import PartialState
-
-        PartialState()  # accelerate asks it which process is the main one
-        self._tracker: tracking.GeneralTracker = {
-            "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", logging_dir=folder),
-            "wandb": lambda: tracking.WandBTracker("bigtrain", name=config.name, dir=folder),
-            "mlflow": lambda: tracking.MLflowTracker("bigtrain", run_name=config.name),
-            "trackio": lambda: tracking.TrackioTracker("bigtrain", name=config.name),
-        }[name]()
-        self._tracker.start()
-        self._tracker.store_init_configuration(_flat(config.model_dump(by_alias=True, mode="json")))
+    def __init__(self, tracker: str, config: Run, folder: Path):
+        self.name = f"the tracker {tracker}"
+        self._kind, self._config, self._folder = tracker, config, folder
+        self._tracker: Any = None
         self._before = 0  # steps of the stages that are done
         self._stage = ""
         self._last = 0
 
+    def _start(self) -> None:
+        from accelerate import tracking
+        from accelerate.state import PartialState
+
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
+        PartialState()  # accelerate asks it which process is the main one
+        name = self._config.name
+        tracker: tracking.GeneralTracker = {
+            "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", logging_dir=self._folder),
+            "wandb": lambda: tracking.WandBTracker(
+                "bigtrain", name=name, dir=self._folder, settings={"init_timeout": START_SECONDS}
+            ),
+            "mlflow": lambda: tracking.MLflowTracker("bigtrain", run_name=name),
+            "trackio": lambda: tracking.TrackioTracker("bigtrain", name=name),
+        }[self._kind]()
+        tracker.start()
+        self._tracker = tracker
+        values = masked_values(self._config.model_dump(by_alias=True, mode="json"))
+        tracker.store_init_configuration(_flat(values))
+
     def __call__(self, event: Event) -> None:
+        if self._tracker is None:
+            self._start()
         if event["kind"] == "stage_skipped":
             self._before += event["steps"]
         if event["kind"] not in METRICS:
@@ -53,7 +74,24 @@ class Tracker:
         self._tracker.log(values, step=self._before + event["step"])
 
     def close(self) -> None:
-        self._tracker.finish()
+        """Let it send what is left. Raises TimeoutError if that takes longer than FINISH_SECONDS."""
+        if self._tracker is None:
+            return
+        failed: list[BaseException] = []
+
+        def finish() -> None:
+            try:
+                self._tracker.finish()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+
+        thread = threading.Thread(target=finish, name=self.name, daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS)
+        if thread.is_alive():
+            raise TimeoutError(f"it has not sent everything within {FINISH_SECONDS:g} s")
+        if failed:
+            raise failed[0]
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from bigtrain.config.environment import JOIN_SECONDS, join_seconds, tell
 from bigtrain.errors import BigtrainError, ConfigError, Told, shorten
+from bigtrain.terminal import say
 
 NOTICE_SECONDS = 30.0  # of waiting, until it is said for whom
 LEAVE_SECONDS = 5.0  # that rank 0 keeps its store open for the others to read why all leave
@@ -102,7 +102,7 @@ def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
             missing = [rank for rank in range(size) if not store.check([f"member/{rank}"])]
             if now > deadline:
                 return missing
-            _say(f"rank 0 at {_address()} waits for {named(missing)} of {size}")
+            say(f"rank 0 at {_address()} waits for {named(missing)} of {size}", error=True)
             notice = deadline + 1
         time.sleep(0.05)
     return []
@@ -144,7 +144,8 @@ def _reach(rank: int, host: str, port: int, deadline: float) -> None:
             if now > deadline:
                 raise BigtrainError(_unreached(rank, error.strerror or str(error))) from None
             if now > notice:
-                _say(f"rank {rank} on {platform.node()} waits for rank 0 at {_address()}: {error.strerror or error}")
+                why = error.strerror or error
+                say(f"rank {rank} on {platform.node()} waits for rank 0 at {_address()}: {why}", error=True)
                 notice = deadline + 1
             time.sleep(0.1)
 
@@ -178,7 +179,3 @@ def named(ranks: list[int]) -> str:
 def first_line(error: Exception) -> str:
     """What an error of torch says, without the C++ frames."""
     return str(error).strip().splitlines()[0].rstrip(".")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

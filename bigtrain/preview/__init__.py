@@ -16,6 +16,7 @@ from bigtrain.preview.batch import view
 from bigtrain.preview.page import write_page
 from bigtrain.preview.terminal import show
 from bigtrain.tasks import TASKS
+from bigtrain.terminal import say
 
 
 def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path | None) -> None:
@@ -37,4 +38,4 @@ def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path 
         show(one)
     if html is not None:
         write_page(html, config.name, views)
-        print(f"written to {html}")
+        say(f"written to {html}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.text import Text
 
+from bigtrain.observability.console import console
 from bigtrain.observability.progress import contents, dropped, plural
 from bigtrain.preview.batch import Lengths, Piece, SourceView, View
 
@@ -12,32 +12,31 @@ TRAINED, READ = "green", "bright_black"
 BAR = 40  # characters of the longest bar
 
 
-def show(view: View, console: Console | None = None) -> None:
+def show(view: View) -> None:
     """Print a stage's view."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    out = console()
     stage = view.stage
-    console.print(
+    out.print(
         f"\n{stage.name} ({stage.task}), step {view.step} of 0 to {view.steps - 1}: "
         f"{plural(view.rows, 'sequence', 'sequences')} of {stage.sequence_length} tokens",
         style="bold",
-        markup=False,
     )
     told = [line for source in view.sources for line in _source(source, view.rows)]
     for line in (*facts(view), *told, *_histogram(view.lengths)):
-        console.print(f"  {line}", markup=False)
-    coloured = console.color_system is not None
+        out.print(f"  {line}")
+    coloured = out.color_system is not None
     legend = Text("  tokens     ").append("trained" if coloured else "[trained]", TRAINED if coloured else "")
-    console.print(legend.append(", ").append("only read", READ if coloured else ""))
+    out.print(legend.append(", ").append("only read", READ if coloured else ""))
     for row, sequence in enumerate(view.sequences):
-        console.print(f"\n  -- row {row}: {sequence.source}, sample {sequence.sample}", markup=False)
+        out.print(f"\n  -- row {row}: {sequence.source}, sample {sequence.sample}")
         for piece in sequence.pieces:
-            console.print(f"  -- {heading(piece)}", markup=False)
-            console.print(_tokens(piece, coloured))
+            out.print(f"  -- {heading(piece)}")
+            out.print(_tokens(piece, coloured))
         if sequence.padding:
-            console.print(f"  -- {plural(sequence.padding, 'unused position', 'unused positions')}", markup=False)
+            out.print(f"  -- {plural(sequence.padding, 'unused position', 'unused positions')}")
     hidden = view.rows - len(view.sequences)
     if hidden:
-        console.print(f"\n  -- and {plural(hidden, 'row', 'rows')} more; --rows says how many are shown", markup=False)
+        out.print(f"\n  -- and {plural(hidden, 'row', 'rows')} more; --rows says how many are shown")
 
 
 def heading(piece: Piece) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from bigtrain.observability.stream import Event
+from bigtrain.observability.stream import Event, Reader
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.5
@@ -60,6 +60,8 @@ class Requests:
     Outside the main thread, where Python takes no signals, signals change nothing. Also a reader of the stream.
     """
 
+    name = "the answers to `bigtrain save`"
+
     def __init__(self, save_file: Path | None = None, limit: TimeLimit | None = None) -> None:
         """save_file: once it is there a save is asked for; see `heard`."""
         self.save = False
@@ -70,9 +72,11 @@ class Requests:
         self._left = threading.Event()
         self._before: dict[int, Any] = {}
 
+    def readers(self) -> list[Reader]:
+        """Itself and its limit, as readers of the stream: an answer that cannot be written does not stop the clock."""
+        return [self] if self._limit is None else [self._limit, self]
+
     def __call__(self, event: Event) -> None:
-        if self._limit is not None:
-            self._limit(event)
         if event["kind"] == "checkpoint_saved" and event["step"] == self._answers and self._save_file is not None:
             self._answers = None
             heard(self._save_file).write_text(event["folder"], encoding="utf-8")
@@ -102,11 +106,11 @@ class Requests:
 
     def _watch(self, file: Path) -> None:
         while not self._left.wait(POLL_SECONDS):
-            if file.exists():
-                file.replace(heard(file))
-                self.save = True
-            elif heard(file).exists():
-                with suppress(FileNotFoundError):  # who asked has taken it away
+            with suppress(OSError):  # who asked has taken it away, or the disk does not answer; it is tried again
+                if file.exists():
+                    file.replace(heard(file))
+                    self.save = True
+                elif heard(file).exists():
                     os.utime(heard(file))
 
     def _ask(self, *_: int | FrameType | None) -> None:

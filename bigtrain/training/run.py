@@ -90,7 +90,15 @@ class StageRun:
         return due
 
     def _profile(self) -> None:
-        if self._profiler is not None and (trace := self._profiler.between_steps(self.done, self.steps)):
+        if self._profiler is None:
+            return
+        try:
+            trace = self._profiler.between_steps(self.done, self.steps)
+        except Exception as error:  # noqa: BLE001 - it only reports, and has libraries of its own
+            self._profiler = None
+            self._stream.lost("the profiler", error)
+            return
+        if trace is not None:
             self._stream.emit("profiled", stage=self._stage.name, step=self.done, file=str(trace))
 
     def _report(self) -> None:

@@ -22,7 +22,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from bigtrain.config import load
 from bigtrain.config.schema import (
@@ -765,7 +764,7 @@ def test_a_tokenizer_learns_from_cleaned_text(tmp_path: Path) -> None:
 def test_what_is_shown_while_it_runs(tmp_path: Path) -> None:
     decisions = decided(tmp_path / "out", messy(tmp_path / "data"))
     shown = io.StringIO()
-    Progress(Console(file=shown, width=200))({"kind": "cleaned", "stage": "s", **decisions.summary()})
+    Progress(shown)({"kind": "cleaned", "stage": "s", **decisions.summary()})
     report = decisions.report
     assert f"{report['kept']} of {report['documents']} training documents stay" in shown.getvalue()
     assert "2 leaked" in shown.getvalue() and "1 near duplicate" in shown.getvalue()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "bigtrain"
 FLOORS = [  # from the ground up; rooms of one floor may know each other
-    {"errors", "config"},
+    {"masking", "terminal", "errors", "config"},
     {"disk", "run_folder", "pretrained", "state", "tensor_files"},
     {"observability", "resilience"},
     {"models", "data"},

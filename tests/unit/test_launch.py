@@ -224,7 +224,7 @@ def test_what_is_not_on_this_disk_is_asked_for_only_where_the_run_starts(config)
 def test_printing_does_not_import_torch(config):
     program = (
         "import sys; from bigtrain.launching.launch import Asked, launch; "
-        f"launch(Asked({str(config)!r}, (), 'torchrun'), show=True); "
+        f"launch(Asked({str(config)!r}, (), 'torchrun'), print_only=True); "
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -1,0 +1,220 @@
+"""A reader that fails is told of and dropped; the others, and whoever emits, do not notice."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config import load_config
+from bigtrain.config.schema import Profile
+from bigtrain.observability.profiler import Profiler
+from bigtrain.observability.progress import Progress
+from bigtrain.observability.stream import Files, Stream, read_metrics
+from bigtrain.observability.summary import Summary, summary
+from bigtrain.observability.trackers import Tracker
+from bigtrain.resilience.requests import Requests, TimeLimit, heard
+from bigtrain.run_folder import RunFolder
+from bigtrain.training.run import StageRun
+from tests.support import small_config
+
+STEP = {"stage": "s", "step": 1, "steps": 1, "loss": 1.0}
+
+
+class Failing:
+    name = "the failing one"
+
+    def __init__(self, error, when):
+        self.error, self.when, self.asked = error, when, 0
+
+    def __call__(self, event):
+        self.asked += 1
+        if self.when == event["kind"]:
+            raise self.error
+
+    def close(self):
+        if self.when == "close":
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("no server"), SystemExit(1)])
+@pytest.mark.parametrize("when", ["started", "step", "close"])
+def test_a_failing_reader_is_dropped_and_told_of_once(error, when, capsys):
+    before, after, failing = [], [], Failing(error, when)
+    stream = Stream([before.append, failing, after.append])
+    stream.emit("started")
+    for _ in range(3):
+        stream.emit("step", **STEP)
+    stream.close()
+    for events in (before, after) if when != "close" else (before,):  # readers are closed last to first
+        assert [e["kind"] for e in events if e["kind"] != "reporting_failed"] == ["started", "step", "step", "step"]
+        told = [event for event in events if event["kind"] == "reporting_failed"]
+        assert [event["what"] for event in told] == ["the failing one"]
+    reason = {OSError: "No space left on device", RuntimeError: "no server", SystemExit: "1"}[type(error)]
+    assert capsys.readouterr().err == f"the failing one: {reason}. The run goes on without it.\n"
+    assert failing.asked == {"started": 1, "step": 2, "close": 4}[when]
+
+
+def test_two_readers_that_fail_at_once(capsys):
+    events = []
+    Stream([Failing(OSError("a"), "x"), Failing(OSError("b"), "reporting_failed"), events.append]).emit("x")
+    assert sorted(event["kind"] for event in events) == ["reporting_failed", "reporting_failed", "x"]
+    assert capsys.readouterr().err.count("goes on without it") == 2
+
+
+def test_interrupts_pass():
+    with pytest.raises(KeyboardInterrupt):
+        Stream([Failing(KeyboardInterrupt(), "x")]).emit("x")
+
+
+def test_events_of_several_threads_and_a_loss_do_not_wait_for_each_other():
+    stream = Stream([Failing(OSError("a"), "step")])
+    threads = [threading.Thread(target=stream.emit, args=("step",), kwargs=STEP) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_the_run_goes_on_when_its_own_files_cannot_be_written(tmp_path, capsys):
+    """A full disk, a folder that is gone."""
+    for name in ("metrics.jsonl", "events.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).symlink_to("/dev/full")
+        events = []
+        stream = Stream([Files(folder), events.append])
+        stream.emit("started")
+        stream.emit("step", **STEP)
+        stream.close()
+        assert "No space left on device" in capsys.readouterr().err
+        assert [event["kind"] for event in events if event["kind"] != "reporting_failed"] == ["started", "step"]
+    stream = Stream([Files(tmp_path / "gone")])
+    stream.emit("started")
+    assert capsys.readouterr().err.startswith("metrics.jsonl and events.jsonl: No such file or directory")
+
+
+def test_events_hold_no_secrets(tmp_path):
+    events = []
+    stream = Stream([Files(tmp_path), events.append])
+    stream.emit("prepared", source="https://u:hunter2@h/x", parts=["s3://k:hunter2@b"])
+    stream.emit("step", **STEP)
+    stream.close()
+    assert "hunter2" not in (tmp_path / "events.jsonl").read_text()
+    assert events[0]["source"] == "https://u:***@h/x" and events[0]["parts"] == ["s3://k:***@b"]
+    assert read_metrics(tmp_path)[0]["loss"] == 1.0
+
+
+def test_a_save_that_cannot_be_answered_does_not_stop_the_clock(tmp_path, capsys):
+    limit = TimeLimit(1000.0, begun=0.0)
+    requests = Requests(tmp_path / "gone" / "save-now", limit)
+    requests.save = True
+    requests.saving(3)
+    stream = Stream(requests.readers())
+    stream.emit("checkpoint_saved", step=3, folder="x", seconds=1.0)
+    assert "the answers to `bigtrain save`: No such file" in capsys.readouterr().err
+    before = limit._longest.copy()
+    stream.emit("step", **STEP, step_seconds=50.0)
+    assert limit._longest["step"] == 50.0 != before["step"]
+    assert not heard(tmp_path / "gone" / "save-now").exists()
+
+
+def test_lost_output_and_other_readers(capsys):
+    events = []
+    stream = Stream([events.append, Progress(Path("/dev/full").open("w"))])  # noqa: SIM115
+    for what in ("tokenizer", "data"):
+        stream.emit("preparing", what=what)
+    assert capsys.readouterr().err == (
+        "the progress on standard output: No space left on device. The run goes on without it.\n"
+    )
+    assert [event["kind"] for event in events] == ["preparing", "reporting_failed", "preparing"]
+
+
+def test_a_tracker_that_cannot_start_or_end(tmp_path, monkeypatch, capsys):
+    config = load_config(small_config(tmp_path, trackers=["tensorboard"]))
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    events = []
+    stream = Stream([events.append, Tracker("tensorboard", config, tmp_path)])
+    stream.emit("started")
+    stream.emit("step", **STEP)
+    stream.close()
+    assert [event["kind"] for event in events] == ["started", "reporting_failed", "step"]
+    assert "the tracker tensorboard: " in capsys.readouterr().err
+
+    monkeypatch.setattr("bigtrain.observability.trackers.FINISH_SECONDS", 0.1)
+    tracker = Tracker("tensorboard", config, tmp_path)
+    tracker._tracker = Failing(RuntimeError("no server"), "close")
+    tracker._tracker.finish = tracker._tracker.close
+    with pytest.raises(RuntimeError, match="no server"):
+        tracker.close()
+    never = threading.Event()
+    tracker._tracker.finish = never.wait
+    with pytest.raises(TimeoutError, match=r"not sent everything within 0.1 s"):
+        tracker.close()
+    never.set()
+
+
+def test_a_profiler_that_fails_is_dropped(tmp_path, capsys):
+    stage = load_config(small_config(tmp_path)).stages[0]
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    events = []
+    profiler = Profiler.of(Profile(steps=[1, 1]), tmp_path, rank=0)
+    run = StageRun(stage, 10, 0, Stream([events.append]), profiler=profiler)
+    run.done = 1
+    run._profile()
+    run._profile()
+    assert [(event["kind"], event["what"]) for event in events] == [("reporting_failed", "the profiler")]
+    assert capsys.readouterr().err.startswith("the profiler: File exists")
+
+
+FACTS = {
+    "model": "llama",
+    "parameters": 1000,
+    "from": "random weights",
+    "steps": 4,
+    "data": [{"source": "a.jsonl", "documents": 7}],
+}
+
+
+def finished_run(tmp_path, seconds=(1.0, 1.1, 0.9, 8.0, 1.0), losses=(4.0, 2.48)):
+    """A run's folder with what a summary reads."""
+    config = load_config(small_config(tmp_path))
+    config = config.model_copy(update={"stages": config.stages[:1]})
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    answers = [{"prompt": "say\x1b[31m", "answer": "two\nlines\tand \x1b[2J"}]
+    (folder.path / "run.json").write_text(json.dumps({"stages": {"pretrain": {**FACTS, "answers": answers}}}))
+    files = Files(folder.path)
+    for number, took in enumerate(seconds, 1):
+        row = {"kind": "step", "stage": "pretrain", "step": number, "steps": 5, "tokens": 1000, "targets": 400}
+        files(row | {"step_seconds": took, "tokens_per_second": 1000 / took})
+    for number, loss in enumerate(losses):
+        files({"kind": "evaluation", "stage": "pretrain", "step": number, "loss": loss, "accuracy": 0.1})
+    files.close()
+    return config, folder
+
+
+def test_the_words_of_the_summary(tmp_path, capsys):
+    config, folder = finished_run(tmp_path)
+    Stream([Summary(config, folder)]).emit("finished")
+    told = capsys.readouterr().out
+    assert "trained    5.0k positions, 2.0k of them supervised targets, in 5 steps of a.jsonl (7 documents)" in told
+    assert "loss 4.0000 -> 2.4800 (-38 %)" in told
+    assert "slow       1 step took more than 3 times the median of 1 s; the slowest 8 s, at step 4" in told
+    assert r"say\x1b[31m" in told and "two\n             lines\tand " in told and "\x1b" not in told
+
+
+def test_a_summary_of_even_steps_names_no_slow_one(tmp_path):
+    config, folder = finished_run(tmp_path, seconds=(1.0, 2.9), losses=(2.0, 3.0))
+    assert "slow " not in summary(config, folder)
+    assert "(+50 %)" in summary(config, folder)
+
+
+def test_a_summary_without_what_it_reads(tmp_path, capsys):
+    config, folder = finished_run(tmp_path)
+    (folder.path / "metrics.jsonl").unlink()
+    assert "4 steps of a.jsonl (7 documents); metrics.jsonl has no row of them" in summary(config, folder)
+    (folder.path / "run.json").write_text("{")
+    Stream([Summary(config, folder)]).emit("finished")
+    assert capsys.readouterr().err.startswith("the summary: ")
