@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
-from bigtrain.checkpoint import Checkpoint, discard_incomplete, newest, set_aside
+from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete, newest, set_aside, step_of
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import StageData
@@ -56,8 +57,42 @@ class History:
             self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
         dist.barrier()
 
-    def plan(self, stage: Stage, parameters: int) -> None:
-        """Tell how large checkpoints will be and how much room there is; collective.
+    def check_begins(self, stage: Stage) -> None:
+        """Raises CheckpointError, on all ranks, when a stage that has no checkpoint to go on from would begin at its
+        first step although it has been trained; collective."""
+
+        def check() -> None:
+            if self._folder.has_state(stage.name):
+                raise CheckpointError(self._lost(stage))
+
+        from_first(check)
+
+    def _lost(self, stage: Stage) -> str:
+        """What is left of a stage that cannot go on, and what can be done."""
+        root, name = self._folder.checkpoints(stage.name), stage.name
+        weights = newest(root, weights_only=True)
+        aside = sorted(entry.name for entry in root.iterdir() if step_of(entry) is None) if root.is_dir() else []
+        has = ([f"the weights of step {step_of(weights)}"] if weights else []) + aside
+        lines = [
+            f"stage {name} has been trained, and has no checkpoint left to go on from: {root} has "
+            f"{' and '.join(has) or 'none'}. Nothing was begun in its place. Choose:"
+        ]
+        if aside:
+            lines.append(
+                f"  put whole files in place of the damaged ones, and rename the folder: "
+                f"`mv {root / aside[-1]} {root / _name_before(aside[-1])}`; the run goes on from there."
+            )
+        else:
+            lines.append(f"  put a checkpoint back into {root}: the run goes on from there.")
+        lines.append(
+            f"  `--restart {name}`: it is trained from its first step; what it was so far is kept as {name}.1 or the "
+            "next free number."
+        )
+        return "\n".join(lines)
+
+    def plan(self, stage: Stage, parameters: int, done: int) -> None:
+        """Tell how large checkpoints will be and how much room there is, and set those aside that are ahead of a run
+        that has `done` steps of the stage; collective.
 
         Raises CheckpointError if there is not room for one.
         """
@@ -66,6 +101,9 @@ class History:
             root = self._folder.checkpoints(stage.name)
             root.mkdir(parents=True, exist_ok=True)
             discard_incomplete(root)
+            for ahead in (folder for folder in complete(root) if (step_of(folder) or 0) > done):
+                aside = set_aside(ahead, AHEAD)
+                self._stream.emit("checkpoint_ahead", stage=stage.name, done=done, set_aside=str(aside))
             size, free = 4 * parameters * (1 + len(slots(stage.optimizer))), shutil.disk_usage(root).free
             self._stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
             if size > free:
@@ -99,20 +137,26 @@ class History:
         )
 
     def is_over(self, stage: Stage) -> bool:
-        """Whether a stage was finished once and its checkpoints, that are gone, are needed no more.
+        """Whether a stage was finished once and its last checkpoint, that is gone, is needed no more; collective.
 
-        Raises CheckpointError when they are needed.
+        Raises CheckpointError when it is needed: by a stage that starts from it, or for the stage's export.
         """
-        if not self._folder.facts()["stages"].get(stage.name, {}).get("finished"):
-            return False
-        for later in self._config.stages:
-            if later.from_stage == stage.name and self.newest(later.name) is None:  # it has not begun
-                raise CheckpointError(
-                    f"stage {stage.name} is finished, but {self._folder.checkpoints(stage.name)} is empty, and "
-                    f"stage {later.name} starts from it. Put a checkpoint back, or train it anew with "
-                    f"`--restart {stage.name}`."
-                )
-        return True
+
+        def is_over() -> bool:
+            if not self._folder.facts()["stages"].get(stage.name, {}).get("finished"):
+                return False
+            waiting = [
+                f"stage {later.name} starts from {stage.name}"
+                for later in self._config.stages
+                if later.from_stage == stage.name and not self._folder.has_state(later.name)
+            ]
+            if stage.export and not self._folder.is_exported(stage.name):
+                waiting.append(f"stage {stage.name} is still to be exported (`export: false` goes without)")
+            if waiting:
+                raise CheckpointError(f"{', and '.join(waiting)}, but {self._lost(stage)}")
+            return True
+
+        return from_first(is_over)
 
     def check_same_data(self, stage: Stage, data: StageData) -> None:
         """Raises DataError when a stage that has begun would go on with other documents than it began with."""
@@ -134,7 +178,7 @@ class History:
         imported = known.get("imported")
         if imported is None or known.get("finished"):
             return None
-        if run.done == 0:
+        if run.done == 0 and "data" not in known:
             raise CheckpointError(
                 f"stage {stage.name} goes on from {imported}, but {self._folder.checkpoints(stage.name)} has nothing "
                 f"of it any more. Import it again, or begin the stage anew with `--restart {stage.name}`."
@@ -147,3 +191,8 @@ class History:
                 f"{run.done}. Begin it anew with `--restart {stage.name}`, or import into a run whose stage is longer."
             )
         return imported
+
+
+def _name_before(aside: str) -> str:
+    """That a folder had before it was set aside."""
+    return re.sub(r"^.*?(step-\d+).*$", r"\1", aside)

@@ -265,6 +265,8 @@ class _Pipeline:
             if self.world.rank == 0:
                 self.folder.record(stage.name, finished=True)
             return True
+        if resumed is None:
+            self.history.check_begins(stage)
         build = stage_model(self.config, stage, model)
         empty = build(meta=True)
         origin, reader = (imported or resumed.folder.name, resumed) if resumed else self._first_weights(stage, empty)
@@ -292,7 +294,7 @@ class _Pipeline:
                 held_out=_lineage(data.held_out),
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
-        self.history.plan(stage, parameters)
+        self.history.plan(stage, parameters, run.done)
         try:
             finished = self._train(stage, run, engine, data, sequences)
         except NotFiniteError as error:

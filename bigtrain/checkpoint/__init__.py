@@ -1,11 +1,12 @@
 """Checkpoints of the logical state: one format for every engine and number of ranks."""
 
-from bigtrain.checkpoint.format import complete
+from bigtrain.checkpoint.format import complete, step_of
 from bigtrain.checkpoint.load import Checkpoint, newest
-from bigtrain.checkpoint.retention import Retention, discard_incomplete, set_aside
+from bigtrain.checkpoint.retention import AHEAD, Retention, discard_incomplete, set_aside
 from bigtrain.checkpoint.save import NoSaver, Saved, Saver, save
 
 __all__ = [
+    "AHEAD",
     "Checkpoint",
     "NoSaver",
     "Retention",
@@ -16,4 +17,5 @@ __all__ = [
     "newest",
     "save",
     "set_aside",
+    "step_of",
 ]

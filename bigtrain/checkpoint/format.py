@@ -14,6 +14,7 @@ one process saved.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +41,16 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None for one that has another name, a copy of it among them."""
+    found = re.fullmatch(r"step-(\d{8,})", folder.name)
+    return int(found[1]) if found else None
+
+
 def complete(root: Path) -> list[Path]:
     """The checkpoints under `root` that are whole, oldest first; some may hold weights only."""
-    return sorted(manifest.parent for manifest in root.glob(f"step-*/{MANIFEST}"))
+    found = {step_of(manifest.parent): manifest.parent for manifest in root.glob(f"step-*/{MANIFEST}")}
+    return [folder for _, folder in sorted((step, folder) for step, folder in found.items() if step is not None)]
 
 
 def checksum(data: Any) -> str:

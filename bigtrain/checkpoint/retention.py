@@ -7,11 +7,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.checkpoint.format import MANIFEST, complete, read_manifest, write_manifest
-from bigtrain.errors import DamagedError
+from bigtrain.checkpoint.format import MANIFEST, complete, read_manifest, step_of, write_manifest
+from bigtrain.errors import CheckpointError, DamagedError
 from bigtrain.state import BUFFER, WEIGHT
 
-SET_ASIDE = "damaged-"  # begins the name of a folder that nobody will take for a checkpoint
+DAMAGED, AHEAD = "damaged", "ahead"  # begin the name of a folder that nobody will take for a checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,21 @@ class Retention:
     every: int | None = None
     weights_only: bool = False
 
-    def apply(self, root: Path) -> None:
-        """Remove what need not stay among the complete checkpoints under `root`."""
-        for folder in complete(root)[: -self.keep]:
+    def apply(self, saved: Path) -> None:
+        """Remove what need not stay beside the checkpoint that has just been saved.
+
+        Only those that a run can continue from count for `keep`: one without its slots, or with a file that is missing
+        or too short, never takes the place of one that is whole. Those of later steps are let alone.
+        """
+        step = _step(saved)
+        before = [folder for folder in complete(saved.parent) if _step(folder) < step]
+        oldest, left = step, self.keep - 1
+        for folder in reversed(before):
+            if left and is_usable(folder):
+                oldest, left = _step(folder), left - 1
+        for folder in before:
+            if _step(folder) >= oldest:
+                continue
             if self.every is None or _step(folder) % self.every:
                 discard(folder)
             elif self.weights_only:
@@ -43,17 +55,17 @@ def discard_incomplete(root: Path) -> None:
     """Remove what interrupted saves have left under `root`."""
     whole = set(complete(root))
     for folder in root.glob("step-*"):
-        if folder not in whole:
+        if step_of(folder) is not None and folder not in whole:
             discard(folder)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that no run takes it; returns where it lies now."""
-    aside = folder.with_name(SET_ASIDE + folder.name)
+def set_aside(folder: Path, why: str = DAMAGED) -> Path:
+    """Rename a checkpoint so that no run takes it; returns where it lies now."""
+    aside = folder.with_name(f"{why}-{folder.name}")
     number = 1
     while aside.exists():
         number += 1
-        aside = folder.with_name(f"{SET_ASIDE}{folder.name}.{number}")
+        aside = folder.with_name(f"{why}-{folder.name}.{number}")
     return folder.rename(aside)
 
 
@@ -65,8 +77,18 @@ def resumable(folder: Path) -> bool:
         return True
 
 
+def is_usable(folder: Path) -> bool:
+    """Whether a run can continue from a complete checkpoint, as far as its manifest and the sizes of its files tell."""
+    try:
+        return not read_manifest(folder)["weights_only"]
+    except CheckpointError:
+        return False
+
+
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    step = step_of(folder)
+    assert step is not None, folder
+    return step
 
 
 def _drop_optimizer(folder: Path) -> None:

@@ -30,7 +30,7 @@ from bigtrain.checkpoint.format import (
     write_json,
     write_manifest,
 )
-from bigtrain.checkpoint.retention import Retention, discard
+from bigtrain.checkpoint.retention import Retention, discard, resumable
 from bigtrain.disk import sync
 from bigtrain.errors import CheckpointError
 from bigtrain.state import BUFFER, WEIGHT, Box
@@ -189,7 +189,7 @@ class Saver:
             manifest = {"format": FORMAT, "step": save.step, "block": BLOCK, "weights_only": False}
             write_manifest(save.folder, {**manifest, "files": files, "state": state})
             sync(save.folder.parent)
-            self._retention.apply(self._root)
+            self._retention.apply(save.folder)
         self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began))
 
 
@@ -199,7 +199,11 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rest = ", and it goes on from the newest of them" if (whole := complete(folder.parent)) else ""
+        rest = (
+            ", and it goes on from the newest of them"
+            if (whole := any(map(resumable, complete(folder.parent))))
+            else ""
+        )
         raise CheckpointError(
             f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). "
             f"{'The checkpoints before it are whole' if whole else 'There is none before it'}: make room or mend the "

@@ -139,6 +139,9 @@ class Progress:
     def _on_checkpoint_damaged(self, event: Event) -> None:
         self._print(f"{'damaged':<10} {event['reason']}. Set aside as {event['set_aside']}.")
 
+    def _on_checkpoint_ahead(self, event: Event) -> None:
+        self._print(f"{'ahead':<10} of step {event['done']}, from which the run goes on: kept as {event['set_aside']}")
+
     def _on_stage_skipped(self, event: Event) -> None:
         self._print(f"{event['stage']:<10} is finished ({event['steps']} steps)")
 

@@ -3,15 +3,19 @@
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, complete, newest
-from bigtrain.checkpoint.format import MANIFEST, PROGRESS, step_folder
-from bigtrain.checkpoint.retention import resumable
+from bigtrain.checkpoint.format import FORMAT, MANIFEST, PROGRESS, step_folder, write_manifest
+from bigtrain.checkpoint.retention import is_usable, resumable
 from bigtrain.errors import CheckpointError, DamagedError
 from bigtrain.state import WEIGHT
 from tests.recovery.saving import ALL, NARROW, SLOTS, boxes, check, half_files, tensor_of
@@ -257,3 +261,59 @@ def test_a_damaged_one_is_left_as_it_is(tmp_path):
     assert (step_folder(tmp_path, 1) / "weights-00000.safetensors").exists()
     with pytest.raises(DamagedError, match=r"optimizer-00000\.safetensors is missing"):
         Checkpoint(step_folder(tmp_path, 1))
+
+
+def tiny(root, step):
+    """A checkpoint without tensors, made by hand: what retention looks at."""
+    folder = step_folder(root, step)
+    folder.mkdir()
+    (folder / "optimizer-00000.safetensors").write_bytes(b"moments")
+    (folder / PROGRESS).write_bytes(b"{}")
+    files = {name: {"bytes": (folder / name).stat().st_size} for name in ("optimizer-00000.safetensors", PROGRESS)}
+    write_manifest(folder, {"format": FORMAT, "step": step, "weights_only": False, "files": files, "state": {}})
+    return folder
+
+
+def empty_file(folder):
+    (folder / PROGRESS).write_bytes(b"")
+
+
+def no_manifest(folder):
+    (folder / MANIFEST).write_bytes(b"{}")
+
+
+def no_optimizer(folder):
+    """As keep_weights_only leaves it."""
+    files = {PROGRESS: {"bytes": 2}}
+    (folder / "optimizer-00000.safetensors").unlink()
+    write_manifest(folder, {"format": FORMAT, "step": 0, "weights_only": True, "files": files, "state": {}})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.builds(Retention, st.integers(1, 3), st.sampled_from([None, 2, 3]), st.booleans()),
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from([empty_file, no_manifest, no_optimizer])), max_size=4),
+    st.sets(st.integers(1, 12), max_size=3),
+)
+def test_what_a_resume_can_use_stays_whatever_is_damaged(retention, damages, ahead):
+    """After each save; damages: (after which step, how the newest checkpoint then is damaged)."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        copy = tiny(root, 99).rename(root / "step-00000099.mine")
+        later = [tiny(root, 100 + step) for step in ahead]
+        usable, damaged, fallen = [], [], []
+        for step in range(1, 13):
+            retention.apply(tiny(root, step))
+            usable = [*usable, step][-retention.keep :]
+            for when, damage in damages:
+                if when == step and usable:
+                    damage(step_folder(root, usable[-1]))
+                    (fallen if damage is no_optimizer else damaged).append(usable.pop())
+            there = steps_of(complete(root))
+            assert set(usable) <= set(there)
+            assert [n for n in there if n < 100 and is_usable(step_folder(root, n))][-len(usable) or 99 :] == usable
+            marked = {n for n in range(1, step + 1) if retention.every and n % retention.every == 0}
+            assert marked <= set(there)
+            expired = set(there) - set(usable) - marked - set(damaged) - set(fallen)
+            assert {n for n in expired if n < 100} == set()
+        assert all((folder / MANIFEST).exists() for folder in (copy, *later))

@@ -29,7 +29,7 @@ def history(tmp_path):
 
 def test_size_and_room_are_told_before_the_first_save(history, tmp_path, capsys):
     found, stage, events = history
-    found.plan(stage, 1_000_000)
+    found.plan(stage, 1_000_000, 0)
     assert events[0]["bytes"] == 16_000_000  # weight, two moments and the average of each parameter, in fp32
     assert events[0]["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
     assert "checkpoints: 16.0 MB each, 2 of them kept; " in capsys.readouterr().out
@@ -40,10 +40,31 @@ def test_a_run_that_cannot_save_even_once_is_refused(history):
     with pytest.raises(
         CheckpointError, match=r"a checkpoint of stage pretrain takes .* MB, .* could not save even once"
     ):
-        found.plan(stage, 10**15)
+        found.plan(stage, 10**15, 0)
 
 
 def test_little_room_is_told(history, tmp_path, capsys):
     found, stage, _ = history
-    found.plan(stage, shutil.disk_usage(tmp_path).free // 24)
+    found.plan(stage, shutil.disk_usage(tmp_path).free // 24, 0)
     assert "room for 1 only: `checkpoint.keep` and the one being written need 3" in capsys.readouterr().out
+
+
+def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history):
+    found, stage, _ = history
+    folder, config = found._folder, found._config
+    folder.begin(config, None, world_size=1)
+    folder.record("pretrain", finished=True, steps=6, exported_step=6)
+    with pytest.raises(
+        CheckpointError, match=r"^stage finetune starts from pretrain, and stage pretrain is still to be e"
+    ):
+        found.is_over(stage)
+    folder.export("pretrain").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"(?s)^stage finetune starts from pretrain, but .*`--restart pretrain`"):
+        found.is_over(stage)
+    folder.record("finetune", finished=True)
+    assert found.is_over(stage)
+    folder.record("pretrain", exported_step=3)
+    with pytest.raises(CheckpointError, match=r"^stage pretrain is still to be exported"):
+        found.is_over(stage)
+    assert not found.is_over(config.stages[1].model_copy(update={"name": "other"}))
+    folder.leave()
