@@ -25,7 +25,7 @@ def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     config = small_config(tmp_path, steps=3)
     with pytest.raises(DataError, match=r"raise stages\.finetune\.sequence_length, .* allow more with max_cut_answers"):
         run(config, [*ONE, *STRICT])
-    with pytest.raises(BigtrainError, match=r"step \d: the loss is (nan|inf).* lower optimizer\.lr"):
+    with pytest.raises(BigtrainError, match=r"step \d: the loss is (nan|inf).* its values may change"):
         run(config, [*ONE, "stages.pretrain.optimizer.lr=1e39", "stages.pretrain.optimizer.max_grad_norm=null"])
     better = [*ONE, "tokenizer.train.vocab_size=350", "stages.pretrain.sequence_length=32", "stages.pretrain.steps=2"]
     folder = run(config, better).folder
@@ -34,6 +34,6 @@ def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     ends = [attempt["ended"] for attempt in RunFolder(folder).facts()["attempts"]]
     assert [end["how"] for end in ends] == ["refused", "failed", "finished"]
     assert "max_cut_answers" in ends[0]["reason"]
-    assert "lower optimizer.lr" in ends[1]["reason"]
+    assert "stages.pretrain.optimizer.lr=0.001" in ends[1]["reason"]
     kept, fresh = (path / "tokenizer" / "tokenizer.json" for path in (folder, folder.with_name("at-once")))
     assert kept.read_bytes() == fresh.read_bytes()
