@@ -219,6 +219,9 @@ def _cleaning(stage: Stage, at: KeyPath) -> Broken:
     least, most = clean.min_characters, clean.max_characters
     if least is not None and most is not None and least > most:
         yield (*at, "min_characters"), f"{least} is more than max_characters ({most})."
+    if clean.boilerplate is not None and stage.task != "pretrain":
+        told = "what many conversations share is said by somebody: it is cut with task pretrain alone; remove it."
+        yield (*at, "boilerplate"), told
     if clean.leakage is not None and stage.evaluate is None:
         yield (*at, "leakage"), "needs held-out documents; add `evaluate:`, or remove it."
 

@@ -141,7 +141,8 @@ class Source(Section):
 
 
 class Repetition(Section):
-    """Limits above which a document is dropped; the defaults are Gopher's (Rae et al. 2021, table A1)."""
+    """Limits above which a document is dropped; the defaults are Gopher's (Rae et al. 2021, table A1). In texts without
+    spaces two characters count as a word."""
 
     duplicate_lines: Share | None = mathematics("Lines that stood there before, as a part of all; null: any.", 0.30)
     duplicate_line_characters: Share | None = mathematics("The same as a part of the characters; null: any.", 0.20)
@@ -158,6 +159,22 @@ class Repetition(Section):
         [0.15, 0.14, 0.13, 0.12, 0.11, 0.10],
         min_length=6,
         max_length=6,
+    )
+    min_words: int = mathematics(
+        "Words from which on a document is held to the limits; for shorter ones they rise, up to 1 for no words.",
+        50,
+        ge=1,
+    )
+
+
+class Boilerplate(Section):
+    documents: float = mathematics(
+        "Lines that stand in more than this part of a source's documents are cut from them.", 0.1, gt=0, le=1
+    )
+    words: int = mathematics(
+        "Shorter lines stay, in words; a character of Chinese or Japanese is one.",
+        5,
+        ge=1,
     )
 
 
@@ -181,10 +198,13 @@ class Leakage(Section):
     words: int = mathematics("Words of the runs that training and held-out documents are compared by.", 13, ge=1)
     overlap: float = mathematics(
         "A training document is dropped if this part of its runs stands in held-out documents, or this part of the "
-        "runs of one of them stands in it.",
+        "runs of one of them stands in it. Runs that many training documents share do not count.",
         0.5,
         gt=0,
         le=1,
+    )
+    min_runs: int = mathematics(
+        "Held-out documents with fewer runs that are not shared by many do not count, but for copies of them.", 20, ge=1
     )
 
 
@@ -198,6 +218,10 @@ class Clean(Section):
         "Country (ISO 3166, like US) whose phone numbers are known without a country code; null: none.",
         None,
         pattern=REGION,
+    )
+    boilerplate: Boilerplate | None = mathematics(
+        "Cut lines that many documents of a source share: headers, footers, licences. With task pretrain. null: none.",
+        None,
     )
     min_characters: int | None = mathematics("Shorter documents are dropped; null: none.", None, ge=1)
     max_characters: int | None = mathematics("Longer documents are dropped; null: none.", None, ge=1)

@@ -82,7 +82,7 @@ class Part:
 
     def cleaned(self, row: Row) -> Row:
         """One of the documents as it is tokenized; apart from `documents`, so that processes share this work."""
-        return row if self.cleaning is None else self.cleaning.steps(row)
+        return row if self.cleaning is None else self.cleaning.steps(self.number)(row)
 
     def size(self) -> int | None:
         """Bytes of its text, about; None if the source's files do not say."""
@@ -153,7 +153,10 @@ def prepare_stages(run: Run, tasks: Mapping[str, Encoder], tokenizer: Any, strea
         stream.emit("preparing", what=f"data of {stage.name}")
         data[stage.name] = prepare_stage(run, stage, tasks[stage.name], tokenizer, stream)
         if (cleaning := data[stage.name].cleaning) is not None:
-            stream.emit("cleaned", stage=stage.name, **cleaning.summary())
+            summary = cleaning.summary()
+            stream.emit("cleaned", stage=stage.name, **summary)
+            if summary["warning"] is not None:
+                stream.emit("cleaned_too_much", stage=stage.name, text=summary["warning"], folder=summary["folder"])
         for store in (*data[stage.name].train, *data[stage.name].held_out):
             stream.emit("prepared", stage=stage.name, folder=str(store.folder), **counts(store))
     return data

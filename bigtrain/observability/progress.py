@@ -105,6 +105,9 @@ class Progress:
                 self._print(f"           {what}: {told}")
         self._print(f"           examples in {event['folder']}/report.json")
 
+    def _on_cleaned_too_much(self, event: Event) -> None:
+        self._print(f"  warning: {event['text']} What was dropped, and why, is in {event['folder']}/dropped.jsonl.")
+
     def _on_prepared(self, event: Event) -> None:
         lost = dropped(event)
         self._print(f"  {contents(event)}" + (f"; dropped or cut: {lost}" if lost else ""))

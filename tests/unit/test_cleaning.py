@@ -300,8 +300,14 @@ def test_redaction_takes_linear_time() -> None:
 
 
 def fails(text: str, **limits: Any) -> str | None:
-    off = dict.fromkeys(Repetition.model_fields)
-    return too_repetitive(text, words(text), Repetition(**{**off, **limits}))
+    off = {name: None for name in Repetition.model_fields if name != "min_words"}
+    return failed(text, Repetition(**{**off, "min_words": 1, **limits}))
+
+
+def failed(text: str, limits: Repetition) -> str | None:
+    """The reason of the first filter that a text fails."""
+    drop = next(too_repetitive(text, words(text), limits), None)
+    return None if drop is None else drop.reason
 
 
 PROSE = """When a run breaks, what it knew is written down: the step, the weights and moments, and nothing that can be
@@ -314,11 +320,11 @@ functions, and whoever resumes asks them for the value at that point.
 
 def test_prose_passes_and_repeated_prose_does_not() -> None:
     gopher = Repetition()
-    assert too_repetitive(PROSE, words(PROSE), gopher) is None
-    assert too_repetitive(PROSE * 3, words(PROSE * 3), gopher) == "duplicate lines"
+    assert failed(PROSE, gopher) is None
+    assert failed(PROSE * 3, gopher) == "duplicate lines"
     for text in ("", " \n ", "one", "one two", "中文"):
-        assert too_repetitive(text, words(text), gopher) is None
-    assert too_repetitive("buy now " * 40, words("buy now " * 40), gopher) == "most frequent 2-gram"
+        assert failed(text, gopher) is None
+    assert failed("buy now " * 40, gopher) == "most frequent 2-gram"
 
 
 def test_shares_of_lines_and_paragraphs() -> None:
@@ -488,7 +494,7 @@ def decided(folder: Path, stage: Stage) -> Decisions:
 def training(stage: Stage, decisions: Decisions) -> list[list[dict[str, Any]]]:
     """Of each source what is trained on."""
     return [
-        [decisions.steps(row) for row in kept(documents(source, COLUMNS[stage.task]), decisions, i)]
+        list(map(decisions.steps(i), kept(documents(source, COLUMNS[stage.task]), decisions, i)))
         for i, source in enumerate(stage.data)
     ]
 
@@ -512,7 +518,7 @@ def messy(folder: Path) -> Stage:
     folder.mkdir(exist_ok=True)
     rng = random.Random(3)
     short = [text for text in MODULES if len(text) < 15_000]
-    good = [text for text in short if too_repetitive(text, words(text), Repetition()) is None]
+    good = [text for text in short if failed(text, Repetition()) is None]
     held_out, one, two = good[:5], good[5:25], good[25:45]
     first = [
         *one,
@@ -530,6 +536,12 @@ def messy(folder: Path) -> Stage:
         evaluate=Evaluate(data=[Source(source=write_rows(folder / "held-out.jsonl", held_out))]),
         clean=Clean(**EVERYTHING),
     )
+
+
+def held_out_text(stage: Stage, number: int) -> str:
+    assert stage.evaluate is not None and stage.evaluate.data is not None
+    rows = list(documents(stage.evaluate.data[0], COLUMNS["pretrain"]))
+    return str(rows[number]["text"])
 
 
 def test_a_stage_without_cleaning_is_left_alone(tmp_path: Path) -> None:
@@ -562,10 +574,21 @@ def test_what_must_go_goes_and_what_must_stay_stays(tmp_path: Path) -> None:
     [repaired] = report["changed"]["repair"]["examples"]
     assert "schÃ¶n" in repaired["before"] and "schön" in repaired["after"]
     near = report["dropped_for"]["near duplicate"]["examples"][0]
-    assert near["of"].endswith("one.jsonl, document 1") and near["similarity"] >= 0.8
-    assert near["document"].endswith("two.jsonl, document 21")
+    assert near["of"].endswith("one.jsonl:2") and near["value"] >= near["limit"] == 0.8
+    assert near["document"].endswith("two.jsonl:22")
     [part, whole] = report["dropped_for"]["leaked"]["examples"]
-    assert part["of"].endswith("held-out document 2") and whole["overlap"] == 1.0
+    assert part["of"].endswith("held-out.jsonl:3") and whole["value"] == 1.0
+    shared = part["shared"].removesuffix("[...]")
+    assert shared in " ".join(words(held_out_text(stage, 2))) and len(shared) > 100
+    every = [json.loads(line) for line in (decisions.folder / "dropped.jsonl").read_text().splitlines()]
+    assert [drop["document"].rsplit(".", 1)[-1] for drop in every] == [
+        f"jsonl:{row + 1}" for codes in (first, second) for row, reason in enumerate(codes) if reason != "kept"
+    ]
+    assert [drop["reason"] for drop in every] == [r for r in first + second if r != "kept"]
+    assert {drop["reason"]: (drop["value"], drop["limit"]) for drop in every[:2]} == {
+        "too short": (5, 20),
+        "too long": (20_000, 19_000),
+    }
     assert decisions.summary()["dropped"]["leaked"] == 2
 
 
@@ -598,14 +621,14 @@ def test_numbers_without_a_known_form_are_not_in_examples(tmp_path: Path) -> Non
     for clean in (Clean(min_characters=50), Clean(repair=True)):
         decisions = decided(tmp_path / "out", stage_of(source, clean=clean))
         written = (decisions.folder / "report.json").read_text()
-        assert "<NUMBER>" in written
+        assert "[hidden]" in written and "<NUMBER>" not in written
         assert [number for number in numbers if number in written] == []
 
 
 def test_a_spelling_that_repair_hides_is_not_in_examples(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", ["from 8.8.4.4\x1b[0m.5 to there"])
     examples = decided(tmp_path, stage_of(source, clean=Clean(repair=True))).report["changed"]["repair"]["examples"]
-    assert examples == [{"document": f"{source}, document 0", "after": "from 8.8.4.4.5 to there"}]
+    assert examples == [{"document": f"{source}:1", "after": "from 8.8.4.4.5 to there"}]
 
 
 def test_damaged_decisions_are_said(tmp_path: Path) -> None:
@@ -680,12 +703,22 @@ def test_conversations(tmp_path: Path) -> None:
     assert row_text(row) == "who?\n<EMAIL>"
 
 
-def test_nothing_left_is_said(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", ["short", "also short"])
-    stage = stage_of(source, clean=Clean(min_characters=100))
-    with pytest.raises(DataError, match=r"stages\.s\.clean: no training document is left: 2 too short"):
-        decided(tmp_path / "out", stage)
-    assert not list((tmp_path / "out").rglob("manifest.json"))
+@pytest.mark.parametrize("clean", [Clean(redact=["email"]), Clean(repair=True), Clean(min_characters=100)])
+def test_what_the_report_hides_is_not_taken_for_a_change_of_the_text(tmp_path: Path, clean: Clean) -> None:
+    """A placeholder stands in an example where the training text has one, and nowhere else."""
+    source = write_rows(tmp_path / "a.jsonl", ["schÃ¶n: joe@example.com or 8.8.4.4", PROSE])
+    decisions = decided(tmp_path / "out", stage_of(source, clean=clean))
+    report = decisions.report
+    tallies = (*report["changed"].values(), *report["dropped_for"].values())
+    [example] = [example for tally in tallies for example in tally["examples"]]
+    shown = example.get("after") or example["text"]
+    [trained] = [decisions.steps(0)(row)["text"] for row in documents(stage_of(source).data[0], COLUMNS["pretrain"])][
+        :1
+    ]
+    hidden = trained.replace("8.8.4.4", "[hidden]").replace("joe@example.com", "[hidden]")
+    assert shown == hidden
+    assert ("<EMAIL>" in shown) == ("<EMAIL>" in trained) == bool(clean.redact)
+    assert "[hidden]" in report["note"]
 
 
 def test_a_source_that_changes_between_two_readings(tmp_path: Path) -> None:

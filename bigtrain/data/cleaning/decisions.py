@@ -1,8 +1,12 @@
 """Which documents of a stage stay: decided once over all its sources, kept in a folder, the same for every reader.
 
-dropped.bin    one byte per document of each source in turn: 0 it stays, else 1 + the number of its reason (uint8)
-report.json    counts and examples, to be read
-manifest.json  what it was made from, the reasons, how many documents each source has; written last
+dropped.bin       one byte per document of each source in turn: 0 it stays, else 1 + the number of its reason (uint8)
+boilerplate.json  the hashes of the lines that are cut from each source
+report.json       counts and examples, to be read
+dropped.jsonl     every dropped document: where it stands, why, the measured value and its limit
+manifest.json     what it was made from, the reasons, how many documents each source has; written last
+
+Decisions that leave nothing are refused; report.json and dropped.jsonl of them stay in `clean-*.refused`.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,34 +25,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Clean, Source, Stage
-from bigtrain.data.cleaning.duplicates import ExactIndex, LeakageIndex, NearIndex
-from bigtrain.data.cleaning.ngrams import Hashes, shingles
-from bigtrain.data.cleaning.repetition import too_repetitive
-from bigtrain.data.cleaning.report import Report
-from bigtrain.data.cleaning.texts import Change, TextSteps, row_text, words
-from bigtrain.data.sources import Columns, Row, documents, fingerprint, is_held_out
+from bigtrain.config.schema import Clean, Stage
+from bigtrain.data.cleaning.drops import MUCH, overrides
+from bigtrain.data.cleaning.judge import Documents, Judge
+from bigtrain.data.cleaning.texts import TextSteps
+from bigtrain.data.sources import Columns, Row, fingerprint
 from bigtrain.data.store import MADE_AGAIN, map_file
 from bigtrain.disk import make_once
 from bigtrain.errors import DataError
 
-VERSION = 1  # of what the steps do; a new one decides anew
-HELD_OUT = "held out"  # the reason of documents that are no training documents
+VERSION = 2  # of what the steps do; a new one decides anew
 LIBRARIES = {"repair": "ftfy", "near_duplicates": "datasketch", "redact": "phonenumberslite"}  # field -> distribution
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What of a source is read: all of its documents, or one side of the split by the hash of their keys."""
-
-    source: Source
-    fraction: float = 0.0
-    held_out: bool = False
-
-    def rows(self, columns: Columns) -> Iterator[tuple[Row, bool]]:
-        """Every row of the source, and whether it is on this side."""
-        for row in documents(self.source, columns):
-            yield row, is_held_out(row["key"], self.fraction) == self.held_out
 
 
 @dataclass(frozen=True)
@@ -67,8 +55,20 @@ class Decisions:
         return json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def steps(self) -> TextSteps:
-        return TextSteps(self.settings)
+    def _boilerplate(self) -> list[frozenset[int]]:
+        lines = json.loads((self.folder / "boilerplate.json").read_text(encoding="utf-8"))
+        return [frozenset(hashes) for hashes in lines]
+
+    @cached_property
+    def _steps(self) -> dict[int, TextSteps]:
+        return {}
+
+    def steps(self, source: int) -> TextSteps:
+        """What is done to the texts of the stage's source of this number."""
+        if source not in self._steps:
+            lines = self._boilerplate[source] if self.settings.boilerplate else frozenset()
+            self._steps[source] = TextSteps(self.settings, lines)
+        return self._steps[source]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -90,16 +90,16 @@ class Decisions:
         dropped = {reason: told["documents"] for reason, told in report["dropped_for"].items()}
         kinds = report["changed"].get("redact", {}).get("kinds", {})
         names = ("documents", "held_out", "kept", "characters", "characters_kept")
-        totals = {name: report[name] for name in names}
+        totals = {name: report[name] for name in names} | {"warning": report["warning"]}
         return {"folder": str(self.folder), **totals, "changed": changed, "redacted": kinds, "dropped": dropped}
 
 
 def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> Decisions | None:
     """The decisions about a stage's training documents; None for a stage without `clean`.
 
-    They are made if nobody has; without `make` they may be missing, and only `facts` and `steps` can be asked for.
+    They are made if nobody has; without `make` they may be missing, and only `facts` can be asked for.
     Of documents that are alike the first one stays, in the order of the sources. Held-out documents are compared
-    with, and stay as they are. One process reads and decides, others wait. Memory holds O(1) per document.
+    with, and stay as they are. One process reads and decides, others wait. Memory: O(1) per document, and a sample.
     Raises DataError for sources that cannot be read or of which nothing is left.
     """
     if stage.clean is None:
@@ -121,22 +121,57 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
     settings = stage.clean
     folder = Path(output) / "stores" / f"clean-{digest[:16]}"
 
-    def build(folder: Path) -> None:
-        decisions = _Pass(settings, columns, held_out)
-        codes, counts = decisions.over(train)
+    def build(empty: Path) -> None:
+        with (empty / "dropped.jsonl").open("w", encoding="utf-8") as every_drop:
+            judge = Judge(settings, columns, train, held_out, every_drop)
+            codes, counts = judge.over()
+        warning = _warning(stage, judge)
+        _write(empty / "report.json", judge.report.written() | {"warning": warning})
         if not (codes == 0).any():
-            reasons = ", ".join(f"{tally.documents} {name}" for name, tally in decisions.report.dropped.items())
-            raise DataError(f"stages.{stage.name}.clean: no training document is left: {reasons}. Make it less strict.")
-        codes.tofile(folder / "dropped.bin")
-        _write(folder / "report.json", decisions.report.written())
-        made = {"reasons": list(decisions.codes), "documents": counts}
-        _write(folder / "manifest.json", {"fingerprint": digest, **facts, **made})
+            raise DataError(f"{warning}\n{_kept_for_reading(empty, folder)}")
+        codes.tofile(empty / "dropped.bin")
+        _write(empty / "boilerplate.json", [sorted(shared.hashes) for shared in judge.shared])
+        made = {"reasons": list(judge.codes), "documents": counts}
+        _write(empty / "manifest.json", {"fingerprint": digest, **facts, **made})
 
     return Decisions(make_once(folder, build) if make else folder, settings, digest)
 
 
+def _warning(stage: Stage, judge: Judge) -> str | None:
+    """What to do if too much was dropped, in words; None if it was not."""
+    report = judge.report
+    documents, dropped = report.total("documents") - report.total("held_out"), report.total("dropped")
+    if dropped <= MUCH * documents or stage.clean is None:
+        return None
+    left = "no training document is left" if dropped == documents else f"{dropped / documents:.0%} were dropped"
+    most = sorted(report.dropped.items(), key=lambda item: -item[1].documents)
+    reasons = ", ".join(f"{tally.documents:,} {name}{tally.range}" for name, tally in most if tally.documents)
+    changes = overrides(stage.name, judge.advice.changes(stage.clean))
+    told = f"stages.{stage.name}.clean: {left} of {documents:,}: {reasons}. Most of them stay with `{changes}`."
+    lines = sum(len(shared.named) for shared in judge.shared)
+    if lines and stage.clean.boilerplate is None:
+        told += (
+            f" {lines} lines stand in many documents of a source (report.json, `boilerplate`): they may be why. "
+            f"`stages.{stage.name}.clean.boilerplate={{}}` cuts them."
+        )
+    return told
+
+
+def _kept_for_reading(made: Path, folder: Path) -> str:
+    """Put the report of refused decisions where it stays; returns a sentence that says where."""
+    refused = folder.with_name(f"{folder.name}.refused")
+    shutil.rmtree(refused, ignore_errors=True)
+    refused.mkdir()
+    for name in ("report.json", "dropped.jsonl"):
+        (made / name).rename(refused / name)
+    return (
+        f"Every dropped document, with what was measured and its limit, is in {refused}/dropped.jsonl; examples with "
+        f"the words that they share are in {refused}/report.json."
+    )
+
+
 def kept(rows: Iterable[Row], decisions: Decisions, source: int) -> Iterator[Row]:
-    """The training documents of a source that stay; their texts are cleaned by `decisions.steps`.
+    """The training documents of a source that stay; their texts are cleaned by `decisions.steps(source)`.
 
     rows: all documents of the stage's source of this number, held-out ones too, in their order.
     Raises DataError if they are not those that were decided about.
@@ -148,95 +183,6 @@ def kept(rows: Iterable[Row], decisions: Decisions, source: int) -> Iterator[Row
             raise DataError(f"{name}: has changed while it was being read. Start again, once it stays as it is.")
         if code == 0:
             yield row
-
-
-class _Pass:
-    """One way through all documents of a stage, in order, deciding about each."""
-
-    def __init__(self, clean: Clean, columns: Columns, held_out: list[Documents]):
-        self.report = Report(clean)
-        self.codes = {HELD_OUT: 1}  # reason -> its number in dropped.bin
-        self._clean = clean
-        self._columns = columns
-        self._steps = TextSteps(clean, self.report.kinds)
-        self._names: list[tuple[int, str]] = []  # (number of its first document, source)
-        self._exact = ExactIndex() if clean.exact_duplicates else None
-        self._near = NearIndex(clean.near_duplicates) if clean.near_duplicates else None
-        self._leaked_names: list[str] = []
-        self._leakage = LeakageIndex(clean.leakage, self._held_out(held_out)) if clean.leakage else None
-
-    def over(self, train: list[Documents]) -> tuple[NDArray[np.uint8], list[int]]:
-        """(0 or 1 + reason of each document, number of documents of each source)."""
-        codes, counts = bytearray(), []
-        for part in train:
-            begin = len(codes)
-            self._names.append((begin, part.source.source))
-            told = {"source": part.source.source, "characters": 0, "characters_kept": 0}
-            for row, is_ours in part.rows(self._columns):
-                codes.append(self._code(len(codes), row, told) if is_ours else self.codes[HELD_OUT])
-            counts.append(len(codes) - begin)
-            held_out, kept = codes.count(self.codes[HELD_OUT], begin), codes.count(0, begin)
-            dropped = counts[-1] - held_out - kept
-            told |= {"documents": counts[-1], "held_out": held_out, "dropped": dropped, "kept": kept}
-            self.report.sources.append(told)
-        return np.frombuffer(codes, dtype=np.uint8), counts
-
-    def _code(self, number: int, row: Row, told: dict[str, Any]) -> int:
-        changes: list[Change] = []
-        before = len(row_text(row))
-        text = row_text(self._steps(row, changes.append))
-        told["characters"] += before
-        if changes:
-            self.report.change(self._name(number), changes)
-        reason, facts = self._reason(number, text)
-        if reason is None:
-            told["characters_kept"] += len(text)
-            return 0
-        self.report.drop(reason, self._name(number), text, **facts)
-        return self.codes.setdefault(reason, len(self.codes) + 1)
-
-    def _reason(self, number: int, text: str) -> tuple[str | None, dict[str, Any]]:
-        """Why a document is dropped, and what is to be told of it; the cheap steps first."""
-        clean = self._clean
-        if clean.min_characters is not None and len(text) < clean.min_characters:
-            return "too short", {}
-        if clean.max_characters is not None and len(text) > clean.max_characters:
-            return "too long", {}
-        first = self._exact.first(number, text) if self._exact else None
-        if first is not None:
-            return "exact duplicate", {"of": self._name(first)}
-        if not (clean.repetition or self._leakage or self._near):
-            return None, {}
-        of_text = words(text)
-        if clean.repetition and (filtered := too_repetitive(text, of_text, clean.repetition)):
-            return filtered, {}
-        if (
-            clean.leakage
-            and self._leakage
-            and (leak := self._leakage.leaked(shingles(of_text, text, clean.leakage.words)))
-        ):
-            return "leaked", {"of": self._leaked_names[leak[0]], "overlap": round(leak[1], 4)}
-        if clean.near_duplicates and self._near:
-            near = self._near.nearest(number, shingles(of_text, text, clean.near_duplicates.words))
-            if near is not None:
-                return "near duplicate", {"of": self._name(near[0]), "similarity": round(near[1], 4)}
-        return None, {}
-
-    def _held_out(self, parts: list[Documents]) -> Iterator[Hashes]:
-        """Their n-grams, of texts that went the same way as those that they are compared with."""
-        assert self._clean.leakage is not None
-        steps = TextSteps(self._clean)
-        for part in parts:
-            for number, (row, is_ours) in enumerate(part.rows(self._columns)):
-                if is_ours:
-                    text = row_text(steps(row))
-                    self._leaked_names.append(f"{part.source.source}, held-out document {number}")
-                    yield shingles(words(text), text, self._clean.leakage.words)
-
-    def _name(self, number: int) -> str:
-        """Of a document, for people: its key may be somebody's address."""
-        begin, source = next(named for named in reversed(self._names) if named[0] <= number)
-        return f"{source}, document {number - begin}"
 
 
 def _held_out(stage: Stage) -> list[Documents]:
@@ -255,5 +201,5 @@ def _facts(part: Documents, columns: Columns) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def _write(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

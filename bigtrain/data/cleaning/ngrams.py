@@ -40,6 +40,9 @@ def shingles(words: list[str], text: str, n: int) -> Hashes:
     return np.unique(ngrams(hashes, min(n, len(hashes))))
 
 
-@lru_cache(maxsize=1 << 18)
-def _word(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+def hash_text(text: str) -> int:
+    """64 bits, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+_word = lru_cache(maxsize=1 << 18)(hash_text)

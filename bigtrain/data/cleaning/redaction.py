@@ -63,9 +63,10 @@ class Redaction:
     """Replaces personal data by `<EMAIL>`, `<PHONE>`, `<CARD>`, `<IP>`, `<SECRET>`. Idempotent.
 
     kinds: of KINDS. region: the country (ISO 3166, like `US`) whose phone numbers are known without `+`.
+    placeholder: for all kinds, instead of theirs.
     """
 
-    def __init__(self, kinds: Iterable[str] = KINDS, region: str | None = None):
+    def __init__(self, kinds: Iterable[str] = KINDS, region: str | None = None, placeholder: str | None = None):
         finders: dict[str, Callable[[str], Iterator[Span]]] = {
             "secret": partial(_matches, SECRET),
             "email": _emails,
@@ -74,16 +75,16 @@ class Redaction:
             "phone": partial(_phones, region=region),
         }
         chosen = set(kinds)
-        self._finders = [(kind, finders[kind]) for kind in KINDS if kind in chosen]
+        self._finders = [(kind, placeholder or f"<{kind.upper()}>", finders[kind]) for kind in KINDS if kind in chosen]
 
     def __call__(self, text: str, found: Counter[str] | None = None) -> str:
         """The text redacted; `found` counts what was, by kind."""
         while True:  # what one replacement separates may be a match by itself; each takes characters away, so it ends
             before = text
-            for kind, find in self._finders:
+            for kind, placeholder, find in self._finders:
                 spans = list(find(text))
                 if spans:
-                    text = _replaced(text, spans, f"<{kind.upper()}>")
+                    text = _replaced(text, spans, placeholder)
                 if spans and found is not None:
                     found[kind] += len(spans)
             if text == before:

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.config.schema import Repetition
+from bigtrain.data.cleaning.drops import Drop
 from bigtrain.data.cleaning.ngrams import hash_words, ngrams
+from bigtrain.data.cleaning.texts import is_unspaced
 
 TOP = (2, 3, 4)  # lengths in words of `top_ngrams`
 DUPLICATE = (5, 6, 7, 8, 9, 10)  # and of `duplicate_ngrams`
+CHARACTERS = 2  # of a word in scripts without spaces, about: in Chinese most words have two
 
 
-def too_repetitive(text: str, words: list[str], limits: Repetition) -> str | None:
-    """The first filter that a text fails, in words, or None.
+def too_repetitive(text: str, words: list[str], limits: Repetition) -> Iterator[Drop]:
+    """The filters that a text fails, each found when it is asked for.
 
     The filters of Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
     arXiv:2112.11446, appendix A.1.1, table A1. What has stood in the text before counts as a duplicate. An n-gram
     is repeated from its second occurrence on: a text in which nothing occurs twice passes all of them.
+
+    Their limits are those of texts with spaces and of some length. Where most words are characters of a script without
+    spaces, CHARACTERS of them count as a word. Below `min_words` the limits rise, in a straight line to 1 at no words:
+    in a text of one sentence a word that occurs twice is much of it.
     """
-    for name, parts, share, character_share in (
-        ("lines", text.split("\n"), limits.duplicate_lines, limits.duplicate_line_characters),
-        (
-            "paragraphs",
-            re.split(r"\n[^\S\n]*\n", text),
-            limits.duplicate_paragraphs,
-            limits.duplicate_paragraph_characters,
-        ),
-    ):
+    unspaced = 2 * sum(map(is_unspaced, words)) > len(words)
+    scale = CHARACTERS if unspaced else 1
+    room = max(0.0, 1 - len(words) / scale / limits.min_words)
+    for reason, key, limit, value in _measured(text, words, limits, scale):
+        raised = limit + (1 - limit) * room
+        if value > raised:
+            yield Drop(reason, f"repetition.{key}", round(value, 4), round(raised, 4))
+
+
+def _measured(text: str, words: list[str], limits: Repetition, scale: int) -> Iterator[tuple[str, str, float, float]]:
+    """(reason, key, limit, value) of each filter that is on."""
+    for name, parts in (("lines", text.split("\n")), ("paragraphs", re.split(r"\n[^\S\n]*\n", text))):
         by_number, by_characters = _duplicates(parts)
-        if share is not None and by_number > share:
-            return f"duplicate {name}"
-        if character_share is not None and by_characters > character_share:
-            return f"characters in duplicate {name}"
+        of_number, of_characters = f"duplicate_{name}", f"duplicate_{name[:-1]}_characters"
+        if (limit := getattr(limits, of_number)) is not None:
+            yield f"duplicate {name}", of_number, limit, by_number
+        if (limit := getattr(limits, of_characters)) is not None:
+            yield f"characters in duplicate {name}", of_characters, limit, by_characters
     lengths = np.array([len(word) for word in words], dtype=np.int64)
     hashes = hash_words(words)
     for n, limit in zip(TOP, limits.top_ngrams or (), strict=False):
-        if _top_share(ngrams(hashes, n), lengths, n) > limit:
-            return f"most frequent {n}-gram"
+        top = _top_share(ngrams(hashes, n * scale), lengths, n * scale)
+        yield f"most frequent {n}-gram", "top_ngrams", limit, top
     for n, limit in zip(DUPLICATE, limits.duplicate_ngrams or (), strict=False):
-        if _duplicate_share(ngrams(hashes, n), lengths, n) > limit:
-            return f"duplicate {n}-grams"
-    return None
+        share = _duplicate_share(ngrams(hashes, n * scale), lengths, n * scale)
+        yield f"duplicate {n}-grams", "duplicate_ngrams", limit, share
 
 
 def _duplicates(parts: list[str]) -> tuple[float, float]:

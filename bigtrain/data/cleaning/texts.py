@@ -1,14 +1,15 @@
-"""What is done to a text by itself: repair, normal form, redaction; and the words that comparisons see."""
+"""What is done to a text: repair, normal form, boilerplate, redaction; and the words and lines that comparisons see."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import Clean
+from bigtrain.data.cleaning.ngrams import hash_text
 from bigtrain.data.cleaning.redaction import Redaction
 from bigtrain.data.files import ABOUT
 
@@ -21,6 +22,7 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
+UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
 UNCLEAN_ASCII = re.compile(r"[\x00-\x08\x0b\x0d-\x1f\x7f]")  # what of ASCII the repair would change
 
@@ -56,21 +58,52 @@ def words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
+def is_unspaced(word: str) -> bool:
+    """Whether a word of `words` is a character of a script without spaces."""
+    return len(word) == 1 and UNSPACED_CHARACTER.match(word) is not None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as boilerplate is compared by: case and runs of white space do not count."""
+    return [" ".join(line.casefold().split()) for line in text.split("\n")]
+
+
+def without(text: str, lines: Collection[int]) -> str:
+    """The text without the lines of these hashes, and without the blank lines that they leave."""
+    hashes = [hash_text(line) for line in lines_of(text)]
+    if not any(number in lines for number in hashes):
+        return text
+    kept: list[str] = []
+    cutting = True
+    for line, number in zip(text.split("\n"), hashes, strict=True):
+        blank = not line.strip()
+        if number in lines or (cutting and blank and not (kept and kept[-1].strip())):
+            cutting = True
+        else:
+            cutting = False
+            kept.append(line)
+    while kept and not kept[-1].strip():
+        kept.pop()
+    return "\n".join(kept)
+
+
 def row_text(row: Row) -> str:
     """All that a row says, for filters and comparisons; roles and keys left out."""
     return "\n".join(_strings(value) for name, value in row.items() if name not in ABOUT)
 
 
 class TextSteps:
-    """The steps that change texts, of a stage's `clean`, in their order: repair, normalize, redact."""
+    """The steps that change texts, of a stage's `clean`, in their order: repair, normalize, boilerplate, redact."""
 
-    def __init__(self, clean: Clean, kinds: Counter[str] | None = None):
-        """kinds: counts what is redacted."""
+    def __init__(self, clean: Clean, boilerplate: Collection[int] = (), kinds: Counter[str] | None = None):
+        """boilerplate: hashes of the lines to cut. kinds: counts what is redacted."""
         self._steps: list[tuple[str, Callable[[str], str]]] = []
         if clean.repair:
             self._steps.append(("repair", repair))
         if (form := clean.normalize) is not None:
             self._steps.append(("normalize", lambda text: unicodedata.normalize(form, text)))
+        if boilerplate:
+            self._steps.append(("boilerplate", lambda text: without(text, boilerplate)))
         if clean.redact:
             redaction = Redaction(clean.redact, clean.phone_region)
             self._steps.append(("redact", lambda text: redaction(text, kinds)))
