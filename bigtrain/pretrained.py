@@ -14,6 +14,8 @@ ADVICE = (
     "A folder must exist; a Hub id needs the network or the local cache, and for a gated model `hf auth login`; a file "
     "that was not fetched whole has to be fetched again."
 )
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+OTHER_FILES = (".json", ".jinja", ".model")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what git leaves in place of a large file
 LONGEST_REASON = 300  # characters
 
@@ -49,9 +51,10 @@ def opening(source: str, key: str) -> Iterator[None]:
 
 
 def files_of(source: str) -> list[Path]:
-    """Of a pretrained model's folder, or the .gguf file that it is."""
+    """What is read of a pretrained model's folder, or the .gguf file that it is; none of a Hub id's."""
     path = Path(source).expanduser()
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    there = path.iterdir() if path.is_dir() else [path]
+    return sorted(file for file in there if file.suffix in (*WEIGHT_FILES, *OTHER_FILES) and file.is_file())
 
 
 def wrong_file(path: Path) -> str | None:

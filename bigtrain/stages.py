@@ -29,7 +29,7 @@ from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, Damaged
 from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
-from bigtrain.inference.opening import open_model
+from bigtrain.inference.opening import Opened, open_model
 from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, plain_head
 from bigtrain.models.trial import try_architecture
 from bigtrain.models.weights import RandomWeights, pretrained_weights
@@ -171,14 +171,18 @@ def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
             continue
         stream.emit("exporting", stage=stage.name, folder=str(folder.export(stage.name)))
         where = export(folder.path, stage.name)
-        answers = []
-        if stage.prompts:
-            opened = open_model(str(folder.stage(stage.name)))
-            for prompt in stage.prompts:
-                answer = generate(opened, prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
-                answers.append({"prompt": prompt, "answer": answer})
+        opened = open_model(str(folder.stage(stage.name))) if stage.prompts else None
+        answers = [{"prompt": prompt, "answer": _answer(opened, prompt)} for prompt in stage.prompts if opened]
         steps = folder.facts()["stages"][stage.name]["steps"]
         folder.record(stage.name, export=str(where), exported_step=steps, answers=answers)
+
+
+def _answer(opened: Opened, prompt: str) -> str:
+    """To be read; a prompt that cannot be answered ends no run."""
+    try:
+        return generate(opened, prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+    except ConfigError as error:
+        return f"(none: {error})"
 
 
 def stage_model(config: Run, stage: Stage, model: PreTrainedConfig) -> Callable[..., PreTrainedModel]:

@@ -124,8 +124,8 @@ def _length(opened: Opened, asked: int | None) -> int:
         if limit is not None and asked > limit:
             raise ConfigError(f"sequence_length: {asked} is more than the {limit} positions of {opened.what}.")
         return asked
-    if opened.stage is not None:
-        return opened.stage.sequence_length
+    if opened.trained is not None:
+        return opened.trained.sequence_length
     return min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
 
 

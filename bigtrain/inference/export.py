@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from safetensors import safe_open
 
 from bigtrain.config.schema import Stage
 from bigtrain.errors import CheckpointError, ConfigError, shorten
-from bigtrain.inference.opening import Opened, open_model
+from bigtrain.inference.generation import lineage
+from bigtrain.inference.opening import FACTS, Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.observability.stream import read_metrics
 from bigtrain.parallel.contract import persistent_buffers
@@ -44,6 +48,8 @@ def export(
     target = default if to is None else Path(to).expanduser()
     _refuse_other(target)
     opened = open_model(place.checkpoint, dtype=dtype, device="cpu", ema=ema)
+    for change in opened.changes:
+        print(f"{target}: {change}", file=sys.stderr, flush=True)
     return write_folder(opened, target, _card(place, opened))
 
 
@@ -61,6 +67,8 @@ def write_folder(opened: Opened, target: Path, card: str) -> Path:
         opened.model.save_pretrained(partial)
         opened.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if opened.trained is not None:
+            (partial / FACTS).write_text(json.dumps(asdict(opened.trained)) + "\n", encoding="utf-8")
         _check_written(opened.model, partial)
         _move(partial, target)
     except BaseException:
@@ -141,9 +149,9 @@ def _card(place: RunPlace, opened: Opened) -> str:
         f"{MARK} from the run `{place.run.name}`, stage `{place.stage.name}`, step {opened.step}.",
         "",
         f"- model: {config.model_type}, {parameters:,} parameters, {str(config.dtype).removeprefix('torch.')}",
-        f"- first weights: {f'`{base}`' if base else 'random'}",
+        f"- first weights: {f'`{_public(base)}`' if base else 'random'}",
         f"- precision of the training: {place.run.precision}",
-        *(_stage_line(stage) for stage in _lineage(place)),
+        *(_stage_line(stage) for stage in lineage(place.run, place.stage)),
         *_held_out_line(place),
         "",
         "```python",
@@ -157,17 +165,16 @@ def _card(place: RunPlace, opened: Opened) -> str:
     return "\n".join(lines)
 
 
-def _lineage(place: RunPlace) -> list[Stage]:
-    """The stages that the weights went through, first to last."""
-    stages = {stage.name: stage for stage in place.run.stages}
-    path = [place.stage]
-    while path[0].from_stage is not None:
-        path.insert(0, stages[path[0].from_stage])
-    return path
+def _public(source: str) -> str:
+    """A source by a name that tells nothing of this machine: of a path or URL what it ends with, all of a Hub id."""
+    if not ("://" in source or source.startswith(("/", ".", "~", "$")) or Path(source).exists()):
+        return source
+    *folders, last = source.partition("?")[0].rstrip("/").split("/")
+    return f"{folders[-1]}/{last}" if "*" in last and folders else last
 
 
 def _stage_line(stage: Stage) -> str:
-    sources = ", ".join(f"`{source.source}`" for source in stage.data)
+    sources = ", ".join(f"`{_public(source.source)}`" for source in stage.data)
     return (
         f"- stage `{stage.name}`: {stage.task} on {sources}, "
         f"{stage.global_batch_size} sequences of {stage.sequence_length} tokens a step"

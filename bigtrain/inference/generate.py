@@ -53,7 +53,7 @@ def generate(
             generation_config=config,
             streamer=_streamer(opened.tokenizer, show) if show is not None else None,
         )
-    return opened.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return _text(opened.tokenizer, output[0, len(ids) :].tolist())
 
 
 def encode_prompt(opened: Opened, prompt: str, chat: bool | None = None) -> list[int]:
@@ -61,20 +61,30 @@ def encode_prompt(opened: Opened, prompt: str, chat: bool | None = None) -> list
     model, as its tokenizer encodes a text."""
     tokenizer = opened.tokenizer
     if chat is None:
-        chat = opened.stage is not None and opened.stage.task == "sft" and tokenizer.chat_template is not None
+        chat = opened.trained is not None and opened.trained.task == "sft" and tokenizer.chat_template is not None
     if chat:
         if tokenizer.chat_template is None:
             raise ConfigError(f"chat: the tokenizer of {opened.what} has no chat template.")
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif opened.run is None:
-        ids = tokenizer(prompt)["input_ids"]
+    elif opened.trained is None:
+        ids = _begun(tokenizer, prompt)
     else:
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         ids = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     if not ids:
         raise ConfigError("prompt: it is empty, and the tokenizer has no token to begin with.")
+    return ids
+
+
+def _begun(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a text with what the tokenizer puts before it; what it would put behind, the model is to write."""
+    marked = tokenizer(prompt, return_special_tokens_mask=True)
+    ids: list[int] = marked["input_ids"]
+    behind = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    while behind and marked["special_tokens_mask"][len(ids) - 1]:
+        ids, behind = ids[:-1], behind - 1
     return ids
 
 
@@ -104,12 +114,31 @@ def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
         raise ConfigError(f"top_p: {top_p} is not in (0, 1].")
 
 
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    """Of an answer, without the bytes of a character that is not complete."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
 def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
+    from transformers.generation.streamers import BaseStreamer
 
-    class Shown(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002 - transformers' name
-            if text:
-                show(text)
+    class Shown(BaseStreamer):
+        """Shows what each token adds, once its characters are complete."""
 
-    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        def __init__(self) -> None:
+            self._ids: list[int] | None = None  # until the prompt has come
+            self._shown = ""
+
+        def put(self, value: Any) -> None:
+            if self._ids is None:
+                self._ids = []
+                return
+            self._ids += value.flatten().tolist()
+            text = _text(tokenizer, self._ids)
+            if len(text) > len(self._shown) and text.startswith(self._shown):
+                show(text[len(self._shown) :])
+                self._shown = text
+
+        def end(self) -> None: ...
+
+    return Shown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +15,55 @@ from bigtrain.checkpoint import Checkpoint
 from bigtrain.config.schema import Run, Stage
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
+from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
-from bigtrain.pretrained import arguments
 from bigtrain.state import BUFFER, WEIGHT, Shape
+
+FACTS = "bigtrain.json"  # in an export: what `Trained` says
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How bigtrain has trained a model last, which decides what its prompts and windows look like; an export knows."""
+
+    task: str
+    sequence_length: int
+
+    @classmethod
+    def of_export(cls, folder: Path) -> Trained | None:
+        """None for a model that bigtrain has not exported."""
+        file = folder / FACTS
+        if not file.is_file():
+            return None
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            return cls(str(facts["task"]), int(facts["sequence_length"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} does not say how the model was trained ({error}); export it again.") from None
 
 
 @dataclass(frozen=True)
 class Opened:
     """A model that is ready to be used.
 
-    model: in eval mode, without gradients, on `device`. what: where it came from, in words.
-    run, stage, step: of the checkpoint that it came from; None for a pretrained model.
+    model: in eval mode, without gradients, on `device`. what: where it came from, in words. trained: None for a model
+    of others. run, stage, step: of the checkpoint that it came from; None for a pretrained model. changes: what of the
+    base model's settings had to be changed, a sentence each.
     """
 
     model: Any
     tokenizer: Any
     what: str
     device: torch.device
+    trained: Trained | None = None
     run: Run | None = None
     stage: Stage | None = None
     step: int | None = None
+    changes: tuple[str, ...] = ()
 
 
 def open_model(
@@ -53,11 +79,13 @@ def open_model(
     place = locate(where)
     there = pick_device(device)
     if isinstance(place, RunPlace):
-        model, tokenizer = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
-        return Opened(model, tokenizer, str(place), there, place.run, place.stage, place.step)
+        model, tokenizer, changes = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
+        trained = Trained(place.stage.task, place.stage.sequence_length)
+        return Opened(model, tokenizer, str(place), there, trained, place.run, place.stage, place.step, tuple(changes))
     tokenizer = load_tokenizer(place.source)
     model = load_whole(place.source, "model", _dtype(dtype) if dtype else "auto")
-    return Opened(model.eval().requires_grad_(False).to(there), tokenizer, str(place), there)
+    model = model.eval().requires_grad_(False).to(there)
+    return Opened(model, tokenizer, str(place), there, Trained.of_export(Path(place.source)))
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -76,7 +104,9 @@ def _dtype(name: str) -> torch.dtype:
     return PRECISIONS[name]
 
 
-def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device, ema: bool) -> tuple[Any, Any]:
+def _from_checkpoint(
+    place: RunPlace, dtype: torch.dtype, device: torch.device, ema: bool
+) -> tuple[Any, Any, list[str]]:
     run = place.run
     tokenizer = load_tokenizer(place.folder / "tokenizer")
     config = model_config(run.model, tokenizer, run.adds_tokens)
@@ -91,8 +121,8 @@ def _from_checkpoint(place: RunPlace, dtype: torch.dtype, device: torch.device, 
     reader.check_fit(parameter_shapes(model))
     _fill(model, reader, EMA if ema else WEIGHT, dtype, device)
     model.config.dtype = dtype
-    model.generation_config = _generation_config(run, model, tokenizer)
-    return model.eval().requires_grad_(False), tokenizer
+    changes = set_generation(run, place.stage, model, tokenizer)
+    return model.eval().requires_grad_(False), tokenizer, changes
 
 
 @torch.no_grad()
@@ -127,24 +157,3 @@ def _fill(model: Any, reader: Checkpoint, slot: str, dtype: torch.dtype, device:
 
 def _zeros(tensor: torch.Tensor) -> Shape:
     return (0,) * tensor.dim()
-
-
-def _generation_config(run: Run, model: Any, tokenizer: Any) -> Any:
-    """That of the pretrained model, if it has one; special tokens are the tokenizer's, and all known ends end."""
-    from transformers import GenerationConfig
-
-    config = model.generation_config
-    if run.model.from_pretrained is not None and not run.model.from_pretrained.endswith(".gguf"):
-        name, _ = arguments(run.model.from_pretrained)
-        try:
-            config = GenerationConfig.from_pretrained(name)
-        except OSError:  # how transformers says that the model has none
-            config = model.generation_config
-    config._from_model_config = False  # what is set here is to last, whatever the model's configuration says
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None]
-    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
-    config.pad_token_id = pad if pad is not None else next(iter(ends), None)
-    return config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, ConfigError, shorten
-from bigtrain.pretrained import arguments, files_of, opening, wrong_file
+from bigtrain.pretrained import WEIGHT_FILES, arguments, files_of, opening, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
 from bigtrain.tensor_files import Stored, UnknownDtype, read_header
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 
 PRETRAINED = "model.from_pretrained"  # the key of the run's file that most messages are about
-WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
 Found = TypeVar("Found", Stored, Tensor)
 
 

@@ -1,0 +1,95 @@
+"""How a run's model is to be generated from: the base model's settings, the tokenizer's special tokens, and every token
+that was trained to end a text or a turn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Run
+from bigtrain.config.schema import Stage
+from bigtrain.data.chat import ChatTemplate
+from bigtrain.errors import ConfigError
+from bigtrain.pretrained import arguments, opening
+
+GENERATION_FILE = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def lineage(run: Run, stage: Stage) -> list[Stage]:
+    """The stages that a stage's weights have gone through, first to last."""
+    stages = {other.name: other for other in run.stages}
+    path = [stage]
+    while path[0].from_stage is not None:
+        path.insert(0, stages[path[0].from_stage])
+    return path
+
+
+def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[str]:
+    """Give `model` the generation config that its export has; returns what of the base model's had to be changed so
+    that transformers saves it, a sentence each."""
+    config, changes = _of_base(run, model)
+    config._from_model_config = False  # what is set here is to last, whatever the model's configuration says
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [tokenizer.eos_token_id, *ends, *_ends_of_turns(run, stage, tokenizer)]
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
+    config.pad_token_id = pad if pad is not None else next(iter(ends), None)
+    changes += _mend(config)
+    model.generation_config = config
+    return changes
+
+
+def _ends_of_turns(run: Run, stage: Stage, tokenizer: Any) -> list[int]:
+    """What was learned to end an answer, where the chat template wrote it."""
+    taught = any(earlier.task == "sft" for earlier in lineage(run, stage))
+    if not taught or tokenizer.chat_template is None:
+        return []
+    return [tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end)]
+
+
+def _of_base(run: Run, model: Any) -> tuple[Any, list[str]]:
+    """That of the pretrained model, or what `model` was built with where there is none that can be read."""
+    from transformers import GenerationConfig
+
+    source = run.model.from_pretrained
+    if source is None or source.endswith(".gguf"):
+        return model.generation_config, []
+    name, _ = arguments(source)
+    left_out: list[str] = []
+    old: dict[str, Any] = {"_from_model_config": True}  # such settings once stood in config.json
+    for file, options in ((GENERATION_FILE, {}), ("config.json", old)):
+        try:
+            with opening(source, file):
+                return GenerationConfig.from_pretrained(name, config_file_name=file, **options), left_out
+        except ConfigError as error:
+            is_there = (Path(name) / file).is_file()
+            if is_there or not isinstance(error.__cause__, OSError):  # which says that there is none
+                left_out.append(f"the base model's {error}")
+    return model.generation_config, left_out
+
+
+def _mend(config: Any) -> list[str]:
+    """Take from a generation config what transformers refuses to save, until it saves it."""
+    from transformers import GenerationConfig
+
+    default, changes = GenerationConfig(), []
+    changed = [name for name, value in config.to_diff_dict().items() if name not in TOKENS and name[0] != "_"]
+    for _ in range(len(changed) + 1):
+        try:
+            config.validate(strict=True)
+            break
+        except ValueError as error:
+            text = str(error)
+            listed = re.findall(r"^- `(\w+)`", text, re.MULTILINE) or re.findall(r"`(\w+)`", text)
+            wrong = [name for name in changed if name in listed] or changed
+        for name in wrong:
+            changes.append(
+                f"{name} ({getattr(config, name)}) is left out, as transformers does not save it beside the rest."
+            )
+            setattr(config, name, getattr(default, name, None))
+            changed.remove(name)
+    return changes
