@@ -12,7 +12,7 @@ from bigtrain.errors import ConfigError, nearest
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.pretrained import quiet
-from bigtrain.preview.batch import view
+from bigtrain.preview.batch import View, view
 from bigtrain.preview.page import write_page
 from bigtrain.preview.terminal import show
 from bigtrain.tasks import TASKS
@@ -22,7 +22,8 @@ from bigtrain.terminal import say
 def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path | None) -> None:
     """Show batch `step` (from 0) of a stage, None for all, and facts about its data; what is missing is prepared first.
 
-    rows: sequences of the batch whose tokens are shown. html: the page to write as well.
+    rows: sequences of the batch whose tokens are shown. html: the page to write as well. Of all stages, those that have
+    no such step are named and passed over.
     Raises ConfigError for a stage or step that there is not, DataError for sources that cannot be read.
     """
     stages = {known.name: known for known in config.stages}
@@ -33,9 +34,19 @@ def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path 
     tokenizer: Any = open_tokenizer(config)
     only = config.model_copy(update={"stages": chosen})
     data = prepare_stages(only, {s.name: TASKS[s.task]() for s in chosen}, tokenizer, Stream([Progress()]))
-    views = [view(config, one, data[one.name], tokenizer, step, rows) for one in chosen]
-    for one in views:
-        show(one)
+    views: list[View] = []
+    absent: list[str] = []
+    for one in chosen:
+        try:
+            views.append(view(config, one, data[one.name], tokenizer, step, rows))
+        except ConfigError as error:
+            absent.append(str(error))
+    if not views:
+        raise ConfigError("\n".join(absent))
+    for seen in views:
+        show(seen)
+    for told in absent:
+        say(told)
     if html is not None:
         write_page(html, config.name, views)
         say(f"written to {html}")

@@ -14,13 +14,14 @@ from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.prepare import StageData, counts
 from bigtrain.data.store import Store
 from bigtrain.errors import ConfigError
+from bigtrain.preview.spelling import spell, spell_together
 
 LOOKED_AT = 1_000_000  # documents of a store whose lengths are counted, at most
 
 
 @dataclass(frozen=True)
 class Token:
-    """id; text: as the tokenizer spells it alone; trained: whether the model learns to say it here."""
+    """id; text: as `spell` gives it; trained: whether the model learns to say it here."""
 
     id: int
     text: str
@@ -109,9 +110,7 @@ def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, 
         world_size=1,
     )
     if not 0 <= step < batches.steps:
-        raise ConfigError(
-            f"--step {step}: stage {stage.name} has steps 0 to {batches.steps - 1}; another one is chosen with --stage."
-        )
+        raise ConfigError(f"--step {step}: stage {stage.name} has steps 0 to {batches.steps - 1}.")
     ids = batches.ids(step)
     ends = [data.train[store].borders(sample).at[-1] for store, sample in ids]
     return View(
@@ -141,18 +140,15 @@ def _sequence(store: Store, sample: int, tokenizer: Any) -> Sequence:
         if targets[end - 1] != IGNORE:
             ids, trained = [*ids, int(targets[end - 1])], [*trained, True]
         whole = number > 0 or borders.whole
-        tokens = [Token(i, _text(tokenizer, [i]), mark) for i, mark in zip(ids, trained, strict=True)]
+        tokens = [Token(*token) for token in zip(ids, spell(tokenizer, ids), trained, strict=True)]
         pieces.append(Piece(borders.first + number, whole, tokens, list(_runs(tokens, tokenizer))))
     return Sequence(store.manifest["source"], sample, pieces, store.sequence_length - int(borders.at[-1]))
 
 
 def _runs(tokens: list[Token], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    for trained, run in groupby(tokens, key=lambda token: token.trained):
-        yield _text(tokenizer, [token.id for token in run]), trained
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for trained, group in groupby(tokens, key=lambda token: token.trained):
+        run = list(group)
+        yield spell_together(tokenizer, [token.id for token in run], [token.text for token in run]), trained
 
 
 def _lengths(stores: list[Store]) -> Lengths:

@@ -10,7 +10,9 @@ import yaml
 from bigtrain.config import load
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.prepare import open_tokenizer, prepare_stages
+from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Stream
+from bigtrain.preview import preview
 from bigtrain.preview.batch import view
 from bigtrain.tasks import TASKS
 from tests.support import bigtrain, small_config
@@ -73,7 +75,8 @@ def test_every_token_and_mark_is_that_of_the_batch(prepared):
                 assert len(ids) - (end - begin) == int(targets[i, end - 1] != IGNORE)
                 learned = [token.id for token in piece.tokens if token.trained]
                 assert learned == [target for target in targets[i, begin:end].tolist() if target != IGNORE]
-                assert "".join(text for text, _ in piece.runs) == tokenizer.decode(ids)
+                spelt = re.sub(r"<0x[0-9A-F]{2}>", "", "".join(text for text, _ in piece.runs))  # of cut characters
+                assert spelt == tokenizer.decode(ids).replace("\ufffd", "")
         assert sum(source.in_batch for source in seen.sources) == seen.rows == len(seen.sequences)
 
 
@@ -132,10 +135,36 @@ def test_the_page_shows_the_same_and_loads_nothing(prepared):
     assert any("<" in text for _, _, text in expected)
 
 
+def test_a_step_that_some_stages_lack_is_shown_of_the_others(prepared, capsys):
+    path, _, _ = prepared
+    run = load(path, ["stages.finetune.steps=2"]).run
+    preview(run, stage=None, step=3, rows=0, html=None)
+    told = capsys.readouterr().out
+    assert "pretrain (pretrain), step 3 of 0 to 5" in told and "finetune (sft), step" not in told
+    assert told.endswith("--step 3: stage finetune has steps 0 to 1.\n")
+    with pytest.raises(ConfigError, match=r"^--step 3: stage finetune has steps 0 to 1\.$"):
+        preview(run, stage="finetune", step=3, rows=0, html=None)
+
+
+def test_chinese_text_is_shown_whole(tmp_path, capsys):
+    """Its characters are several tokens each, and sequences begin and end within them."""
+    texts = ["书很好，字迹清晰，孩子很喜欢，下次还买！", "房间很大，很舒服，很大的落地窗户，早餐也不错。"] * 30  # noqa: RUF001
+    rows = [json.dumps({"text": f"{text}{i}"}) for i, text in enumerate(texts)]
+    (tmp_path / "reviews.jsonl").write_text("\n".join(rows))
+    config = load(small_config(tmp_path), [f"stages.pretrain.data.0.source={tmp_path}/reviews.jsonl"]).run
+    config = config.model_copy(update={"stages": config.stages[:1]})
+    page = tmp_path / "page.html"
+    preview(config, stage=None, step=0, rows=5, html=page)
+    shown, parser = capsys.readouterr().out, Page()
+    parser.feed(page.read_text())
+    assert "\ufffd" not in shown + page.read_text()
+    assert "字迹清晰" in shown and "字迹清晰" in "".join(text for _, _, text in parser.tokens)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--step", 6], "--step 6: stage pretrain has steps 0 to 5"),
+        (["--step", 6], "--step 6: stage pretrain has steps 0 to 5.\n--step 6: stage finetune has steps 0 to 5."),
         (["--stage", "pretain"], "there is no such stage; did you mean `pretrain`?"),
         (["--html", "/dev/null/page.html"], "--html /dev/null/page.html: cannot be written"),
     ],
