@@ -71,15 +71,15 @@ def run(
 
     if every_value and not dry_run:
         raise ConfigError("--all: it says what --dry-run prints; give both.")
-    loaded = load(config, overrides or [], here=not dry_run)
     if dry_run:
+        loaded = load(config, overrides or [])
         from bigtrain.launching.dry_run import dry_run as tell
 
         with _product():
             return tell(loaded, every_value)
-    from bigtrain.launching.start import start
+    from bigtrain.launching.start import load_here, start
 
-    raise typer.Exit(start(loaded.run, restart))
+    raise typer.Exit(start(load_here(config, overrides or []), restart))
 
 
 @app.command()

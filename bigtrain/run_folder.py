@@ -19,11 +19,12 @@ from typing import Any, Literal
 
 import filelock
 
-from bigtrain.config import Run, differences, load_config, to_yaml
+from bigtrain.config import Run, difference, differences, load_config, to_yaml, without_secrets
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
 from bigtrain.disk import append_lines, remove
 from bigtrain.errors import BigtrainError, ConfigError, nearest
+from bigtrain.masking import masked_values
 from bigtrain.terminal import say
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
@@ -104,16 +105,20 @@ class RunFolder:
         anew = _with_dependents(config, restart)
         changed = [
             change
-            for change in differences(load_config(self.path / "config.yaml"), config, "mathematics")
+            for change in differences(self._written(), without_secrets(config), "mathematics")
             if (stage := _stage_of(change[0])) is None or (stage not in anew and self.has_state(stage))
         ]
         if not changed:
             return
-        lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in changed]
+        lines = [f"  {difference(*change)}" for change in changed]
         raise ConfigError(
             f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
             "Nothing was changed. Choose:\n" + "\n".join(_choices(config, [key for key, _, _ in changed]))
         )
+
+    def _written(self) -> Run:
+        """The run as it was begun, without secrets."""
+        return without_secrets(load_config(self.path / "config.yaml"))
 
     def is_finished(self, config: Run) -> bool:
         """Whether every stage is trained to its end, and its last checkpoint and the export it asks for are there."""
@@ -147,9 +152,9 @@ class RunFolder:
                 self._forget(name)
         if not self.is_kept():
             remove(self.tokenizer)  # the next one may be another
-        self._replace("config.yaml", to_yaml(config))
+        self._replace("config.yaml", to_yaml(without_secrets(config)))
         facts = {"attempts": [], "stages": {}, **self.facts(), "name": config.name, "seed": config.seed}
-        _close(facts["attempts"])
+        self._close(facts["attempts"])
         facts["attempts"].append(
             {
                 "id": uuid.uuid4().hex,
@@ -170,10 +175,12 @@ class RunFolder:
     def end(self, how: Ending, reason: str | None, since: float) -> None:
         """Record in run.json how the attempt ended that was begun after `since` (seconds since 1970), and why.
 
-        One that was refused before it had begun gets an entry of its own. Nothing is recorded where there is no run, or
-        while another job is at work in the folder.
+        One that was refused before it had begun gets an entry of its own. Nothing is recorded where there is no run;
+        while another job is at work in the folder, an event only.
         """
         held = self._lock.is_locked
+        if how in ("refused", "failed"):
+            self.note(how, reason=reason)
         with suppress(OSError, filelock.Timeout):  # the next attempt will take this one for killed
             if not (self.path / "run.json").exists():
                 return
@@ -182,12 +189,28 @@ class RunFolder:
             facts = self.facts()
             attempts = facts["attempts"]
             if not attempts or attempts[-1]["started"] < since:
-                _close(attempts)
+                self._close(attempts)
                 attempts.append({"id": uuid.uuid4().hex, "started": since, "machine": platform.node()})
             attempts[-1]["ended"] = {"how": how, "reason": reason, "time": time.time()}
             self._write(facts)
         if not held:
             self.leave()
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Add an event to events.jsonl, where there is a run: of an attempt that has no stream of events, or none any
+        more."""
+        event = masked_values({"kind": kind, "time": time.time(), "machine": platform.node(), **fields})
+        with suppress(OSError):  # nothing hangs on it
+            if (self.path / "run.json").exists():
+                with append_lines(self.path / "events.jsonl") as events:
+                    events.write(json.dumps(event) + "\n")
+
+    def _close(self, attempts: list[dict[str, Any]]) -> None:
+        """Say of the attempt before that it was killed, if it left no word of its end: nobody is at work any more."""
+        if attempts and "ended" not in attempts[-1]:
+            reason = "it was killed, or its machine was lost: it left no word of its end"
+            attempts[-1]["ended"] = {"how": "killed", "reason": reason, "time": None}
+            self.note("killed", attempt=len(attempts), reason=reason)
 
     def leave(self) -> None:
         """Let another job begin."""
@@ -281,7 +304,7 @@ class RunFolder:
                 metrics.write(json.dumps(row) + "\n")
 
     def _write(self, facts: dict[str, Any]) -> None:
-        self._replace("run.json", json.dumps(facts, indent=1) + "\n")
+        self._replace("run.json", json.dumps(masked_values(facts), indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         """Write a file so that it is the old one or the new one, never a half."""
@@ -298,13 +321,6 @@ def ending_of(error: BaseException) -> tuple[Ending, str]:
         return "failed", "stopped from the keyboard"
     first = (str(error).strip().splitlines() or [""])[0]
     return "failed", f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _close(attempts: list[dict[str, Any]]) -> None:
-    """Of the attempt before, if it has left no word of its end, say so: nobody is at work in the folder any more."""
-    if attempts and "ended" not in attempts[-1]:
-        reason = "it was killed, or its machine was lost: it left no word of its end"
-        attempts[-1]["ended"] = {"how": "killed", "reason": reason, "time": None}
 
 
 def _has_checkpoint(root: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import bigtrain
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, newest, set_aside
 from bigtrain.config import Run
+from bigtrain.config.environment import has_launcher
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
@@ -25,7 +26,15 @@ from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.disk import make_once, remove
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, DamagedError, NotFiniteError, shorten
+from bigtrain.errors import (
+    BigtrainError,
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    NotFiniteError,
+    Told,
+    shorten,
+)
 from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
@@ -69,8 +78,12 @@ def run_here(config: Run, restart: str | None = None) -> int:
             folder.end("preempted" if code else "finished", None, since)
         return code
     except BaseException as error:
-        if first:
-            folder.end(*ending_of(error), since)
+        if not has_launcher():  # which knows the rank that failed first
+            how, reason = ending_of(error)
+            if first:
+                folder.end(how, reason, since)
+            elif not isinstance(error, Told | RuntimeError):  # RuntimeError: torch's word for another rank that is gone
+                folder.note(how, reason=reason, rank=int(os.environ["RANK"]))
         raise
     finally:
         folder.leave()

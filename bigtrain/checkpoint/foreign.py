@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint.load import check_shapes
-from bigtrain.errors import CheckpointError, ConfigError, shorten
+from bigtrain.errors import CheckpointError, ConfigError, literal, shorten
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.parallel.contract import persistent_buffers
 from bigtrain.pretrained import arguments, opening, wrong_file
@@ -139,7 +139,8 @@ class Trainer:
 
     def _check_config(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         keys = sorted((theirs.keys() | ours.keys()) - NO_MATHEMATICS)
-        told = [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys if theirs.get(k) != ours.get(k)]
+        pairs = [(key, theirs.get(key), ours.get(key)) for key in keys]
+        told = [f"{key}: {literal(there)} there, {literal(here)} here" for key, there, here in pairs if there != here]
         if told:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} describes another model than the run's file; {shorten(told)}. Set "

@@ -79,12 +79,18 @@ def shown(text: str) -> str:
     return f"{line[:57]}..." if len(line) > 60 else line
 
 
-def tell(text: str, code: int) -> None:
-    """Say why this process ends: to the parent that spawned it, or to the terminal. Never raises."""
+def has_launcher() -> bool:
+    """Whether `bigtrain run` has started this process as a rank, and waits for what it has to tell."""
     file = os.environ.get(FAILURE_FILE)
-    if file is None or not Path(file).parent.is_dir():  # a shell may have inherited it from a rank
+    return file is not None and Path(file).parent.is_dir()  # a shell may have inherited it from a rank
+
+
+def tell(text: str, code: int) -> None:
+    """Say why this process ends: to the launcher that started it, or to the terminal. Never raises."""
+    if not has_launcher():
         say(text, error=True)
         return
+    file = os.environ[FAILURE_FILE]
     partial = Path(file).with_suffix(".partial")
     failure: dict[str, Any] = {"text": masked(text), "code": code, "time": time.time()}
     try:

@@ -19,9 +19,13 @@ from bigtrain.config.files import Document, Dumper, KeyPath, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import Run, Section, Source, mark_of
 from bigtrain.config.texts import MEANINGS
-from bigtrain.errors import ConfigError, nearest
+from bigtrain.errors import ConfigError, literal, nearest
+from bigtrain.masking import masked_values
 
 DEFAULT = "default"  # the origin of a value that nobody has given
+
+
+ABSENT, A_STAGE = "absent", "a stage"  # in the place of a value, in `differences`
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,29 @@ def to_yaml(run: Run) -> str:
     return yaml.dump(run.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, width=100)
 
 
+def without_secrets(run: Run) -> Run:
+    """The run with the secrets in its texts masked: to be written down and compared, not to read its sources from."""
+    return Run.model_validate(masked_values(run.model_dump(by_alias=True)))
+
+
+def difference(key: str, old: Any, new: Any) -> str:
+    """A difference between two runs in words; of lists, a line for each item that went (-) and that came (+)."""
+    if isinstance(old, list) and isinstance(new, list):
+        lines = [f"    - {_item(item)}" for item in old if item not in new]
+        lines += [f"    + {_item(item)}" for item in new if item not in old]
+        return "\n".join([f"{key}:", *lines]) if lines else f"{key}: the same items, in another order or number"
+    return f"{key}: {_item(old)} in the run, {_item(new)} now"
+
+
+def _item(value: Any) -> str:
+    """A section by what it says: its `source` or `name`, and each other value that is no default."""
+    if not isinstance(value, Section):
+        return value if value in (ABSENT, A_STAGE) else literal(value)
+    said = value.model_dump(by_alias=True, exclude_defaults=True)
+    words = [str(said.pop(key)) for key in ("source", "name") if key in said]
+    return ", ".join([*words, *(f"{key} {literal(below).removesuffix('.0')}" for key, below in said.items())])
+
+
 def differences(old: Run, new: Run, mark: str) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of the fields with this mark that differ; a stage added is no difference."""
     found: list[tuple[str, Any, Any]] = []
@@ -93,7 +120,7 @@ def _compare(old: Any, new: Any, at: KeyPath, mark: str, found: list[tuple[str, 
                 if stage.name in stages:
                     _compare(stage, stages[stage.name], (*path, stage.name), mark, found)
                 elif mark_of(info) == mark:
-                    found.append((_dotted((*path, stage.name)), "a stage", "absent"))
+                    found.append((_dotted((*path, stage.name)), A_STAGE, ABSENT))
         elif type(a) is type(b) and isinstance(a, Section):
             _compare(a, b, path, mark, found)
         elif a != b and mark_of(info) == mark:
@@ -106,7 +133,7 @@ def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:
         a, b = a.model_dump(by_alias=True), b.model_dump(by_alias=True)
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys((*a, *b)):
-            yield from _parts(a.get(key, "absent"), b.get(key, "absent"), (*at, key))
+            yield from _parts(a.get(key, ABSENT), b.get(key, ABSENT), (*at, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, pair in enumerate(zip(a, b, strict=True)):
             yield from _parts(*pair, (*at, i))
@@ -200,7 +227,7 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
         case "literal_error":
             return f"{_shown(value)} is not one of {detail['ctx']['expected']}{_remedy(detail['type'], value)}."
         case "string_pattern_mismatch":
-            return f"{value!r} {MEANINGS[detail['ctx']['pattern']]}."
+            return f"{_shown(value)} {MEANINGS[detail['ctx']['pattern']]}."
         case "value_error":
             return f"{detail['ctx']['error']}."
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -241,7 +268,7 @@ def _number(text: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = literal(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -13,7 +13,7 @@ from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 from bigtrain.config.tracking import wrong_with_tracker
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, literal
 
 SIZES = (
     "vocab_size",
@@ -103,7 +103,7 @@ def _architecture(run: Run) -> Broken:
         if values.get(key) is not None and (type(values[key]) is not int or values[key] < 1)  # bool is an int
     ]
     for key in wrong:
-        yield (*at, key), f"must be a whole number of at least 1, got {values[key]!r}."
+        yield (*at, key), f"must be a whole number of at least 1, got {literal(values[key])}."
     if wrong:
         return
     entries, train = values.get("vocab_size"), run.tokenizer.train if run.tokenizer else None

@@ -16,14 +16,17 @@ import torch.distributed as dist
 from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stage
 from bigtrain.data.batches import held_out_batches
 from bigtrain.data.prepare import prepare_stage
-from bigtrain.data.store import Store
+from bigtrain.data.store import Store, open_store
+from bigtrain.disk import is_made
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.inference.generate import positions
 from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
+from bigtrain.masking import MASK
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import TaskModule
 from bigtrain.parallel.world import World, joined
+from bigtrain.run_folder import RunFolder
 from bigtrain.tasks import TASKS
 
 LONGEST_WINDOW = 4096  # tokens, of a model with more positions when nothing is said
@@ -75,7 +78,7 @@ def evaluate(
                 raise ConfigError("sequence_length: a run's held-out sequences are as long as its stage says.")
             stage = _evaluating(place)
             assert stage.evaluate is not None
-            stores = prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
+            stores = _recorded(place, stage) or _prepared(place, stage, opened)
             limit = stage.evaluate.sequences if sequences is None else sequences
             micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
             return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents")
@@ -86,6 +89,27 @@ def evaluate(
             micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)
             names = ", ".join(source.source for source in data)
             return _evaluated(opened, stage, stores, sequences, micro, world, names)
+
+
+def _recorded(place: RunPlace, stage: Stage) -> list[Store]:
+    """The held-out stores that the run itself evaluates on; empty if it has none, or they are not there any more."""
+    known = RunFolder(place.folder).facts().get("stages", {}).get(stage.name, {}).get("held_out", [])
+    folders = [Path(place.run.output) / "stores" / Path(store["store"]).name for store in known]
+    if not all(map(is_made, folders)):
+        return []
+    isolated = not stage.documents_may_read_each_other
+    return [open_store(folder, stage.sequence_length, isolated) for folder in folders]
+
+
+def _prepared(place: RunPlace, stage: Stage, opened: Opened) -> list[Store]:
+    """The held-out stores, made from the stage's sources."""
+    for source in (stage.evaluate and stage.evaluate.data) or stage.data:
+        if MASK in source.source:
+            raise ConfigError(
+                f"{source.source}: the run's folder keeps no secrets, so its held-out documents cannot be read again; "
+                "name them with --data."
+            )
+    return prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
 
 
 def _evaluated(

@@ -19,6 +19,7 @@ from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.inference.generation import lineage
 from bigtrain.inference.opening import FACTS, Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
+from bigtrain.masking import masked
 from bigtrain.observability.stream import read_metrics
 from bigtrain.parallel.contract import persistent_buffers
 
@@ -162,7 +163,7 @@ def _card(place: RunPlace, opened: Opened) -> str:
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return masked("\n".join(lines))
 
 
 def _public(source: str) -> str:

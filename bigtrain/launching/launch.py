@@ -17,6 +17,7 @@ from bigtrain.errors import ConfigError, nearest
 from bigtrain.launching import clusters, commands
 from bigtrain.launching.job import PORT, Job
 from bigtrain.launching.spawn import processes_here
+from bigtrain.masking import MASK, masked
 from bigtrain.terminal import say, show
 
 CLUSTERS = {"slurm": clusters.slurm, "kubernetes": clusters.kubernetes}
@@ -45,11 +46,21 @@ def launch(asked: Asked, print_only: bool) -> int:
     """
     job = plan(asked, here=not print_only)
     if print_only:
-        show(script(job), end="")
+        show(_without_secrets(script(job)), end="")
         return 0
     if job.launcher in CLUSTERS:
         return _submit(job)
     return _become(job)
+
+
+def _without_secrets(text: str) -> str:
+    """A script to be shown: secrets of its overrides are left out, and it says so."""
+    shown = masked(text)
+    if shown == text:
+        return text
+    note = f"# {MASK} stands for a secret of an override: write that value into the run's file, not into a script.\n"
+    first, newline, rest = shown.partition("\n")
+    return f"{first}{newline}{note}{rest}"
 
 
 def plan(asked: Asked, here: bool) -> Job:

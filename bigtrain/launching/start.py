@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from bigtrain.config import Run, load
-from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+from bigtrain.config import Run, lacking, load
+from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY, has_launcher
 from bigtrain.errors import BigtrainError, ConfigError, Told
 from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
@@ -32,7 +32,7 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     `restart` names a stage to begin anew, with all that follow from it. Raises ConfigError for wrong input, RunError
     (with the result so far) for a run that failed or was asked to stop.
     """
-    loaded = config if isinstance(config, Run) else load(config, overrides, here=True).run
+    loaded = config if isinstance(config, Run) else load_here(config, overrides)
     code = start(loaded, restart)
     result = read_result(loaded)
     if code == os.EX_TEMPFAIL:
@@ -40,6 +40,17 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     if code != 0:
         raise RunError(f"the run in {result.folder} failed with exit code {code}; see above.", code, result)
     return result
+
+
+def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """The run of a file, to be started on this machine. Raises ConfigError; a run that has begun keeps the reason."""
+    loaded = load(path, overrides)
+    if lines := lacking(loaded):
+        error = ConfigError("\n".join(lines))
+        if os.environ.get("RANK", "0") == "0" and not has_launcher():
+            RunFolder.of(loaded.run).end(*ending_of(error), time.time())
+        raise error
+    return loaded.run
 
 
 def start(config: Run, restart: str | None = None) -> int:

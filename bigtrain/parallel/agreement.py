@@ -19,9 +19,9 @@ import torch.distributed as dist
 import yaml
 
 import bigtrain
-from bigtrain.config import Run, to_yaml
+from bigtrain.config import Run, to_yaml, without_secrets
 from bigtrain.config.environment import tell
-from bigtrain.errors import BigtrainError, ConfigError, Told
+from bigtrain.errors import BigtrainError, ConfigError, Told, literal
 from bigtrain.parallel.meeting import Member, named
 from bigtrain.run_folder import VERSIONS, RunFolder
 
@@ -43,7 +43,7 @@ def in_common(config: Run) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
         SOURCE: _source(),
-        CONFIG: to_yaml(config),
+        CONFIG: to_yaml(without_secrets(config)),
     }
 
 
@@ -64,12 +64,16 @@ def disagreements(members: list[Member]) -> list[str]:
     return [f"{named(ranks)} on {host}: {line}" for (host, line), ranks in found.items()]
 
 
-def _differing(ours: str, theirs: str) -> Iterator[tuple[str, Any, Any]]:
+def _differing(ours: str, theirs: str) -> Iterator[tuple[str, str, str]]:
     """(dotted key, our value, their value) of two resolved run's files."""
     a, b = (dict(_flat(yaml.safe_load(text))) for text in (ours, theirs))
     for key in (*a, *(key for key in b if key not in a)):
         if a.get(key) != b.get(key):
-            yield f"{key}:", a.get(key, "no such key"), b.get(key, "no such key")
+            yield f"{key}:", _told(a.get(key, "no such key")), _told(b.get(key, "no such key"))
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else literal(value)
 
 
 def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -847,7 +847,7 @@ def loaded(folder: Path, values: dict[str, Any]) -> Any:
         ({"min_characters": 9, "max_characters": 8}, "clean.min_characters: 9 is more than max_characters (8)"),
         ({"near_duplicates": {"threshold": 1.5}}, "clean.near_duplicates.threshold"),
         ({"near_duplicates": {"permutations": 1}}, "clean.near_duplicates.permutations"),
-        ({"near_duplicates": True}, "clean.near_duplicates: expected keys and values below it, got True"),
+        ({"near_duplicates": True}, "clean.near_duplicates: expected keys and values below it, got true"),
         ({"leakage": {"overlap": 0}}, "clean.leakage.overlap"),
         ({"repetition": {"top_ngrams": [0.1]}}, "clean.repetition.top_ngrams"),
         ({"repetition": {"duplicate_ngrams": [2.0] * 6}}, "clean.repetition.duplicate_ngrams"),

@@ -255,7 +255,7 @@ def test_a_run_that_has_saved_nothing_takes_any_change(tmp_path, override):
     assert read_metrics(folder.path) == []
     assert not folder.tokenizer.exists()
     left = {path.name for path in folder.path.iterdir()}
-    assert left == {"config.yaml", "lock", "metrics.jsonl", "run.json"}
+    assert left == {"config.yaml", "lock", "events.jsonl", "metrics.jsonl", "run.json"}
     assert load_config(folder.path / "config.yaml") == changed
 
 

@@ -113,9 +113,9 @@ stages:
          "write it without quotes."),
         ("steps: 10", "tokens: 2e9", "got 2000000000.0; write 2000000000."),
         ("name: test", "name: 5", "run.yaml:1: name: input should be a valid string, got 5; put it in quotes."),
-        ("name: test", "name: no", "got False (YAML reads yes, no, on and off as true and false); put it in quotes."),
+        ("name: test", "name: no", "got false (YAML reads yes, no, on and off as true and false); put it in quotes."),
         ("steps: 10", "steps: 10\n    export:",
-         "should be a valid boolean, got None: nothing is written after the key, or `~` or `null`; give a value or "
+         "should be a valid boolean, got null: nothing is written after the key, or `~` or `null`; give a value or "
          "remove the key."),
         ("optimizer: {lr: 3e-4}", "optimizer: 3e-4", "optimizer: expected keys and values below it, got 0.0003."),
         ("name: test", "name: test\ntrackers: wandb", "trackers: input should be a valid list, got 'wandb'; "
@@ -270,7 +270,7 @@ def test_anchors_and_merge_keys_work(workplace):
         ("seed={", "command line: seed: not valid YAML"),
         (
             "seed=",
-            "command line: seed: input should be a valid integer, got None: nothing is written after the key, or",
+            "command line: seed: input should be a valid integer, got null: nothing is written after the key, or",
         ),
         ("stages.²=1", "there is no '²' here"),
         ("stages=5", "command line: stages: input should be a valid list, got 5"),

@@ -1,0 +1,181 @@
+"""Passwords, keys and tokens of a run's file are in no file that bigtrain writes; a run resumes all the same."""
+
+import json
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from bigtrain.config import difference, differences, load, load_config, to_yaml
+from bigtrain.errors import ConfigError
+from bigtrain.inference import evaluate
+from bigtrain.inference.places import RunPlace
+from bigtrain.launching import launch as launching
+from bigtrain.launching.dry_run import dry_run
+from bigtrain.launching.launch import Asked, launch
+from bigtrain.observability.stream import Stream
+from bigtrain.observability.trackers import Tracker
+from bigtrain.parallel.agreement import CONFIG, in_common
+from bigtrain.run_folder import RunFolder, ending_of
+from tests.support import small_config
+
+URL = "https://user:{}@host/x.jsonl?part=1&token={}"
+
+
+def run_of(folder, password="hunter2", url=URL):
+    return load_config(small_config(folder), [f"stages.pretrain.data=[{{source: '{url.format(password, password)}'}}]"])
+
+
+def written(folder):
+    """All bytes below a folder."""
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def trained(config):
+    """A run's folder whose first stage has a state to be bound to."""
+    folder = RunFolder.of(config)
+    since = time.time()
+    folder.begin(config, None, world_size=1)
+    source = config.stages[0].data[0].source
+    folder.record("pretrain", finished=True, steps=6, data=[{"source": source}], held_out=[{"store": "gone"}])
+    folder.end(*ending_of(ConfigError(f"{source}: gone")), since)
+    folder.note("failed", reason=f"{source}: gone", rank=3)
+    folder.leave()
+    return folder
+
+
+def test_a_runs_folder_holds_no_secrets_and_the_run_resumes(tmp_path):
+    config = run_of(tmp_path)
+    assert "hunter2" in to_yaml(config)  # what reads the source has it
+    folder = trained(config)
+    assert b"hunter2" not in written(folder.path)
+    assert "https://user:***@host/x.jsonl?part=1&token=***" in (folder.path / "config.yaml").read_text()
+    folder.check(config)
+    folder.check(run_of(tmp_path, "rotated"))
+    for url in (URL.replace("user", "other"), URL.replace("host", "other"), URL.replace("part=1", "part=2")):
+        with pytest.raises(
+            ConfigError, match=r"stages\.pretrain\.data\.0\.source: 'https://.*' in the run,"
+        ) as refused:
+            folder.check(run_of(tmp_path, url=url))
+        assert "hunter2" not in str(refused.value)
+    assert RunFolder.of(config).begin(run_of(tmp_path, "rotated"), None, world_size=1) == 2
+
+
+def test_an_older_file_with_its_secrets_is_compared_without_them(tmp_path):
+    folder = trained(run_of(tmp_path))
+    (folder.path / "config.yaml").write_text(to_yaml(run_of(tmp_path)))
+    folder.check(run_of(tmp_path, "rotated"))
+
+
+def test_ranks_compare_without_secrets(tmp_path):
+    ours, theirs = in_common(run_of(tmp_path)), in_common(run_of(tmp_path, "rotated"))
+    assert "hunter2" not in ours[CONFIG] and ours == theirs
+
+
+def test_hyper_parameters_of_trackers_hold_no_secrets(tmp_path):
+    stream = Stream([Tracker("tensorboard", run_of(tmp_path), tmp_path / "logs")])
+    stream.emit("started")
+    stream.close()
+    assert b"hunter2" not in written(tmp_path / "logs")
+    assert b"https://user:***@host" in written(tmp_path / "logs")
+
+
+def test_what_is_shown_holds_no_secrets(tmp_path, capsys):
+    path = small_config(tmp_path)
+    override = f"stages.pretrain.data=[{{source: '{URL.format('hunter2', 'hunter2')}'}}]"
+    dry_run(load(path, [override]), defaults=True)
+    assert "user:***@host" in capsys.readouterr().out
+    for launcher, options in (("torchrun", {}), ("slurm", {}), ("kubernetes", {"image": "i"})):
+        launch(Asked(str(path), (override,), launcher, processes=1, **options), print_only=True)
+        shown = capsys.readouterr().out
+        assert "hunter2" not in shown and "user:***@host" in shown
+        assert "# *** stands for a secret" in shown.splitlines()[1]
+    if launcher == "kubernetes":
+        assert list(yaml.safe_load_all(shown))
+    launch(Asked(str(path), (), "torchrun", processes=1), print_only=True)
+    assert "stands for a secret" not in capsys.readouterr().out
+
+
+def test_what_is_started_has_its_secrets(tmp_path, monkeypatch):
+    given = {}
+
+    def sbatch(command, **options):
+        given.update(options)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(launching, "_need", lambda *_: None)
+    monkeypatch.setattr(launching.subprocess, "run", sbatch)
+    override = f"stages.pretrain.data=[{{source: '{URL.format('hunter2', 'hunter2')}'}}]"
+    launch(Asked(str(small_config(tmp_path)), (override,), "slurm", processes=1), print_only=False)
+    assert "hunter2" in given["input"] and "***" not in given["input"]
+
+
+def test_held_out_documents_that_only_a_secret_opens(tmp_path):
+    config = run_of(tmp_path)
+    folder = trained(config)
+    run = load_config(folder.path / "config.yaml")
+    place = RunPlace(folder.path, run, run.stages[0], folder.path)
+    assert evaluate._recorded(place, run.stages[0]) == []
+    with pytest.raises(ConfigError, match=r"keeps no secrets.* --data") as refused:
+        evaluate._prepared(place, run.stages[0], None)
+    assert "user:***@host" in str(refused.value)
+
+
+def test_the_words_of_a_difference(tmp_path):
+    """No Python in them."""
+    path = small_config(tmp_path)
+
+    def told(*overrides):
+        changes = differences(load_config(path), load_config(path, overrides), "mathematics")
+        return "\n".join(difference(*change) for change in changes)
+
+    package = load_config(path).stages[0].data[0].source
+    both = f"stages.pretrain.data=[{{source: '{package}', weight: 2}}, {{source: chats6.jsonl, weight: 1}}]"
+    assert told(both) == (
+        f"stages.pretrain.data:\n    - {package}\n    + {package}, weight 2\n    + chats6.jsonl, weight 1"
+    )
+    assert told("stages.pretrain.optimizer.max_grad_norm=null") == (
+        "stages.pretrain.optimizer.max_grad_norm: 1.0 in the run, null now"
+    )
+    assert told("stages.pretrain.clean={repair: true}") == "stages.pretrain.clean: null in the run, repair true now"
+    assert told("model.from_config.tie_word_embeddings=false") == (
+        "model.from_config.tie_word_embeddings: true in the run, false now"
+    )
+    assert told("model.from_config.head_dim=8") == "model.from_config.head_dim: absent in the run, 8 now"
+    assert told("tokenizer.add_tokens=[<a>]") == "tokenizer.add_tokens:\n    + '<a>'"
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
+    config = load_config(small_config(tmp_path))
+    folder = RunFolder.of(config)
+    folder.end("refused", "before there is a run", time.time())
+    assert not folder.path.exists()
+    for reason in ("the disk is full", None):
+        since = time.time()
+        folder.begin(config, None, world_size=1)
+        if reason:
+            folder.end("failed", reason, since)
+    RunFolder.of(config).end("refused", "another job is at work", time.time())
+    folder.leave()  # as a job that is killed
+    folder.end("refused", "seed: 1", time.time())
+    folder.begin(config, None, world_size=1)
+    folder.end("finished", None, since)
+    told = [(event["kind"], event["reason"]) for event in events(folder)]
+    killed = "it was killed, or its machine was lost: it left no word of its end"
+    assert told == [
+        ("failed", "the disk is full"),
+        ("refused", "another job is at work"),
+        ("refused", "seed: 1"),
+        ("killed", killed),
+    ]
+    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]] == [
+        "failed",
+        "killed",
+        "refused",
+        "finished",
+    ]
