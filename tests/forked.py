@@ -61,9 +61,9 @@ class Rank:
     """What `subprocess.Popen` is to the local launcher: a process of the given command."""
 
     def __init__(self, command, *, env, preexec_fn):
-        assert command[:3] == [sys.executable, "-m", "bigtrain"], command
+        assert command[:4] == [sys.executable, "-P", "-m", "bigtrain"], command
         fork = multiprocessing.get_context("fork")
-        self._process = fork.Process(target=self._begin, args=(command[3:], env, preexec_fn))
+        self._process = fork.Process(target=self._begin, args=(command[4:], env, preexec_fn))
         self._process.start()
 
     @staticmethod

@@ -115,8 +115,9 @@ class Source(Section):
         "Where documents come from. A file, a glob, a folder (every file below it) or any URL of fsspec, like "
         "s3://bucket/*.parquet: .jsonl, .json, .csv, .tsv, .parquet and .arrow files hold rows, any other file is one "
         "document; .gz, .bz2, .xz and .zst are decompressed. Or a folder of datasets' `save_to_disk`; a dataset of the "
-        "Hub, owner/name with its `split`; module:name of a function that yields rows; `stdlib` (the source of "
-        "Python's standard library) or `stdlib-functions` (its functions as prompt and completion)."
+        "Hub, owner/name with its `split`; module:name of a function that yields rows, of a module that is "
+        "installed, on PYTHONPATH or, looked for there last, in the working folder; `stdlib` (the source of Python's "
+        "standard library) or `stdlib-functions` (its functions as prompt and completion)."
     )
     config: str | None = mathematics("Configuration (subset) of a Hub dataset; null: its only or default one.", None)
     split: str | None = mathematics(

@@ -206,15 +206,24 @@ def _nearest(name: str, names: Any) -> str:
 
 
 def _load(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
+    """The function that `module:name` names: of a module that is installed, on PYTHONPATH, or in the working folder."""
     module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last: none of its files takes the place of a library
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise DataError(f"{source}: {module_name} cannot be imported: {error}") from error
+        raise DataError(
+            f"{source}: {module_name} cannot be imported: {error}. It was looked for among the installed modules, on "
+            f"PYTHONPATH and in {here}."
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
+        file = getattr(module, "__file__", None) or "built into Python"
         raise DataError(
-            f"{source}: {module_name} has no function {name}; the nearest is {_nearest(name, vars(module))}."
+            f"{source}: {module_name} ({file}) has no function {name}; the nearest is {_nearest(name, vars(module))}. "
+            "A module of the working folder needs a name that no installed one has."
         )
     return function
 

@@ -63,7 +63,7 @@ def kubernetes(job: Job) -> str:
 def _pod_command(job: Job, name: str) -> list[str]:
     arguments = for_torchrun(["run", CONFIG, *job.overrides])
     return [
-        *("python", "-m", "bigtrain.launching.elastic"),
+        *("python", "-P", "-m", "bigtrain.launching.elastic"),
         *("--nnodes", str(job.nodes), "--node-rank", "$(JOB_COMPLETION_INDEX)"),
         *("--nproc-per-node", str(job.processes)),
         *("--rdzv-backend", "static", "--rdzv-id", job.name, "--rdzv-endpoint", f"{name}-0.{name}:{PORT}"),

@@ -46,8 +46,9 @@ class Command:
 
     @property
     def here(self) -> list[str]:
-        """The same, with the launcher that is installed beside this very interpreter."""
-        return [sys.executable, "-m", self.module, *self.words[len(self.program) :]]
+        """The same, with the launcher that is installed beside this very interpreter; no file of the working folder
+        stands before its modules."""
+        return [sys.executable, "-P", "-m", self.module, *self.words[len(self.program) :]]
 
 
 def torchrun(job: Job) -> Command:

@@ -79,7 +79,7 @@ def spawn_command(
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
         resolved = Path(temporary) / "config.yaml"
         resolved.write_text(to_yaml(config), encoding="utf-8")
-        return spawn([sys.executable, "-m", "bigtrain", command, str(resolved), *options], processes, why, failed)
+        return spawn([sys.executable, "-P", "-m", "bigtrain", command, str(resolved), *options], processes, why, failed)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ INTERFACES = (
     "On hosts with several networks, MASTER_ADDR has to be an address in the one that all hosts share, and "
     "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name its interface, like eth0, on each host."
 )
+_SERVED: set[int] = set()  # ports of the stores that this process serves
 _MEETINGS = itertools.count()  # of this process; all ranks count alike, and a launcher's store outlives a meeting
 
 
@@ -102,34 +104,97 @@ def _missing(store: dist.Store, size: int, deadline: float) -> list[int]:
             missing = [rank for rank in range(size) if not store.check([f"member/{rank}"])]
             if now > deadline:
                 return missing
-            say(f"rank 0 at {_address()} waits for {named(missing)} of {size}", error=True)
+            left = "if no launcher has started this process, unset RANK and WORLD_SIZE"
+            say(f"rank 0 at {_address()} waits for {named(missing)} of {size}; {left}", error=True)
             notice = deadline + 1
         time.sleep(0.05)
     return []
 
 
+def on_one_host() -> bool:
+    """Whether no rank is on another host, as the launcher's variables say."""
+    size, address = os.environ.get("WORLD_SIZE", "1"), os.environ.get("MASTER_ADDR", "")
+    return os.environ.get("LOCAL_WORLD_SIZE") == size or address in ("localhost", "::1") or address.startswith("127.")
+
+
 def _store(rank: int, deadline: float) -> dist.Store:
-    """A client of the store at MASTER_ADDR, which rank 0 serves unless torchrun does. Raises BigtrainError."""
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    """A client of the store at MASTER_ADDR, which rank 0 serves unless torchrun does; of ranks of one host over the
+    loopback interface alone. Raises BigtrainError."""
+    served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not served_by_torchrun
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if serves or (on_one_host() and not served_by_torchrun):
+        host = "127.0.0.1"  # whoever gave rank 0's host another address, the others will say so
     if not serves:
         _reach(rank, host, port, deadline)
     try:
-        return dist.TCPStore(
-            "127.0.0.1" if serves else host,  # whoever gave this host another's address, the others will say so
-            port,
-            is_master=serves,
-            timeout=timedelta(seconds=join_seconds()),
-            wait_for_workers=False,  # it would not say for whom it waits
-            multi_tenant=True,
-        )
+        return _answering(host, port, serves, deadline)
+    except OSError as error:
+        raise BigtrainError(_taken(port, error.strerror or str(error))) from None
     except dist.DistError as error:
         if serves:
-            raise BigtrainError(
-                f"rank 0 on {platform.node()} cannot use port {port} (MASTER_PORT): {first_line(error)}. "
-                "Another run may have it: choose another, the same on all hosts."
-            ) from None
+            raise BigtrainError(_taken(port, first_line(error))) from None
         raise BigtrainError(_unreached(rank, first_line(error))) from None
+
+
+def _answering(host: str, port: int, serves: bool, deadline: float) -> dist.Store:
+    """The store, once it answers. Raises dist.DistError, OSError for a port that another program has, and
+    BigtrainError when nothing has answered at the deadline: a client's constructor itself would wait for ever."""
+    made: list[dist.Store | Exception] = []
+    # of several hosts rank 0 listens at every address, as it does not know which one the others use
+    listener = _loopback_listener(port) if serves and on_one_host() else None
+
+    def make() -> None:
+        try:
+            made.append(
+                dist.TCPStore(
+                    host,
+                    port,
+                    is_master=serves,
+                    timeout=timedelta(seconds=join_seconds()),
+                    wait_for_workers=False,  # it would not say for whom it waits
+                    multi_tenant=True,
+                    master_listen_fd=listener,
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - raised below, in the thread that asked
+            made.append(error)
+
+    thread = threading.Thread(target=make, name="store", daemon=True)
+    thread.start()
+    thread.join(max(1.0, deadline - time.monotonic()))
+    if not made:
+        raise BigtrainError(
+            f"{platform.node()}: what listens at {host}:{port} accepts connections and does not answer as rank 0's "
+            f"store does, within {join_seconds():.0f} s. Another program has that port, or rank 0 hangs: choose "
+            "another MASTER_PORT, the same for all ranks, and look for what rank 0 says. "
+            f"({JOIN_SECONDS} changes how long to wait.)"
+        )
+    if isinstance(made[0], Exception):
+        raise made[0]
+    return made[0]
+
+
+def _loopback_listener(port: int) -> int | None:
+    """A file descriptor that listens on the loopback interface alone; None where this process serves the port already.
+
+    Raises OSError for a port that another program has.
+    """
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError:
+        if port in _SERVED:
+            return None
+        raise
+    _SERVED.add(port)
+    return listener.detach()
+
+
+def _taken(port: int, reason: str) -> str:
+    return (
+        f"rank 0 on {platform.node()} cannot use port {port} (MASTER_PORT): {reason}. "
+        "Another run may have it: choose another, the same on all hosts."
+    )
 
 
 def _reach(rank: int, host: str, port: int, deadline: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 from bigtrain.config.environment import PROCESSES_WHY, join_seconds, shown
 from bigtrain.errors import BigtrainError, ConfigError, Told
 from bigtrain.parallel import agreement
-from bigtrain.parallel.meeting import INTERFACES, first_line, meet
+from bigtrain.parallel.meeting import INTERFACES, first_line, meet, on_one_host
 from bigtrain.parallel.network import Network, measure
 
 
@@ -73,6 +74,8 @@ def _form(rank: int, size: int, device: torch.device, facts: dict[str, str]) -> 
         return None
     facts |= {agreement.SIZE: str(size), agreement.DEVICE: device.type}
     store, hosts = meet(rank, size, facts, agreement.disagreements)
+    if on_one_host() and LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # it listens where the other ranks are, and nobody else
     try:
         patience = timedelta(seconds=join_seconds()) if backend == "gloo" else None  # NCCL's own is ten minutes
         dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=patience)
@@ -103,6 +106,7 @@ def _hiding() -> str:
     return "" if visible is None else f" with CUDA_VISIBLE_DEVICES={shown(visible)}"
 
 
+LOOPBACK = "lo"  # the interface's name on Linux
 DETERMINISTIC = {  # of cuBLAS, transformers (for flash attention) and PyTorch's compiler
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "FLASH_ATTENTION_DETERMINISTIC": "1",

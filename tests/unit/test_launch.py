@@ -110,8 +110,8 @@ def test_the_launcher_is_the_one_beside_this_interpreter(config):
         ("accelerate", "accelerate.commands.launch"),
     ):
         made_here = COMMANDS[launcher](made(config, launcher))
-        assert made_here.here[:3] == [sys.executable, "-m", module]
-        assert made_here.here[3:] == made_here.words[len(made_here.program) :]
+        assert made_here.here[:4] == [sys.executable, "-P", "-m", module]
+        assert made_here.here[4:] == made_here.words[len(made_here.program) :]
 
 
 def test_how_many_processes(config):
@@ -415,7 +415,7 @@ def test_kubernetes_objects_fit_together(config):
 def test_kubernetes_pods_run_torchrun_and_meet_at_the_first(config):
     [container] = kubernetes(config, "seed=3")["Job"]["spec"]["template"]["spec"]["containers"]
     assert " ".join(container["command"]) == (
-        "python -m bigtrain.launching.elastic --nnodes 3 --node-rank $(JOB_COMPLETION_INDEX) --nproc-per-node 4 "
+        "python -P -m bigtrain.launching.elastic --nnodes 3 --node-rank $(JOB_COMPLETION_INDEX) --nproc-per-node 4 "
         "--rdzv-backend static --rdzv-id small --rdzv-endpoint bigtrain-small-0.bigtrain-small:29400 "
         "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 180 "
         "-m bigtrain run /etc/bigtrain/config.yaml seed=3"
