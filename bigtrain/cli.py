@@ -248,6 +248,9 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Sources of documents, instead of the run's held-out ones.")
     ] = None,
+    documents: Annotated[
+        Path | None, typer.Option(help="Also write each document's place, beginning and loss as JSONL.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Held-out loss, perplexity and token accuracy."""
     from bigtrain.config.load import source
@@ -255,10 +258,12 @@ def evaluate(
     from bigtrain.pretrained import quiet
 
     quiet()
-    found = measure(where, [source(text, "--data") for text in data] if data else None)
+    found = measure(where, [source(text, "--data") for text in data] if data else None, documents=documents)
     with _product():
         say(f"{found.what}: {found.targets} targets")
         say(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
+        if documents is not None:
+            say(f"each document: {documents}")
 
 
 def main() -> None:

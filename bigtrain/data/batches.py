@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bigtrain.data.store import Store
 
 IGNORE = -100  # a target with this id is not trained on
+DOCUMENTS = "documents"  # a tensor of batches that are asked for it
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,25 @@ class Prefetched:
 
 
 def held_out_batches(
-    stores: Sequence[Store], global_batch_size: int, sequences: int | None, rank: int, world_size: int
+    stores: Sequence[Store],
+    global_batch_size: int,
+    sequences: int | None,
+    rank: int,
+    world_size: int,
+    documents: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of the first `sequences` samples (None: all), store after store, each sample once."""
+    """This rank's share of the first `sequences` samples (None: all), store after store, each sample once.
+
+    documents: with the tensor DOCUMENTS, the number of each position's document, counted through all stores.
+    """
     ends = np.cumsum([store.samples for store in stores])
     total = int(ends[-1]) if sequences is None else min(int(ends[-1]), sequences)
     shares = _Shares(global_batch_size, total, rank, world_size)
     for step in range(shares.steps):
         rows, numbers = shares.of(step)
-        yield _batch(stores, *locate(numbers, ends), rows=rows, step=step)
+        which, samples = locate(numbers, ends)
+        batch = _batch(stores, which, samples, rows=rows, step=step)
+        yield replace(batch, tensors=batch.tensors | _documents(stores, which, samples)) if documents else batch
 
 
 @dataclass(frozen=True)
@@ -156,3 +167,13 @@ def _batch(stores: Sequence[Store], which: Indices, samples: Indices, *, rows: i
         arrays[0, row], arrays[1, row], arrays[2, row] = stores[store].sample(sample)
     input_ids, targets, position_ids = torch.from_numpy(arrays)
     return Batch({"input_ids": input_ids, "targets": targets, "position_ids": position_ids}, rows, step)
+
+
+def _documents(stores: Sequence[Store], which: Indices, samples: Indices) -> dict[str, Tensor]:
+    firsts = np.cumsum([0, *(store.manifest["documents"] for store in stores)])
+    numbers = np.zeros((len(samples), stores[0].sequence_length), dtype=np.int64)  # 0 where nothing is
+    for row, (store, sample) in enumerate(zip(which.tolist(), samples.tolist(), strict=True)):
+        borders = stores[store].borders(sample)
+        sizes = np.diff(borders.at)
+        numbers[row, : borders.at[-1]] = np.repeat(firsts[store] + borders.first + np.arange(len(sizes)), sizes)
+    return {DOCUMENTS: torch.from_numpy(numbers)}

@@ -109,6 +109,15 @@ def training_parts(run: Run, stage: Stage, columns: Columns, make: bool = True) 
     return [Part(source, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)]
 
 
+def held_out_parts(stage: Stage) -> list[Part]:
+    """The documents that a stage evaluates on; none without `evaluate`."""
+    if stage.evaluate is None:
+        return []
+    if stage.evaluate.data is not None:
+        return [Part(source) for source in stage.evaluate.data]
+    return [Part(source, stage.held_out, held_out=True) for source in stage.data]
+
+
 def prepare_tokenizer(run: Run) -> str:
     """The folder or Hub id of the run's tokenizer; trains it first if the run says so and nobody has.
 
@@ -169,11 +178,7 @@ def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream:
     sources that cannot be read or hold too little, and for a disk without room.
     """
     train = training_parts(run, stage, task.columns)
-    evaluation: list[Part] = []
-    if stage.evaluate is not None and stage.evaluate.data is not None:
-        evaluation = [Part(source) for source in stage.evaluate.data]
-    elif stage.evaluate is not None:
-        evaluation = [Part(source, stage.held_out, held_out=True) for source in stage.data]
+    evaluation = held_out_parts(stage)
     weights = [source.weight for source in stage.data if source.weight is not None]
     stores = [_store(run, stage, part, task, tokenizer, stream or Stream()) for part in (*train, *evaluation)]
     for store, part in zip(stores, train, strict=False):

@@ -115,6 +115,11 @@ class Store(ABC):
     def borders(self, i: int) -> Borders:
         """Which documents stand where in sample i. Raises IndexError."""
 
+    def document(self, number: int) -> NDArray[np.int64]:
+        """The tokens of a document."""
+        begin, end = self._documents[number : number + 2]
+        return self._tokens[begin:end].astype(np.int64)
+
     def document_lengths(self, limit: int) -> NDArray[np.int64]:
         """Tokens of the first `limit` documents."""
         return np.diff(self._documents[: limit + 1])

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stage
 from bigtrain.data.batches import held_out_batches
-from bigtrain.data.prepare import prepare_stage
+from bigtrain.data.prepare import held_out_parts, prepare_stage
 from bigtrain.data.store import Store, open_store
 from bigtrain.disk import is_made
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.inference.documents import listing, sums_by_document, write_documents
 from bigtrain.inference.generate import positions
 from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
@@ -54,6 +56,7 @@ def evaluate(
     micro_batch_size: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    documents: str | Path | None = None,
 ) -> Evaluation:
     """Evaluate what `where` names (see `locate`): in this process alone, or with all ranks of a group that is there.
 
@@ -62,12 +65,14 @@ def evaluate(
 
     sequence_length: of the windows, in tokens; None: the stage's, or the model's positions (at most 4096).
     sequences: at most so many; None: the stage's `evaluate.sequences`, or all. micro_batch_size: sequences that go
-    through the model at once; dtype: fp32, bf16 or fp16; both as trained if None.
+    through the model at once; dtype: fp32, bf16 or fp16; both as trained if None. documents: a file to write a line of
+    JSON for each document to, with its place, beginning, targets and loss (see `write_documents`).
 
     Raises ConfigError if there is nothing to evaluate on, DataError for data that cannot be read.
     """
     place = locate(where)
-    with _world(device) as world:
+    file = None if documents is None else Path(documents)
+    with _world(device) as world, listing(file, world) as out:
         opened = open_model(
             place.checkpoint if isinstance(place, RunPlace) else where, dtype=dtype, device=world.device
         )
@@ -81,14 +86,14 @@ def evaluate(
             stores = _recorded(place, stage) or _prepared(place, stage, opened)
             limit = stage.evaluate.sequences if sequences is None else sequences
             micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
-            return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents")
+            return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents", file, out)
         with tempfile.TemporaryDirectory(prefix="bigtrain-evaluate-") as folder:
             run = _run_over(data, _length(opened, sequence_length), world.size, Path(folder))
             stage = run.stages[0]
             stores = prepare_stage(run, stage, TASKS[stage.task](), opened.tokenizer).held_out
             micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)
             names = ", ".join(source.source for source in data)
-            return _evaluated(opened, stage, stores, sequences, micro, world, names)
+            return _evaluated(opened, stage, stores, sequences, micro, world, names, file, out)
 
 
 def _recorded(place: RunPlace, stage: Stage) -> list[Store]:
@@ -113,11 +118,26 @@ def _prepared(place: RunPlace, stage: Stage, opened: Opened) -> list[Store]:
 
 
 def _evaluated(
-    opened: Opened, stage: Stage, stores: list[Store], sequences: int | None, micro: int, world: World, on: str
+    opened: Opened,
+    stage: Stage,
+    stores: list[Store],
+    sequences: int | None,
+    micro: int,
+    world: World,
+    on: str,
+    file: Path | None,
+    out: TextIO | None,
 ) -> Evaluation:
-    module = TaskModule(opened.model, TASKS[stage.task](), world.device)
-    batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size)
-    sums = contract.evaluate(module, batches, micro, world.device)
+    """file: whether documents are listed; out: where, on the rank that writes."""
+    task = TASKS[stage.task]()
+    batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size, file is not None)
+    if file is None:
+        sums = contract.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.device)
+    else:
+        each = sums_by_document(opened.model, task, stores, batches, micro, world)
+        sums = {name: float(values.sum()) for name, values in each.items()}
+        if out is not None:
+            write_documents(out, held_out_parts(stage), stores, task, opened.tokenizer, each)
     if not sums["targets"]:
         raise ConfigError(f"{on}: nothing in the first {sequences} sequences is to be predicted; take more.")
     loss = sums["loss"] / sums["targets"]

@@ -18,6 +18,10 @@ class Task(Encoder, Protocol):
         """Keyword arguments for the model's forward."""
         ...
 
+    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What each target adds to `loss`, of shape (targets of the batch,)."""
+        ...
+
     def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
         """Scalars that add up over tokens, rows and ranks: `loss` (differentiable), `targets`, and metrics.
 

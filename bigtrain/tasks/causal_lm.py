@@ -23,6 +23,12 @@ class CausalLM:
             "use_cache": False,
         }
 
+    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of each target (nats, fp32), all in one row; 0 where nothing is to be learned."""
+        return F.cross_entropy(
+            logits.float().flatten(0, -2), batch["targets"].flatten(), ignore_index=IGNORE, reduction="none"
+        )
+
     def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
         """Cross-entropy summed over the supervised targets (nats, fp32) and their number;
         outside training also how many were predicted right."""

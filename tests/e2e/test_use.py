@@ -9,13 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bigtrain.config import load_config
 from bigtrain.config.schema import Source
+from bigtrain.data.cleaning.texts import row_text
+from bigtrain.data.sources import COLUMNS, documents, is_held_out
 from bigtrain.errors import CheckpointError, ConfigError, DataError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import encode_prompt, generate
 from bigtrain.inference.opening import open_model
 from bigtrain.observability.stream import read_metrics
+from bigtrain.tasks import TASKS
+from bigtrain.testing import Ranks
 from tests.support import MODEL, bigtrain, small_config
 
 
@@ -136,6 +141,71 @@ def test_evaluation_that_cannot_be(exported, run, tmp_path):
         evaluate(folder, [Source(source="stdlib")], sequence_length=1000)
     with pytest.raises(DataError, match=r"nothing\.txt"):
         evaluate(run, [Source(source=str(tmp_path / "nothing.txt"))])
+
+
+def listed(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("sequences", [400, 3])
+def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, sequences):
+    """Their losses make up the evaluation's; each stands in the order of the sources, and once."""
+    whole = evaluate(run / stage, sequences=sequences)
+    again = evaluate(run / stage, sequences=sequences, documents=tmp_path / "d.jsonl")
+    assert (again.targets, again.accuracy) == (whole.targets, pytest.approx(whole.accuracy))
+    assert again.loss == pytest.approx(whole.loss, rel=1e-6)
+    rows = listed(tmp_path / "d.jsonl")
+    assert sum(row["targets"] for row in rows) == whole.targets
+    assert sum(row["loss"] * row["targets"] for row in rows) / whole.targets == pytest.approx(whole.loss, rel=1e-6)
+    config = load_config(run / "config.yaml").stages[["pretrain", "finetune"].index(stage)]
+    [source] = config.data
+    held_out = [r for r in documents(source, COLUMNS[config.task]) if is_held_out(r["key"], config.held_out)]
+    places = [row["where"] for row in held_out]
+    found = [row["where"] for row in rows]
+    assert found == [where for where in places if where in set(found)] and len(set(found)) == len(found) >= (
+        2 if sequences == 400 else 1
+    )
+    assert {row["source"] for row in rows} == {source.source}
+    text = {row["where"]: row_text(row) for row in held_out}
+    assert all(text[row["where"]].startswith(row["text"]) and row["text"] for row in rows)
+    if stage == "finetune" and sequences == 400:  # whole documents that read nothing but themselves
+        assert found == [r["where"] for r in held_out]
+        opened = open_model(run / stage)
+        [[(ids, mask)]] = TASKS["sft"]().encode([held_out[0]], opened.tokenizer)
+        inputs = torch.tensor([ids[:129]])
+        targets = inputs[0, 1:].masked_fill(~torch.tensor(mask[1:129]), -100)
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(opened.model(inputs[:, :-1]).logits[0], targets)
+        assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_documents_of_given_sources_are_listed_too(run, tmp_path):
+    """Equal ones each by itself, by the command as well."""
+    texts = ["the same text " * 9, "another " * 30, "the same text " * 9]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("a third one " * 20)
+    data, file = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], tmp_path / "d.jsonl"
+    told = bigtrain("eval", run / "pretrain", "--data", data[0], "--data", data[1], "--documents", file)
+    assert told.returncode == 0, told.stderr
+    rows = listed(file)
+    assert [row["where"] for row in rows] == [f"{data[0]}:{i}" for i in (1, 2, 3)] + data[1:]
+    assert rows[0]["text"] == rows[2]["text"] == texts[0][:200]
+    loss = sum(row["loss"] * row["targets"] for row in rows) / sum(row["targets"] for row in rows)
+    assert f"loss {loss:.6f}" in told.stdout and f"each document: {file}" in told.stdout
+    with pytest.raises(ConfigError, match=r"documents: .*/gone/d\.jsonl cannot be written: No such file or directory"):
+        evaluate(run, documents=tmp_path / "gone" / "d.jsonl")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ranks_list_the_documents_together(run, tmp_path):
+    one = evaluate(run / "finetune", documents=tmp_path / "one.jsonl")
+    with Ranks(2) as ranks:
+        results = ranks(evaluate, run / "finetune", documents=tmp_path / "two.jsonl")
+    assert [result.targets for result in results] == [one.targets] * 2
+    for mine, theirs in zip(listed(tmp_path / "one.jsonl"), listed(tmp_path / "two.jsonl"), strict=True):
+        assert mine | {"loss": 0} == theirs | {"loss": 0}
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 # --- generate ---
