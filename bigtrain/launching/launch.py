@@ -18,7 +18,7 @@ from bigtrain.launching import clusters, commands
 from bigtrain.launching.job import PORT, Job
 from bigtrain.launching.spawn import processes_here
 from bigtrain.masking import MASK, masked
-from bigtrain.terminal import say, show
+from bigtrain.terminal import printable, say, show
 
 CLUSTERS = {"slurm": clusters.slurm, "kubernetes": clusters.kubernetes}
 SUBMITTED_WITH = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f", "-"]}
@@ -94,6 +94,9 @@ def script(job: Job) -> str:
 
 
 def _check_options(asked: Asked) -> None:
+    for word in (asked.config, *asked.overrides, asked.head, asked.hostfile, asked.image):
+        if word is not None and printable(word) != word:
+            raise ConfigError(f"{word}: a script cannot show control characters; give another name, or use the file.")
     known = (*commands.COMMANDS, *CLUSTERS)
     if asked.launcher not in known:
         raise ConfigError(f"--with {asked.launcher}: there is no such launcher; {nearest(asked.launcher, known)}")
