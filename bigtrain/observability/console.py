@@ -16,7 +16,7 @@ def console(file: Any = None, **options: Any) -> Console:
     """A console on a text stream, None for standard output, that prints words as they are, without control characters
     but for its own colours, and never raises: see `terminal.Guarded`. options: of rich's Console."""
     stream: Any = guarded(file or sys.stdout)
-    made = Console(file=stream, highlight=False, soft_wrap=True, markup=False, **options)
+    made = Console(file=stream, highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
     made.push_render_hook(_Printable())
     return made
 

@@ -56,10 +56,10 @@ def test_a_console_prints_its_own_colours_and_nobody_elses(text):
     table.add_column(text)
     table.add_row(text)
     out.print(Text(text, "red"))
-    out.print(f"[bold]{text}", style="bold")
+    out.print(f"[bold]:smile:{text}", style="bold")
     out.print(table)
     assert file.getvalue().count(ATTACKS[text]) == 4
-    assert "\x1b[31m" in file.getvalue() and "[bold]" in file.getvalue()
+    assert "\x1b[31m" in file.getvalue() and "[bold]:smile:" in file.getvalue()
     assert text not in file.getvalue()
 
 
