@@ -14,6 +14,7 @@ from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import StageData
 from bigtrain.disk import megabytes
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
+from bigtrain.inputs import open_origin
 from bigtrain.observability.stream import Stream
 from bigtrain.optim import slots
 from bigtrain.parallel.agreement import from_first
@@ -42,6 +43,13 @@ class History:
         """Open a checkpoint; collective. Raises DamagedError on all ranks if one of them cannot."""
         opened: list[Checkpoint] = []
         read_together(lambda: opened.append(Checkpoint(folder, weights_only)))
+        return opened[0]
+
+    def origin(self) -> Checkpoint:
+        """The checkpoint of another run that this one starts from; collective. Raises CheckpointError on all ranks."""
+        folder = Path(from_first(lambda: self._folder.facts()["origin"]["checkpoint"]))
+        opened: list[Checkpoint] = []
+        read_together(lambda: opened.append(open_origin(folder)))
         return opened[0]
 
     def set_aside(self, damaged: DamagedError) -> None:
@@ -88,6 +96,11 @@ class History:
             f"  `--restart {name}`: it is trained from its first step; what it was so far is kept as {name}.1 or the "
             "next free number."
         )
+        if weights:
+            lines.append(
+                f"  another `name`, with `model: {{from_run: {weights}}}` and no `tokenizer`: a run of its own that "
+                "starts from these weights, with a new optimizer, at its first step."
+            )
         return "\n".join(lines)
 
     def plan(self, stage: Stage, parameters: int, done: int) -> None:

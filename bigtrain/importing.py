@@ -12,12 +12,12 @@ from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.errors import ConfigError, nearest
+from bigtrain.inputs import try_inputs
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.models.trial import try_architecture
 from bigtrain.parallel.world import joined
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder, ending_of
-from bigtrain.stages import try_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +37,12 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
     where = where.expanduser().absolute()
     foreign = find_foreign(where)
     _check_length(stage, foreign.step, where)
-    try_inputs(config)
+    origin = try_inputs(config)
     model = _model(config)
     state = foreign.read(model)
     since = time.time()
     try:
-        folder.begin(config, None, imported=str(where))
+        folder.begin(config, None, origin, imported=str(where))
         _check_not_begun(folder, stage)  # again: another job may have done so meanwhile
         folder.record(stage.name, imported=str(where))
         with joined("cpu", "fp32"):

@@ -73,6 +73,11 @@ class RunFolder:
         """The tokenizer that the run trains with, kept with it."""
         return self.path / "tokenizer"
 
+    @property
+    def architecture(self) -> Path:
+        """The model's config.json, and generation_config.json if it has one, for runs that start from this one."""
+        return self.path / "architecture"
+
     def facts(self) -> dict[str, Any]:
         """The content of run.json; empty for a run that has not begun."""
         file = self.path / "run.json"
@@ -136,8 +141,10 @@ class RunFolder:
         facts = self.facts()["stages"].get(stage, {})
         return self.export(stage).exists() and facts.get("exported_step") == facts.get("steps")
 
-    def begin(self, config: Run, restart: str | None, **execution: Any) -> int:
+    def begin(self, config: Run, restart: str | None, origin: dict[str, Any] | None = None, **execution: Any) -> int:
         """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number.
+
+        origin: what run.json is to say of the other run that this one starts from, while it has no state of its own.
 
         Until `leave` the folder is this process's alone. Raises ConfigError when another one holds it and does not end.
         """
@@ -152,8 +159,11 @@ class RunFolder:
                 self._forget(name)
         if not self.is_kept():
             remove(self.tokenizer)  # the next one may be another
+            remove(self.architecture)
         self._replace("config.yaml", to_yaml(without_secrets(config)))
         facts = {"attempts": [], "stages": {}, **self.facts(), "name": config.name, "seed": config.seed}
+        if not self.is_kept():
+            facts["origin"] = origin
         self._close(facts["attempts"])
         facts["attempts"].append(
             {

@@ -22,7 +22,6 @@ from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_stages
-from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.store import Store
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.disk import make_once, remove
@@ -39,8 +38,8 @@ from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import Opened, open_model
-from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes, plain_head
-from bigtrain.models.trial import try_architecture
+from bigtrain.inputs import lost_origin, try_inputs
+from bigtrain.models.causal_lm import empty_model, keep_config, kept_config, model_config, parameter_shapes, plain_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -121,23 +120,6 @@ def check_execution(config: Run, world: World) -> None:
         raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
-def try_inputs(config: Run) -> None:
-    """Open all that the run's file names, as far as it can be had without writing anything.
-
-    Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
-    cannot be opened or do not fit each other.
-    """
-    for stage in config.stages:
-        held_out = (stage.evaluate.data if stage.evaluate else None) or []
-        for source in (*stage.data, *held_out):
-            next(documents(source, COLUMNS[stage.task]))
-    try_architecture(
-        config.model, 1, attention=config.attention, isolates=config.isolates, added_tokens=config.adds_tokens
-    )
-    if config.tokenizer is None or config.tokenizer.train is None:
-        model_config(config.model, open_tokenizer(config), config.adds_tokens)
-
-
 def _open(config: Run, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
     """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
@@ -148,9 +130,8 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     }
 
     def begin() -> tuple[int, str]:
-        if not folder.is_kept():
-            try_inputs(config)
-        return folder.begin(config, restart, **execution), folder.newest_attempt() or ""
+        origin = None if folder.is_kept() else try_inputs(config)
+        return folder.begin(config, restart, origin, **execution), folder.newest_attempt() or ""
 
     number, attempt = from_first(begin)
     check_same_folder(folder, attempt)
@@ -238,7 +219,7 @@ class _Pipeline:
         False if it was asked to stop, and has saved and marked its folder.
         """
         tokenizer = self._tokenizer()
-        model = model_config(self.config.model, tokenizer, self.config.adds_tokens)
+        model = self._architecture(tokenizer)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = prepare_stages(self.config, tasks, tokenizer, self.stream)
         with self.requests:
@@ -260,6 +241,19 @@ class _Pipeline:
             (folder / "manifest.json").write_text(json.dumps({"from": tokenizer.name_or_path}) + "\n")
 
         return load_tokenizer(make_once(self.folder.tokenizer, keep))
+
+    def _architecture(self, tokenizer: Any) -> PreTrainedConfig:
+        """The model's configuration. It is kept as well, for a run that starts from this one; what this one has taken
+        from another run is kept here alone, for that one may be gone."""
+
+        def keep(folder: Path) -> None:
+            keep_config(self.config.model, model_config(self.config.model, tokenizer, self.config.adds_tokens), folder)
+            (folder / "manifest.json").write_text(json.dumps({"from": self.folder.path.name}) + "\n")
+
+        kept = make_once(self.folder.architecture, keep)
+        if self.config.model.from_run is not None:
+            return kept_config(kept)
+        return model_config(self.config.model, tokenizer, self.config.adds_tokens)
 
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
@@ -338,9 +332,11 @@ class _Pipeline:
         try:
             engine.load(reader, progress)
             self._check_start(engine, reader)
-        except DamagedError:
+        except DamagedError as damaged:
             engine.close()
-            raise
+            if self.folder.path in damaged.folder.parents:
+                raise
+            raise CheckpointError(lost_origin(damaged)) from None
         finally:
             if isinstance(reader, Checkpoint):
                 reader.close()
@@ -395,6 +391,9 @@ class _Pipeline:
                     f"{self.folder.checkpoints(stage.from_stage)} any more."
                 )
             return f"{stage.from_stage}, {folder.name}", self.history.open(folder, weights_only=True)
+        if self.config.model.from_run is not None:
+            checkpoint = self.history.origin()
+            return f"{checkpoint.folder.parents[1]}, {checkpoint.folder.name}", checkpoint
         source = self.config.model.from_pretrained
         if source is not None:
             folder = self.folder.first_weights

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.files import KeyPath
+from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 from bigtrain.config.tracking import wrong_with_tracker
@@ -27,7 +28,14 @@ SIZES = (
 )  # of an architecture; every family that has one of them means the same by it
 
 LOCK = "lock"  # the file in a run's folder that the job at work holds
-RESERVED = ("tokenizer", "first-weights", "preempted", "save-now", LOCK)  # what else a run's folder may hold
+RESERVED = (
+    "tokenizer",
+    "architecture",
+    "first-weights",
+    "preempted",
+    "save-now",
+    LOCK,
+)  # what else a run's folder may hold
 
 Broken = Iterator[tuple[KeyPath, str]]
 
@@ -49,6 +57,7 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
     return [
         *_run_folder(run),
         *_pretrained(run),
+        *_from_run(run),
         *_trackers(run),
         *_flash(run),
         *(broken for i in range(len(run.stages)) for broken in _cleaning_here(run.stages[i], ("stages", i, "clean"))),
@@ -71,14 +80,18 @@ def _finite(value: Any, at: KeyPath) -> Broken:
 
 def _top(run: Run) -> Broken:
     model, tokenizer = run.model, run.tokenizer
-    if (model.from_config is None) == (model.from_pretrained is None):
-        yield ("model",), "give either from_config or from_pretrained."
+    given = [key for key, value in model if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        yield ("model",), f"give one of from_config, from_pretrained and from_run; found {found}."
     if model.from_config is not None and not isinstance(model.from_config.get("model_type"), str):
         yield (
             ("model", "from_config"),
             "needs model_type, the architecture's name in transformers, like `llama`.",
         )
-    if tokenizer is None and model.from_pretrained is None:
+    if tokenizer is not None and model.from_run is not None:
+        yield ("tokenizer",), "model.from_run brings that run's tokenizer; remove this key."
+    if tokenizer is None and model.from_config is not None:
         yield (
             ("tokenizer",),
             "is required with model.from_config: {train: {vocab_size: ...}} or {from_pretrained: ...}.",
@@ -282,12 +295,26 @@ def _pretrained(run: Run) -> Broken:
         if missing:
             yield at, missing
         elif Path(model).is_dir():
-            yield from _positions(run, model)
+            yield from _positions(run, model, at)
     tokenizer = run.tokenizer.from_pretrained if run.tokenizer else None
     if tokenizer is not None and _looks_like_path(tokenizer):
         missing = _missing_folder(tokenizer, "tokenizer*")
         if missing:
             yield ("tokenizer", "from_pretrained"), missing
+
+
+def _from_run(run: Run) -> Broken:
+    """A run that has begun has what it took from the other one, which may be gone."""
+    own, at = Path(run.output) / run.name, ("model", "from_run")
+    if run.model.from_run is None or (own / "architecture" / "manifest.json").is_file():
+        return
+    origin = Origin.of(run.model.from_run)
+    if origin.folder.resolve() == own.resolve():
+        yield at, "is this run itself; a stage starts from an earlier one by its key `from`."
+    elif (problem := origin.problem()) is not None:
+        yield at, problem
+    else:
+        yield from _positions(run, str(origin.architecture), at)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -305,13 +332,13 @@ def _missing_folder(name: str, needed: str) -> str | None:
     return f"there is no folder {name} (looked in {Path.cwd()})."
 
 
-def _positions(run: Run, model: str) -> Broken:
-    """Of a checkpoint on disk; its config.json is enough to know them."""
+def _positions(run: Run, model: str, at: KeyPath) -> Broken:
+    """Of a model on disk, which the key `at` names; its config.json is enough to know them."""
     file = Path(model) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        yield ("model", "from_pretrained"), f"{file} cannot be read: {error}."
+        yield at, f"{file} cannot be read: {error}."
         return
     positions = config.get("max_position_embeddings") if isinstance(config, dict) else None
     for i, stage in enumerate(run.stages):

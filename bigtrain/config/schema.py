@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bigtrain.config.origin import Origin
 from bigtrain.config.texts import DURATION, REGION, RUN_NAME, STAGE_NAME, PathText
 
 Mark = Literal["mathematics", "execution", "reporting"]
@@ -49,6 +50,12 @@ class Model(Section):
     )
     from_pretrained: PathText | None = mathematics(
         "A pretrained causal language model: a folder, a Hub id, or a .gguf file (its weights are made dense).", None
+    )
+    from_run: PathText | None = mathematics(
+        "Another run's stage, RUN_DIR/STAGE, or one checkpoint of it, RUN_DIR/STAGE/checkpoints/step-N: the weights of "
+        "its newest checkpoint (fixed when the run begins), its architecture and its tokenizer. That run stays as it "
+        "is, and may be at work.",
+        None,
     )
 
 
@@ -365,7 +372,9 @@ class Run(Section):
     output: PathText = reporting("Folder of runs and of the token stores that they share.", "runs")
     seed: int = mathematics("Of initial weights, sample order and dropout.", 0, ge=0, lt=2**31)
     model: Model = mathematics("What is trained.")
-    tokenizer: Tokenizer | None = mathematics("Text to tokens; null: that of `model.from_pretrained`.", None)
+    tokenizer: Tokenizer | None = mathematics(
+        "Text to tokens; null: that of `model.from_pretrained` or `model.from_run`.", None
+    )
     precision: Literal["fp32", "bf16", "fp16"] = mathematics(
         "Of parameters in forward and backward; masters, moments, accumulation and loss are always fp32. "
         "fp16 needs a GPU.",
@@ -410,6 +419,14 @@ class Run(Section):
     def adds_tokens(self) -> bool:
         """Whether the tokenizer grows, and with it a pretrained model's embedding."""
         return self.tokenizer is not None and bool(self.tokenizer.add_tokens)
+
+    @property
+    def given_tokenizer(self) -> str | None:
+        """The folder or Hub id of the tokenizer; None if it is trained on the run's own documents."""
+        if self.tokenizer is not None:
+            return self.tokenizer.from_pretrained
+        from_run = self.model.from_run
+        return self.model.from_pretrained if from_run is None else str(Origin.of(from_run).tokenizer)
 
     def parallel_of(self, stage: Stage) -> Parallel:
         """How a stage is executed: `parallel` with what the stage says differently."""

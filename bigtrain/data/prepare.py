@@ -124,7 +124,7 @@ def prepare_tokenizer(run: Run) -> str:
     It learns from the training documents of the first stage; the sources take turns, document by document.
     """
     if run.tokenizer is None or run.tokenizer.train is None:
-        given = run.model.from_pretrained if run.tokenizer is None else run.tokenizer.from_pretrained
+        given = run.given_tokenizer
         if given is None:
             raise ConfigError("tokenizer: give either train or from_pretrained.")
         return given

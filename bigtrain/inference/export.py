@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Stage
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.inference.generation import lineage
@@ -139,6 +140,8 @@ def _card(place: RunPlace, opened: Opened) -> str:
     config = opened.model.config
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     base = place.run.model.from_pretrained
+    if (from_run := place.run.model.from_run) is not None:
+        base = f"{Origin.of(from_run).folder.name}, stage {Origin.of(from_run).stage}"
     lines = [
         "---",
         "library_name: transformers",

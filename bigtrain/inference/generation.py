@@ -12,6 +12,7 @@ from bigtrain.config.schema import Stage
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening
+from bigtrain.run_folder import RunFolder
 
 GENERATION_FILE = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -45,7 +46,8 @@ def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[s
 
 def _ends_of_turns(run: Run, stage: Stage, tokenizer: Any) -> list[int]:
     """What was learned to end an answer, where the chat template wrote it."""
-    taught = any(earlier.task == "sft" for earlier in lineage(run, stage))
+    before = (RunFolder.of(run).facts().get("origin") or {}).get("tasks", [])
+    taught = "sft" in (*before, *(passed.task for passed in lineage(run, stage)))
     if not taught or tokenizer.chat_template is None:
         return []
     return [tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end)]
@@ -55,7 +57,7 @@ def _of_base(run: Run, model: Any) -> tuple[Any, list[str]]:
     """That of the pretrained model, or what `model` was built with where there is none that can be read."""
     from transformers import GenerationConfig
 
-    source = run.model.from_pretrained
+    source = run.model.from_pretrained if run.model.from_run is None else str(RunFolder.of(run).architecture)
     if source is None or source.endswith(".gguf"):
         return model.generation_config, []
     name, _ = arguments(source)

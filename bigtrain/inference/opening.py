@@ -17,7 +17,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, model_config, parameter_shapes
+from bigtrain.models.causal_lm import empty_model, kept_config, model_config, parameter_shapes
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
@@ -109,7 +109,10 @@ def _from_checkpoint(
 ) -> tuple[Any, Any, list[str]]:
     run = place.run
     tokenizer = load_tokenizer(place.folder / "tokenizer")
-    config = model_config(run.model, tokenizer, run.adds_tokens)
+    if run.model.from_run is None:
+        config = model_config(run.model, tokenizer, run.adds_tokens)
+    else:  # the other run may be gone
+        config = kept_config(place.folder / "architecture")
     attention = "eager" if run.attention == "eager" else "sdpa"  # the others need not be there any more
     model: Any = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     reader = Checkpoint(place.checkpoint, weights_only=not ema)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bigtrain.config.load import DEFAULT, Loaded, lacking
+from bigtrain.config.origin import Origin
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
@@ -86,6 +87,8 @@ def model_size(run: Run) -> Size | str:
     model, tokenizer = run.model, run.tokenizer
     if model.from_pretrained is not None and not (Path(model.from_pretrained) / "config.json").is_file():
         return f"not known without loading {model.from_pretrained}"
+    if model.from_run is not None and Origin.of(model.from_run).problem() is not None:
+        return f"not known: {model.from_run} cannot be opened"
     entries = _vocabulary(run)
     if model.from_config is not None and entries is None:
         name = tokenizer.from_pretrained if tokenizer else None
@@ -130,7 +133,7 @@ def _vocabulary(run: Run) -> int | None:
     if run.tokenizer is not None and run.tokenizer.train is not None:
         # A small sample of text can give fewer entries; a model with a size of its own has room for those.
         return from_config or run.tokenizer.train.vocab_size + added
-    name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
+    name = run.given_tokenizer
     file = Path(name or "") / "tokenizer.json"
     if not file.is_file():
         return from_config
@@ -222,7 +225,7 @@ def _tokenizer_folder(run: Run) -> Path | None:
         columns = COLUMNS[run.stages[0].task]
         parts = [part.facts(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
-    name = run.tokenizer.from_pretrained if run.tokenizer else run.model.from_pretrained
+    name = run.given_tokenizer
     return Path(name) if name is not None and Path(name).exists() else None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import shutil
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Model
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.pretrained import arguments, opening
@@ -105,7 +108,9 @@ def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens:
     """
     from transformers import AutoConfig
 
-    if model.from_pretrained is not None:
+    if model.from_run is not None:
+        config = kept_config(Origin.of(model.from_run).architecture)
+    elif model.from_pretrained is not None:
         name, options = arguments(model.from_pretrained)
         with opening(model.from_pretrained, "model.from_pretrained"):
             config = AutoConfig.from_pretrained(name, **options)
@@ -119,6 +124,25 @@ def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens:
             "raise model.from_config.vocab_size or use the tokenizer that belongs to the model."
         )
     return config
+
+
+def keep_config(model: Model, config: PreTrainedConfig, folder: Path) -> None:
+    """Save a configuration where `kept_config` finds it, and beside it what the model says of its generation."""
+    from transformers.utils import cached_file
+
+    config.to_json_file(folder / "config.json")
+    source = str(Origin.of(model.from_run).architecture) if model.from_run is not None else model.from_pretrained
+    if source is not None and not source.endswith(".gguf"):
+        with suppress(OSError):  # how transformers says that the model has none
+            shutil.copy(cached_file(arguments(source)[0], "generation_config.json"), folder)
+
+
+def kept_config(folder: Path) -> PreTrainedConfig:
+    """The configuration that a run keeps. Raises ConfigError if it cannot be read."""
+    from transformers import AutoConfig
+
+    with opening(str(folder), "model.from_run"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -33,7 +33,7 @@ def try_architecture(
         attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
         empty = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        key = "from_config" if model.from_config is not None else "from_pretrained"
+        key = next(name for name, value in model if value is not None)
         reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
     if model.from_pretrained is not None:

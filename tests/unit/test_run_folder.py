@@ -140,7 +140,14 @@ def test_a_folder_that_a_job_is_about_to_begin_is_free(tmp_path):
 
 def test_no_stage_may_be_named_as_what_else_lies_in_the_folder(tmp_path):
     folder = RunFolder(tmp_path)
-    ours = (folder.tokenizer, folder.first_weights, folder.preempted, folder.save_request, tmp_path / "lock")
+    ours = (
+        folder.tokenizer,
+        folder.architecture,
+        folder.first_weights,
+        folder.preempted,
+        folder.save_request,
+        tmp_path / "lock",
+    )
     assert {path.name for path in ours} == set(RESERVED)
 
 

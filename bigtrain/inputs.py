@@ -1,0 +1,88 @@
+"""What a run's file names, opened as far as it can be had before anything is written: data, model, another run."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.checkpoint import Checkpoint, complete, newest
+from bigtrain.checkpoint.format import step_folder
+from bigtrain.config import Run, load_config
+from bigtrain.config.origin import Origin
+from bigtrain.data.prepare import open_tokenizer
+from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.errors import CheckpointError, ConfigError, DamagedError
+from bigtrain.inference.generation import lineage
+from bigtrain.models.causal_lm import model_config, parameter_shapes
+from bigtrain.models.trial import try_architecture
+from bigtrain.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def try_inputs(config: Run) -> dict[str, Any] | None:
+    """Open all that the run's file names; returns what is to be remembered of the other run that it starts from.
+
+    Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
+    cannot be opened or do not fit each other, CheckpointError for a checkpoint that is damaged or does not fit.
+    """
+    for stage in config.stages:
+        held_out = (stage.evaluate.data if stage.evaluate else None) or []
+        for source in (*stage.data, *held_out):
+            next(documents(source, COLUMNS[stage.task]))
+    empty = try_architecture(
+        config.model, 1, attention=config.attention, isolates=config.isolates, added_tokens=config.adds_tokens
+    )
+    if config.given_tokenizer is not None:
+        model_config(config.model, open_tokenizer(config), config.adds_tokens)
+    return None if config.model.from_run is None else _try_origin(config.model.from_run, empty)
+
+
+def _try_origin(from_run: str, empty: PreTrainedModel) -> dict[str, Any]:
+    """run, stage, step and checkpoint; tasks: of the stages that its weights have gone through."""
+    origin = Origin.of(from_run)
+    if (problem := origin.problem()) is not None:
+        raise ConfigError(f"model.from_run: {problem}")
+    root = origin.checkpoints
+    folder = newest(root, weights_only=True) if origin.step is None else step_folder(root, origin.step)
+    if folder is None:
+        raise ConfigError(f"model.from_run: {root} has no whole checkpoint any more.")
+    with closing(open_origin(folder)) as checkpoint:
+        checkpoint.check_fit(parameter_shapes(empty))
+        step = checkpoint.step
+    return {
+        "run": str(origin.folder),
+        "stage": origin.stage,
+        "step": step,
+        "checkpoint": str(folder),
+        "tasks": _tasks(origin),
+    }
+
+
+def _tasks(origin: Origin) -> list[str]:
+    run, stages = load_config(origin.folder / "config.yaml"), RunFolder(origin.folder)
+    name, _, _ = origin.stage.partition(".")  # of one that was set aside
+    stage = next((stage for stage in run.stages if stage.name == name), None)
+    if stage is None:
+        raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {name!r} any more.")
+    earlier = (stages.facts().get("origin") or {}).get("tasks", [])
+    return [*earlier, *(passed.task for passed in lineage(run, stage))]
+
+
+def open_origin(folder: Path) -> Checkpoint:
+    """The weights of another run's checkpoint. Raises CheckpointError for one that is damaged or gone: it is not this
+    run's to set aside."""
+    try:
+        return Checkpoint(folder, weights_only=True)
+    except DamagedError as damaged:
+        raise CheckpointError(lost_origin(damaged)) from None
+
+
+def lost_origin(damaged: DamagedError) -> str:
+    """What is wrong with another run's checkpoint, and what can be done."""
+    others = [str(other) for other in complete(damaged.folder.parent) if other != damaged.folder]
+    gone = "" if damaged.folder.exists() else " Its run has removed it, as it keeps only its newest ones."
+    way_on = f"name another one, like model.from_run={others[-1]}" if others else "there is no other one beside it"
+    return f"model.from_run: {damaged}.{gone} That run is left as it is; {way_on}."
