@@ -1,7 +1,8 @@
-"""What a run's file names, opened as far as it can be had before anything is written: data, model, another run."""
+"""What a run's file names: opened before anything is written, and kept with the run once it has begun."""
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,16 @@ from bigtrain.config import Run, load_config
 from bigtrain.config.origin import Origin
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.disk import make_once
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError
 from bigtrain.inference.generation import lineage
-from bigtrain.models.causal_lm import model_config, parameter_shapes
+from bigtrain.models.causal_lm import keep_config, kept_config, model_config, parameter_shapes
 from bigtrain.models.trial import try_architecture
 from bigtrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def try_inputs(config: Run) -> dict[str, Any] | None:
@@ -69,6 +72,31 @@ def _tasks(origin: Origin) -> list[str]:
         raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {name!r} any more.")
     earlier = (stages.facts().get("origin") or {}).get("tasks", [])
     return [*earlier, *(passed.task for passed in lineage(run, stage))]
+
+
+def own_tokenizer(config: Run, folder: RunFolder) -> Any:
+    """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
+
+    def keep(empty: Path) -> None:
+        tokenizer = open_tokenizer(config)
+        tokenizer.save_pretrained(empty)
+        (empty / "manifest.json").write_text(json.dumps({"from": tokenizer.name_or_path}) + "\n")
+
+    return load_tokenizer(make_once(folder.tokenizer, keep))
+
+
+def own_architecture(config: Run, folder: RunFolder, tokenizer: Any) -> PreTrainedConfig:
+    """The model's configuration. It is kept as well, for runs that start from this one. One that was taken from another
+    run is read from here alone: that run may be gone."""
+
+    def keep(empty: Path) -> None:
+        keep_config(config.model, model_config(config.model, tokenizer, config.adds_tokens), empty)
+        (empty / "manifest.json").write_text(json.dumps({"from": config.name}) + "\n")
+
+    kept = make_once(folder.architecture, keep)
+    if config.model.from_run is not None:
+        return kept_config(kept)
+    return model_config(config.model, tokenizer, config.adds_tokens)
 
 
 def open_origin(folder: Path) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigtrain
@@ -21,10 +19,9 @@ from bigtrain.config.environment import has_launcher
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Stage
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
-from bigtrain.data.prepare import StageData, counts, open_tokenizer, prepare_stages
+from bigtrain.data.prepare import StageData, counts, prepare_stages
 from bigtrain.data.store import Store
-from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.disk import make_once, remove
+from bigtrain.disk import remove
 from bigtrain.errors import (
     BigtrainError,
     CheckpointError,
@@ -38,8 +35,8 @@ from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import Opened, open_model
-from bigtrain.inputs import lost_origin, try_inputs
-from bigtrain.models.causal_lm import empty_model, keep_config, kept_config, model_config, parameter_shapes, plain_head
+from bigtrain.inputs import lost_origin, own_architecture, own_tokenizer, try_inputs
+from bigtrain.models.causal_lm import empty_model, parameter_shapes, plain_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -218,8 +215,9 @@ class _Pipeline:
 
         False if it was asked to stop, and has saved and marked its folder.
         """
-        tokenizer = self._tokenizer()
-        model = self._architecture(tokenizer)
+        self.stream.emit("preparing", what="tokenizer")
+        tokenizer = own_tokenizer(self.config, self.folder)
+        model = own_architecture(self.config, self.folder, tokenizer)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = prepare_stages(self.config, tasks, tokenizer, self.stream)
         with self.requests:
@@ -230,30 +228,6 @@ class _Pipeline:
                     )
                 except DamagedError as damaged:
                     self.history.set_aside(damaged)
-
-    def _tokenizer(self) -> Any:
-        """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
-        self.stream.emit("preparing", what="tokenizer")
-
-        def keep(folder: Path) -> None:
-            tokenizer = open_tokenizer(self.config)
-            tokenizer.save_pretrained(folder)
-            (folder / "manifest.json").write_text(json.dumps({"from": tokenizer.name_or_path}) + "\n")
-
-        return load_tokenizer(make_once(self.folder.tokenizer, keep))
-
-    def _architecture(self, tokenizer: Any) -> PreTrainedConfig:
-        """The model's configuration. It is kept as well, for a run that starts from this one; what this one has taken
-        from another run is kept here alone, for that one may be gone."""
-
-        def keep(folder: Path) -> None:
-            keep_config(self.config.model, model_config(self.config.model, tokenizer, self.config.adds_tokens), folder)
-            (folder / "manifest.json").write_text(json.dumps({"from": self.folder.path.name}) + "\n")
-
-        kept = make_once(self.folder.architecture, keep)
-        if self.config.model.from_run is not None:
-            return kept_config(kept)
-        return model_config(self.config.model, tokenizer, self.config.adds_tokens)
 
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""

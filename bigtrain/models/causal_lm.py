@@ -134,7 +134,7 @@ def keep_config(model: Model, config: PreTrainedConfig, folder: Path) -> None:
     source = str(Origin.of(model.from_run).architecture) if model.from_run is not None else model.from_pretrained
     if source is not None and not source.endswith(".gguf"):
         with suppress(OSError):  # how transformers says that the model has none
-            shutil.copy(cached_file(arguments(source)[0], "generation_config.json"), folder)
+            shutil.copy(str(cached_file(arguments(source)[0], "generation_config.json")), folder)
 
 
 def kept_config(folder: Path) -> PreTrainedConfig:
