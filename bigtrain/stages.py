@@ -231,7 +231,7 @@ class _Pipeline:
 
     def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
-        sequences = stage.sequences(data.samples)
+        sequences = data.samples(stage)
         folder = self.history.newest(stage.name)
         resumed = self.history.open(folder) if folder else None
         run = StageRun(

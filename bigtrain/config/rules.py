@@ -14,7 +14,7 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 from bigtrain.config.tracking import wrong_with_tracker
-from bigtrain.errors import ConfigError, literal
+from bigtrain.errors import ConfigError, literal, nearest
 
 SIZES = (
     "vocab_size",
@@ -212,11 +212,28 @@ def _stage(run: Run, i: int) -> Broken:
             f"each must be at least 0 and below 1, got {stage.optimizer.betas}.",
         )
     yield from _weights(stage.data, (*at, "data"))
-    if stage.epochs is not None and any(source.weight is not None for source in stage.data):
-        yield (*at, "epochs"), "weighted sources have no common epoch; use steps or tokens."
+    yield from _epochs(stage, at)
     yield from _splits(stage, at)
     yield from _evaluation(stage, at)
     yield from _cleaning(stage, (*at, "clean"))
+
+
+def _epochs(stage: Stage, at: KeyPath) -> Broken:
+    weighted = any(source.weight is not None for source in stage.data)
+    if stage.epochs_of is None:
+        if stage.epochs is not None and weighted:
+            told = "weighted sources have no common epoch; name one of them as `epochs_of`, or use steps or tokens."
+            yield (*at, "epochs"), told
+        return
+    names = [source.source for source in stage.data]
+    if stage.epochs is None:
+        yield (*at, "epochs_of"), "says what `epochs` counts; give epochs, or remove it."
+    elif not weighted:
+        yield (*at, "epochs_of"), "without weights an epoch is one of all sources; give them weights, or remove it."
+    elif names.count(stage.epochs_of) != 1:
+        several = f"{names.count(stage.epochs_of)} sources have this name; the one that is meant needs its own."
+        none = f"no source of the stage is {stage.epochs_of}; {nearest(stage.epochs_of, names)}"
+        yield (*at, "epochs_of"), several if stage.epochs_of in names else none
 
 
 def _cleaning(stage: Stage, at: KeyPath) -> Broken:

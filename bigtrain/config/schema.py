@@ -340,6 +340,11 @@ class Stage(Section):
     steps: int | None = mathematics("Length of the stage in optimizer steps.", None, ge=1)
     tokens: int | None = mathematics("Length in tokens; rounded up to whole steps.", None, ge=1)
     epochs: float | None = mathematics("Length in passes over the data; the last step may be smaller.", None, gt=0)
+    epochs_of: PathText | None = mathematics(
+        "The `source` of `data` that `epochs` counts, where sources have weights; the others give their shares "
+        "meanwhile. null: all data, which has no weights then.",
+        None,
+    )
     optimizer: Optimizer = mathematics("How weights are updated.")
     schedule: Schedule = mathematics("The learning rate as a function of the step.", Schedule())
     evaluate: Evaluate | None = mathematics("Loss on documents that are not trained on; null: none.", None)

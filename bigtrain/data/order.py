@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from bigtrain.config.schema import Stage
 
 PATTERN = 4096  # entries of the repeating pattern that mixes weighted sources
 ROUNDS = 8
@@ -58,6 +62,19 @@ def mixing_pattern(weights: Sequence[float]) -> Indices:
         pattern[i] = credit.argmax()
         credit[pattern[i]] -= PATTERN
     return pattern
+
+
+def stage_samples(stage: Stage, samples: Sequence[int]) -> int:
+    """How many samples a whole stage trains on. samples: how many each of its stores holds.
+
+    With `epochs_of` it ends with the last sample of that source's last epoch. Raises DataError as `mixing_pattern`.
+    """
+    if stage.epochs is None or stage.epochs_of is None:
+        return stage.sequences(sum(samples))
+    number = [source.source for source in stage.data].index(stage.epochs_of)
+    entries = np.flatnonzero(mixing_pattern([source.weight or 0.0 for source in stage.data]) == number)
+    rounds, place = divmod(max(1, round(stage.epochs * samples[number])) - 1, len(entries))
+    return rounds * PATTERN + int(entries[place]) + 1
 
 
 class Order:

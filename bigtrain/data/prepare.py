@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.files import Row, Unusable
+from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
 from bigtrain.data.sources import COLUMNS, Columns, documents, fingerprint, is_held_out, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
@@ -54,10 +55,9 @@ class StageData:
     held_out: list[Store]
     cleaning: Decisions | None = None
 
-    @property
-    def samples(self) -> int:
-        """Of one epoch of all training stores."""
-        return sum(store.samples for store in self.train)
+    def samples(self, stage: Stage) -> int:
+        """That the whole stage trains on."""
+        return stage_samples(stage, [store.samples for store in self.train])
 
 
 @dataclass(frozen=True)

@@ -162,12 +162,8 @@ def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tu
     told = [("global batch", f"{batch:,} sequences of {length:,} = {batch * length:,} tokens")]
     sequences = _sequences(run, stage)
     if sequences is None:
-        told.append(
-            (
-                "length",
-                f"{stage.epochs:g} x all data; how many steps that is, the token store will tell; it is not made yet",
-            )
-        )
+        counted = f"{stage.epochs:g} x {stage.epochs_of or 'all data'}"
+        told.append(("length", f"{counted}; how many steps that is, the token store will tell; it is not made yet"))
     else:
         tokens = sequences * length
         told.append(("length", f"{-(-sequences // batch):,} steps = {tokens:,} tokens"))
@@ -192,11 +188,15 @@ def _sequences(run: Run, stage: Stage) -> int | None:
     if stage.epochs is None:
         return stage.sequences(0)
     samples = _samples(run, stage) if (Path(run.output) / "stores").is_dir() else None
-    return None if samples is None else stage.sequences(samples)
+    if samples is None:
+        return None
+    from bigtrain.data.order import stage_samples
+
+    return stage_samples(stage, samples)
 
 
-def _samples(run: Run, stage: Stage) -> int | None:
-    """Samples of an epoch, if all the stage's stores are there."""
+def _samples(run: Run, stage: Stage) -> list[int] | None:
+    """Samples of each of the stage's stores, if all are there."""
     from bigtrain.data.prepare import training_parts
     from bigtrain.data.store import open_store
     from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -214,7 +214,7 @@ def _samples(run: Run, stage: Stage) -> int | None:
     folders = [folder for folder in found if folder is not None]
     if len(folders) < len(found):
         return None
-    return sum(open_store(folder, stage.sequence_length).samples for folder in folders)
+    return [open_store(folder, stage.sequence_length).samples for folder in folders]
 
 
 def _tokenizer_folder(run: Run) -> Path | None:

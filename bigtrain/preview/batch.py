@@ -99,7 +99,7 @@ def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, 
 
     Raises ConfigError for a step that the stage lacks.
     """
-    total = stage.sequences(data.samples)
+    total = data.samples(stage)
     batches = Batches(
         data.train,
         data.weights,

@@ -51,7 +51,7 @@ def views(path, step, rows):
             data[stage.name].weights,
             seed=run.seed,
             global_batch_size=stage.global_batch_size,
-            total_samples=stage.sequences(data[stage.name].samples),
+            total_samples=data[stage.name].samples(stage),
             rank=0,
             world_size=1,
         )

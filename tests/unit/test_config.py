@@ -170,3 +170,29 @@ def test_reading_imports_nothing_heavy(tmp_path):
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numpy')))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True)
+
+
+TWO = "[{source: stdlib-functions, weight: 3}, {source: ~/more.jsonl, weight: 1}]"
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (TWO, ["epochs=2"], "epochs: weighted sources have no common epoch; name one of them as `epochs_of`"),
+        (TWO, ["epochs_of=stdlib", "epochs=2"], "epochs_of: no source of the stage is stdlib; known here: "),
+        (TWO, ["epochs_of=stdlib-functions", "epochs=null", "steps=3"], "epochs_of: says what `epochs` counts"),
+        ("[{source: stdlib-functions}]", ["epochs_of=stdlib-functions"], "epochs_of: without weights an epoch is one"),
+        (
+            "[{source: a/b, split: c, weight: 1}, {source: a/b, split: d, weight: 1}]",
+            ["epochs_of=a/b"],
+            "epochs_of: 2 sources have this name",
+        ),
+    ],
+)
+def test_the_epochs_of_weighted_sources_are_those_of_one(config, data, changes, message):
+    text = GOOD.replace("[{source: stdlib-functions}]", data)
+    good = config(GOOD.replace("[{source: stdlib-functions}]", TWO), "stages.finetune.epochs_of=~/more.jsonl")
+    assert good.stages[1].epochs_of == good.stages[1].data[1].source
+    with pytest.raises(ConfigError) as error:
+        config(text, *(f"stages.finetune.{change}" for change in changes))
+    assert f"stages.finetune.{message}" in str(error.value)

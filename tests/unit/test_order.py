@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.order import PATTERN, Order, locate, make_key, mixing_pattern, permute
+from bigtrain.config.schema import Optimizer, Source, Stage
+from bigtrain.data.batches import _Shares
+from bigtrain.data.order import PATTERN, Order, locate, make_key, mixing_pattern, permute, stage_samples
 from bigtrain.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -153,3 +155,45 @@ def test_locate() -> None:
     stores, samples = locate(np.arange(6), np.array([2, 3, 6]))
     assert stores.tolist() == [0, 0, 1, 2, 2, 2]
     assert samples.tolist() == [0, 1, 0, 0, 1, 2]
+
+
+def weighted_stage(epochs, of, weights, batch=7):
+    data = [{"source": f"data/{i}.jsonl", "weight": weight} for i, weight in enumerate(weights)]
+    return Stage(
+        name="s",
+        task="pretrain",
+        data=[Source(**source) for source in data],
+        sequence_length=8,
+        global_batch_size=batch,
+        epochs=epochs,
+        epochs_of=f"data/{of}.jsonl",
+        optimizer=Optimizer(lr=1e-3),
+    )
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3.5])
+@pytest.mark.parametrize(
+    ("samples", "weights", "of"),
+    [([50, 900], [1.0, 3.0], 0), ([50, 900], [1.0, 3.0], 1), ([5000, 3, 700], [2.0, 0.5, 5.5], 0), ([1, 1], [1, 1], 1)],
+)
+def test_the_named_source_is_seen_as_often_as_its_epochs_say(samples, weights, of, epochs):
+    stage = weighted_stage(epochs, of, weights)
+    total = stage_samples(stage, samples)
+    stores, chosen = Order(samples, weights, seed=5)(np.arange(total))
+    seen = np.bincount(chosen[stores == of], minlength=samples[of])
+    assert seen.sum() == round(epochs * samples[of])
+    assert set(seen.tolist()) <= {int(epochs), -int(-epochs // 1)}  # each sample, and of a part of an epoch some
+    assert stores[-1] == of  # not one more of the others than their shares take meanwhile
+    shares = np.bincount(stores, minlength=len(samples)) / total
+    assert np.allclose(shares, np.array(weights) / sum(weights), atol=max(2 / total, 1e-3)) or total < 20
+
+
+def test_batches_of_a_stage_that_counts_a_sources_epochs_are_a_function_of_the_step():
+    """Whatever the number of ranks: all steps together see what one reading sees."""
+    stage = weighted_stage(2, 0, [1.0, 3.0])
+    total, order = stage_samples(stage, [50, 900]), Order([50, 900], [1.0, 3.0], seed=5)
+    whole = np.stack(order(np.arange(total)), axis=1).tolist()
+    for world in (1, 3):
+        ranks = [_Shares(stage.global_batch_size, total, rank, world) for rank in range(world)]
+        seen = [np.stack(order(rank.of(step)[1]), axis=1).tolist() for step in range(ranks[0].steps) for rank in ranks]
+        assert [row for rows in seen for row in rows] == whole
