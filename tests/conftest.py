@@ -6,7 +6,7 @@ from xdist.scheduler import LoadFileScheduling
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
-POOLS = {"tests/parity/test_state.py", "tests/parity/test_steps.py"}  # these share pools of ranks
+POOLS = {f"tests/parity/test_{name}.py" for name in ("precision", "state", "steps")}  # these share pools of ranks
 
 
 class Scheduling(LoadFileScheduling):

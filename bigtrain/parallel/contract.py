@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import compile_layers, plain_head
+from bigtrain.models.head import GradientSum, use_in_chunks
 from bigtrain.models.linear import mkl_is_slow, use_onednn
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader
 
@@ -105,7 +107,8 @@ class TaskModule(nn.Module):
 
     Where the architecture allows it (`plain_head`), logits are made for as many tokens at a time as LOGITS_AT_ONCE
     says, thrown away, and made again in the backward pass. The number of such chunks follows from shapes alone, so
-    it is the same on all ranks. With `compile`, layers and loss are compiled. `device`: where it will compute.
+    it is the same on all ranks. The gradient of the head's parameters is summed over them in fp32, which takes one
+    buffer of their size. With `compile`, layers and loss are compiled. `device`: where it will compute.
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, device: torch.device, compile: bool = False):
@@ -115,6 +118,9 @@ class TaskModule(nn.Module):
         self._token_sums = _token_sums
         if device.type == "cpu" and mkl_is_slow():
             use_onednn(model)
+        head = plain_head(model)
+        if head is not None:
+            use_in_chunks(head)
         if compile:
             compile_layers(model)
             self._token_sums = torch.compile(_token_sums, fullgraph=True, dynamic=False)
@@ -128,17 +134,34 @@ class TaskModule(nn.Module):
         if head is None:
             return self.task.sums(self.model(**inputs).logits, batch, training=self.training)
         hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-        chunks = -(-hidden.shape[0] * self.model.config.vocab_size // LOGITS_AT_ONCE)
-        if chunks == 1:
+        chunks = hidden.chunk(-(-hidden.shape[0] * self.model.config.vocab_size // LOGITS_AT_ONCE))
+        if len(chunks) == 1:
             return self._token_sums(head, self.task, hidden, batch, self.training)
-        pieces = {key: tensor.flatten().chunk(chunks) for key, tensor in batch.items()}
+        pieces = {key: tensor.flatten().chunk(len(chunks)) for key, tensor in batch.items()}
+        sums_of = self._sums_of_chunks(head, len(chunks))
         totals: dict[str, Tensor] = {}
-        for i, tokens in enumerate(hidden.chunk(chunks)):
+        for i, tokens in enumerate(chunks):
             piece = {key: tensors[i] for key, tensors in pieces.items()}
-            arguments = (head, self.task, tokens, piece, self.training)
-            sums = checkpoint(self._token_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
+            sums = checkpoint(sums_of, tokens, piece, use_reentrant=False, preserve_rng_state=False)
             totals = {key: totals[key] + value for key, value in sums.items()} if totals else sums
         return totals
+
+    def _sums_of_chunks(self, head: nn.Module, chunks: int) -> Callable[..., dict[str, Tensor]]:
+        """The function of (hidden, batch) that gives the sums of each of `chunks` chunks."""
+        parameters = list(head.parameters())
+        if parameters[0].dtype == torch.float32:
+            return lambda hidden, batch: self._token_sums(head, self.task, hidden, batch, self.training)
+        gradients = [GradientSum(chunks) for _ in parameters]
+
+        def sums(hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            def then(hidden: Tensor, *parameters: Tensor) -> dict[str, Tensor]:
+                shared = [gradient.of(p) for gradient, p in zip(gradients, parameters, strict=True)]
+                return self._token_sums(None, self.task, hidden, batch, self.training, shared)
+
+            result: dict[str, Tensor] = head(hidden, then)
+            return result
+
+        return sums
 
 
 def _one_row(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -156,10 +179,16 @@ def _one_row(batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _token_sums(
-    head: nn.Module, task: Task, hidden: Tensor, batch: dict[str, Tensor], training: bool
+    head: nn.Module | None,
+    task: Task,
+    hidden: Tensor,
+    batch: dict[str, Tensor],
+    training: bool,
+    parameters: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
-    """The task's sums over some tokens, from their last hidden states."""
-    return task.sums(head(hidden), batch, training=training)
+    """The task's sums over some tokens, from their last hidden states, by a head or with its parameters."""
+    logits = functional.linear(hidden, *parameters) if head is None else head(hidden)
+    return task.sums(logits, batch, training=training)
 
 
 def micro_batches(

@@ -75,9 +75,11 @@ def make(
     compile=False,
     reader=None,
     progress=None,
+    optimizer=OPTIMIZER,
+    build_model=None,
 ):
     """An engine of the named layout with random weights, or those of `reader`."""
-    build_model = model_builder(tied, checkpointing)
+    build_model = build_model or model_builder(tied, checkpointing)
     engine = build_engine(
         layout,
         build_model,
@@ -86,7 +88,7 @@ def make(
         precision=precision,
         compile=compile,
         micro_batch_size=micro,
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         seed=0,
         device=torch.device("cpu"),
     )

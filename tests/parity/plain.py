@@ -9,11 +9,34 @@ def decays(name, parameter):
     return parameter.dim() > 1 and not name.endswith("bias")
 
 
-def train(model, steps, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None):
-    """Train on `steps`: a list of batches (input_ids, targets, position_ids), each (rows, length).
+def backward(model, batch, dtype=None, scale=1.0):
+    """Leave the gradients of `scale` times a batch's mean loss on the parameters; returns the loss.
 
-    With a `dtype`, forward and backward run on a copy of the weights cast to it, one row at a time, and gradients
-    accumulate in fp32. Returns the losses and the gradient norms before clipping; updates `model`.
+    batch: (input_ids, targets, position_ids), each (rows, length). With a `dtype`, forward and backward run on a copy
+    of the weights cast to it, one row at a time, and gradients accumulate in fp32.
+    """
+    input_ids, targets, position_ids = batch
+    named = dict(model.named_parameters())
+    count = (targets != -100).sum()
+    total = 0.0
+    rows = [slice(None)] if dtype is None else [slice(i, i + 1) for i in range(len(input_ids))]
+    for row in rows:
+        weights = named if dtype is None else {n: p.to(dtype) for n, p in named.items()}
+        logits = torch.func.functional_call(
+            model,
+            weights,
+            kwargs={"input_ids": input_ids[row], "position_ids": position_ids[row], "use_cache": False},
+        ).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets[row].flatten(), reduction="sum")
+        (loss / count * scale).backward()
+        total += loss.item()
+    return total / count.item()
+
+
+def train(model, batches, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None):
+    """A step on each of `batches`, which are as `backward` takes them, with a `dtype` too.
+
+    Returns the losses and the gradient norms before clipping; updates `model`.
     """
     named = dict(model.named_parameters())
     groups = [
@@ -22,24 +45,11 @@ def train(model, steps, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, m
     ]
     optimizer = AdamW(groups, lr=lrs[0], betas=betas, eps=eps)
     losses, norms = [], []
-    for (input_ids, targets, position_ids), lr in zip(steps, lrs, strict=True):
-        count = (targets != -100).sum()
-        total = 0.0
-        rows = [slice(None)] if dtype is None else [slice(i, i + 1) for i in range(len(input_ids))]
-        for row in rows:
-            weights = named if dtype is None else {n: p.to(dtype) for n, p in named.items()}
-            logits = torch.func.functional_call(
-                model,
-                weights,
-                kwargs={"input_ids": input_ids[row], "position_ids": position_ids[row], "use_cache": False},
-            ).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets[row].flatten(), reduction="sum")
-            (loss / count).backward()
-            total += loss.item()
+    for batch, lr in zip(batches, lrs, strict=True):
+        losses.append(backward(model, batch, dtype))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(total / count.item())
     return losses, norms

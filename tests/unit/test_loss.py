@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.models.causal_lm import PLAIN_HEADS, plain_head
+from bigtrain.parallel import contract
+from bigtrain.tasks.causal_lm import CausalLM
 
 SMALL = {
     "hidden_size": 32,
@@ -103,3 +106,49 @@ def test_a_vocabulary_of_128k_takes_less_memory():
     assert whole > 1024  # MiB
     assert chunked < 0.7 * whole
     assert error < 1e-5
+
+
+TOKENS = 512
+
+
+def head_gradients(family, dtype, chunks, compiled=False, **changes):
+    """{name: gradient in fp32} of the parameters of the output head, with the loss made in so many chunks."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL | {"vocab_size": 256, "intermediate_size": 64}, **changes)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    module = contract.TaskModule(model, CausalLM(), torch.device("cpu"))
+    if compiled:
+        module._token_sums = torch.compile(module._token_sums, fullgraph=True, dynamic=False, backend="aot_eager")
+    ids, targets = torch.randint(3, 256, (2, 1, TOKENS), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "targets": targets, "position_ids": torch.arange(TOKENS)[None]}
+    with patch.object(contract, "LOGITS_AT_ONCE", TOKENS * 256 // chunks):
+        (module(batch)["loss"] / TOKENS).backward()
+    head = [id(parameter) for parameter in plain_head(model).parameters()]
+    return {name: p.grad.float() for name, p in model.named_parameters() if id(p) in head}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [("llama", True, torch.bfloat16), ("phi", False, torch.bfloat16), ("llama", False, torch.float16)],
+)
+def test_the_error_of_the_heads_gradient_does_not_grow_with_the_chunks(family, tied, dtype):
+    """Of its weight and (phi's) its bias. 103 chunks have 5 tokens, the last has 2."""
+    right = head_gradients(family, torch.float32, 1, tie_word_embeddings=tied)
+    assert len(right) == (2 if family == "phi" else 1)
+    cut = [head_gradients(family, dtype, chunks, tie_word_embeddings=tied) for chunks in (1, 8, 64, 103, 512)]
+    for name, gradient in right.items():
+        whole, *others = (((got[name] - gradient).norm() / gradient.norm()).item() for got in cut)
+        assert max(others) < 2 * whole < 0.015
+
+
+def test_a_head_in_chunks_gives_the_same_gradient_in_fp32():
+    right = head_gradients("llama", torch.float32, 1)
+    for name, gradient in head_gradients("llama", torch.float32, 64).items():
+        assert (gradient - right[name]).norm() < 1e-6 * right[name].norm()
+
+
+def test_a_compiled_loss_has_the_same_gradient():
+    """One graph, whatever compiles it: what C++ makes of it is tests/parity's."""
+    plain, compiled = (head_gradients("phi", torch.bfloat16, 8, compiled) for compiled in (False, True))
+    for name, gradient in compiled.items():
+        assert (gradient - plain[name]).norm() < 5e-3 * plain[name].norm()
