@@ -65,6 +65,28 @@ class History:
             self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
         dist.barrier()
 
+    def tell_of_dropout(self, stage: Stage, probabilities: dict[str, float], resumed: bool) -> None:
+        """Say where the draws of a stage's dropout come from, and at a resume whether they are others from here on."""
+        if self._world.rank != 0:
+            return
+        parallel = self._config.parallel_of(stage)
+        now = {
+            "number of processes": self._world.size,
+            "engine": parallel.engine,
+            "micro-batch": min(parallel.micro_batch_size, -(-stage.global_batch_size // self._world.size)),
+        }
+        before = self._folder.facts()["stages"].get(stage.name, {}).get("layout", now)
+        self._folder.record(stage.name, layout=now)
+        if not probabilities:
+            return
+        named = ", ".join(f"{key} {value:g}" for key, value in probabilities.items())
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        if resumed and changed:
+            text = f"{named}: other draws from here on than without the change ({', '.join(changed)})"
+        else:
+            text = f"{named}: its draws depend on the number of processes, the engine and the micro-batch"
+        self._stream.emit("dropout", stage=stage.name, text=text, **probabilities)
+
     def check_begins(self, stage: Stage) -> None:
         """Raises CheckpointError, on all ranks, when a stage that has no checkpoint to go on from would begin at its
         first step although it has been trained; collective."""

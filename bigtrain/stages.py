@@ -16,8 +16,9 @@ import bigtrain
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, newest, set_aside
 from bigtrain.config import Run
 from bigtrain.config.environment import has_launcher
-from bigtrain.config.rules import check_replicas
+from bigtrain.config.rules import check_replicas, too_long_a_warmup
 from bigtrain.config.schema import Stage
+from bigtrain.config.unusual import unusual
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, counts, prepare_stages
 from bigtrain.data.store import Store
@@ -36,7 +37,7 @@ from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inputs import lost_origin, own_architecture, own_tokenizer, try_inputs
-from bigtrain.models.causal_lm import empty_model, parameter_shapes, plain_head
+from bigtrain.models.causal_lm import dropouts, empty_model, parameter_shapes, plain_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -117,6 +118,14 @@ def check_execution(config: Run, world: World) -> None:
         raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
+def check_warmups(config: Run, data: dict[str, StageData]) -> None:
+    """Raises ConfigError for a warm-up that is longer than its stage, whose length the data has told."""
+    for stage in config.stages:
+        steps = -(-data[stage.name].samples(stage) // stage.global_batch_size)
+        if told := too_long_a_warmup(stage, steps):
+            raise ConfigError(f"stages.{stage.name}.schedule.warmup_steps: {told}")
+
+
 def _open(config: Run, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
     """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
@@ -152,6 +161,8 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     )
     if world.network is not None:
         stream.emit("network", **asdict(world.network))
+    for text in unusual(config):
+        stream.emit("unusual", text=text)
     return stream
 
 
@@ -220,6 +231,7 @@ class _Pipeline:
         model = own_architecture(self.config, self.folder, tokenizer)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         data = prepare_stages(self.config, tasks, tokenizer, self.stream)
+        from_first(lambda: check_warmups(self.config, data))
         with self.requests:
             while True:
                 try:
@@ -279,6 +291,7 @@ class _Pipeline:
                 held_out=_lineage(data.held_out),
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
+        self.history.tell_of_dropout(stage, dropouts(model), resumed is not None)
         self.history.plan(stage, parameters, run.done)
         try:
             finished = self._train(stage, run, engine, data, sequences)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bigtrain.config.effects import known_steps, without_effect
 from bigtrain.config.files import KeyPath
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Run, Source, Stage
@@ -49,7 +50,7 @@ def broken_rules(run: Run) -> list[tuple[KeyPath, str]]:
         *_reporting(run),
         *_parallel(run),
         *(broken for i in range(len(run.stages)) for broken in _stage(run, i)),
-    ]
+    ] or list(without_effect(run))
 
 
 def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
@@ -203,9 +204,8 @@ def _stage(run: Run, i: int) -> Broken:
             (*at, "sequence_length"),
             f"{stage.sequence_length} is longer than model.from_config.max_position_embeddings ({positions}).",
         )
-    warmup = stage.schedule.warmup_steps
-    if warmup is not None and stage.steps is not None and warmup > stage.steps:
-        yield (*at, "schedule", "warmup_steps"), f"{warmup} is longer than the whole stage ({stage.steps} steps)."
+    if len(lengths) == 1 and (steps := known_steps(stage)) is not None and (told := too_long_a_warmup(stage, steps)):
+        yield (*at, "schedule", "warmup_steps"), told
     if any(not 0 <= beta < 1 for beta in stage.optimizer.betas):
         yield (
             (*at, "optimizer", "betas"),
@@ -234,6 +234,14 @@ def _epochs(stage: Stage, at: KeyPath) -> Broken:
         several = f"{names.count(stage.epochs_of)} sources have this name; the one that is meant needs its own."
         none = f"no source of the stage is {stage.epochs_of}; {nearest(stage.epochs_of, names)}"
         yield (*at, "epochs_of"), several if stage.epochs_of in names else none
+
+
+def too_long_a_warmup(stage: Stage, steps: int) -> str | None:
+    """What is wrong with the warm-up of a stage of so many steps; None if nothing is."""
+    warmup = stage.schedule.warmup_steps
+    if warmup is None or warmup <= steps:
+        return None
+    return f"{warmup} is longer than the whole stage ({steps} steps): the learning rate would never reach its peak."
 
 
 def _cleaning(stage: Stage, at: KeyPath) -> Broken:

@@ -19,6 +19,7 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import Run, Stage
 from bigtrain.config.show import as_yaml, resolved
+from bigtrain.config.unusual import unusual
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
 from bigtrain.masking import masked
@@ -27,11 +28,12 @@ from bigtrain.observability.console import console
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, those of the embedding included, and of the embedding alone."""
+    """Parameters of a model, those of the embedding included, and of the embedding alone; dropout by its key."""
 
     model_type: str
     parameters: int
     embedding: int
+    dropout: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def dry_run(loaded: Loaded, defaults: bool = False) -> None:
         out.print(Text(name, "bold"))
         for key, text in told:
             out.print(Text(f"  {key:<24}{text}"))
+    for text in unusual(run):
+        out.print(Text(masked(f"warning: {text}"), "yellow"))
     for line in lacking(loaded):
         out.print(Text(masked(f"would be refused here: {line}"), "yellow"))
     _print_values(out, loaded, defaults)
@@ -98,13 +102,15 @@ def model_size(run: Run) -> Size | str:
 
 
 def _built(run: Run, entries: int) -> Size:
+    from bigtrain.models.causal_lm import dropouts
     from bigtrain.models.trial import try_architecture
 
     empty = try_architecture(
         run.model, entries, attention=run.attention, isolates=run.isolates, added_tokens=run.adds_tokens
     )
     embedding: Any = empty.get_input_embeddings()
-    return Size(empty.config.model_type, sum(p.numel() for p in empty.parameters()), embedding.weight.numel())
+    parameters = sum(p.numel() for p in empty.parameters())
+    return Size(empty.config.model_type, parameters, embedding.weight.numel(), dropouts(empty.config))
 
 
 def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Shares:
@@ -154,7 +160,13 @@ def _model_lines(size: Size | str) -> tuple[str, list[tuple[str, str]]]:
     if isinstance(size, str):
         return "model", [("parameters", size)]
     share = f"{size.embedding:,} of them in the embedding"
-    return f"model {size.model_type}", [("parameters", f"{size.parameters:,} ({share})")]
+    told = [("parameters", f"{size.parameters:,} ({share})")]
+    if size.dropout:
+        named = ", ".join(f"{key} {value:g}" for key, value in size.dropout.items())
+        told.append(
+            ("dropout", f"{named}; its draws depend on the number of processes, the engine and the micro-batch")
+        )
+    return f"model {size.model_type}", told
 
 
 def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tuple[str, list[tuple[str, str]]]:

@@ -165,6 +165,14 @@ def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     return kind(**values)
 
 
+def dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The probabilities of dropout that are above 0, by their key."""
+    known = config.to_dict().items()
+    named = {k: v for k, v in known if "dropout" in k or k.endswith("pdrop")}
+    other_heads = ("summary_", "classifier_")  # of other tasks than a causal language model
+    return {k: v for k, v in named.items() if not k.startswith(other_heads) and isinstance(v, float) and v > 0}
+
+
 def check_isolated(config: PreTrainedConfig) -> None:
     """Raises ConfigError for an architecture that is not shown to keep the documents of a sequence apart."""
     others = set(getattr(config, "layer_types", None) or ()) - ISOLATED_LAYERS

@@ -59,6 +59,12 @@ class Progress:
         for reason in (*event["chosen"], f"attention: {event['attention']}", *PRECISION_NOTES[event["precision"]]):
             self._print(f"           {reason}")
 
+    def _on_unusual(self, event: Event) -> None:
+        self._print(f"{'warning':<10} {event['text']}")
+
+    def _on_dropout(self, event: Event) -> None:
+        self._print(f"           dropout: {event['text']}")
+
     def _on_network(self, event: Event) -> None:
         self._print(
             f"           network: all-reduce {event['bus_bytes_per_second'] / 1e9:.2g} GB/s (bus), "

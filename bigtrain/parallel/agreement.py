@@ -56,12 +56,27 @@ def disagreements(members: list[Member]) -> list[str]:
             ours = first.facts.get(about, "nothing")
             if theirs == ours:
                 continue
-            differing = _differing(ours, theirs) if about == CONFIG else [(about, ours, theirs)]
+            values = _differing(ours, theirs) if about == CONFIG else [(about, ours, theirs)]
             remedy = REMEDIES.get(about, INSTALL)
-            for name, a, b in differing:
+            for name, a, b in values:
                 line = f"{name} {b}, rank 0 on {first.host} has {a}; {remedy}."
                 found.setdefault((other.host, line), []).append(other.rank)
-    return [f"{named(ranks)} on {host}: {line}" for (host, line), ranks in found.items()]
+    differing = [f"{named(ranks)} on {host}: {line}" for (host, line), ranks in found.items()]
+    return differing + _sharing(members)
+
+
+def _sharing(members: list[Member]) -> list[str]:
+    """The ranks of a host that would compute on one GPU, a line for each GPU."""
+    users: dict[tuple[str, str], list[int]] = {}
+    for member in members:
+        if member.gpu is not None:
+            users.setdefault((member.host, member.gpu), []).append(member.rank)
+    return [
+        f"{named(ranks)} on {host} have one GPU together ({gpu}). Start as many processes as there are GPUs, let the "
+        "launcher give each its own, or set parallel.device: cpu."
+        for (host, gpu), ranks in users.items()
+        if len(ranks) > 1
+    ]
 
 
 def _differing(ours: str, theirs: str) -> Iterator[tuple[str, str, str]]:

@@ -35,15 +35,21 @@ _MEETINGS = itertools.count()  # of this process; all ranks count alike, and a l
 
 @dataclass(frozen=True)
 class Member:
-    """A rank, its host's name, and facts in which all ranks should agree: what they are about -> text."""
+    """A rank, its host's name, facts in which all ranks should agree (what they are about -> text), and what tells its
+    GPU from the others of the host, if it has one."""
 
     rank: int
     host: str
     facts: dict[str, str]
+    gpu: str | None = None
 
 
 def meet(
-    rank: int, size: int, facts: dict[str, str], disagreements: Callable[[list[Member]], list[str]]
+    rank: int,
+    size: int,
+    facts: dict[str, str],
+    disagreements: Callable[[list[Member]], list[str]],
+    gpu: str | None = None,
 ) -> tuple[dist.Store, int]:
     """Wait until all ranks are there and agree; returns the store that they share, and the number of their hosts.
 
@@ -55,7 +61,7 @@ def meet(
     store = dist.PrefixStore(f"bigtrain/{restart}/{next(_MEETINGS)}", _store(rank, deadline))
     if store.add(f"claims/{rank}", 1) > 1:
         raise BigtrainError(f"rank {rank} on {platform.node()}: another process has come as rank {rank} already.")
-    store.set(f"member/{rank}", json.dumps(asdict(Member(rank, platform.node(), facts))))
+    store.set(f"member/{rank}", json.dumps(asdict(Member(rank, platform.node(), facts, gpu))))
     if rank == 0:
         return store, _lead(store, size, deadline, disagreements)
     try:

@@ -54,6 +54,8 @@ def joined(
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)  # DeepSpeed would guess, and say so, when it is imported
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(chosen.index)  # by which DeepSpeed chooses its device
     why = os.environ.get(PROCESSES_WHY, "")
     network = _form(rank, size, chosen, dict(facts or {}))
     words = (_why_device(device, chosen), f"processes: {size}{', ' if why else ''}{why}")
@@ -73,7 +75,7 @@ def _form(rank: int, size: int, device: torch.device, facts: dict[str, str]) -> 
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # it needs no address
         return None
     facts |= {agreement.SIZE: str(size), agreement.DEVICE: device.type}
-    store, hosts = meet(rank, size, facts, agreement.disagreements)
+    store, hosts = meet(rank, size, facts, agreement.disagreements, gpu=gpu_identity(device))
     if on_one_host() and LOOPBACK in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # it listens where the other ranks are, and nobody else
     try:
@@ -135,9 +137,21 @@ def choose_device(device: str, precision: str, local_rank: int, gpus: int) -> to
         if precision == "fp16":
             raise ConfigError("precision: fp16 needs a GPU, and this run computes on the CPU; use bf16 or fp32.")
         return torch.device("cpu")
+    if gpus == 1:  # a launcher may show each process a GPU of its own; whether two share one, the ranks will tell
+        return torch.device("cuda", 0)
     if local_rank >= gpus:
         raise ConfigError(
             f"parallel.processes: more processes than GPUs: this machine has {gpus}, and process {local_rank} has none "
             f"of its own. Start {gpus}, or set parallel.device: cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def gpu_identity(device: torch.device) -> str | None:
+    """What tells a GPU from the others of its host; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    part = visible[device.index] if len(visible) > device.index else ""
+    # the parts of a GPU that is divided (MIG) may share its id
+    return part if part.startswith("MIG-") else str(torch.cuda.get_device_properties(device).uuid)

@@ -75,3 +75,13 @@ def test_devices_and_world_sizes_have_remedies_of_their_own():
 def test_ranks_in_words():
     assert named([3]) == "rank 3"
     assert named([0, 1]) == "ranks 0, 1"
+
+
+def test_ranks_of_one_host_that_would_share_a_gpu_are_named():
+    facts = members()[0].facts
+    gpus = [("node-a", "GPU-1"), ("node-a", "GPU-2"), ("node-b", "GPU-1"), ("node-a", "GPU-1"), ("node-b", None)]
+    found = disagreements([Member(rank, host, facts, gpu) for rank, (host, gpu) in enumerate(gpus)])
+    assert found == [
+        "ranks 0, 3 on node-a have one GPU together (GPU-1). Start as many processes as there are GPUs, let the "
+        "launcher give each its own, or set parallel.device: cpu."
+    ]

@@ -59,3 +59,10 @@ assert os.environ.items() >= DETERMINISTIC.items()
 def test_deterministic_kernels():
     """In a process of its own: they stay chosen."""
     subprocess.run([sys.executable, "-c", DETERMINISTIC], check=True)
+
+
+@pytest.mark.parametrize("local_rank", range(8))
+def test_a_process_that_is_shown_one_gpu_takes_it(local_rank):
+    """As `srun --gpus-per-task=1` and wrappers of mpirun show it."""
+    assert choose_device("auto", "bf16", local_rank, gpus=1) == torch.device("cuda", 0)
+    assert choose_device("cuda", "fp16", local_rank, gpus=1) == torch.device("cuda", 0)
