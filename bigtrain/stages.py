@@ -87,28 +87,30 @@ def run_here(config: Run, restart: str | None = None) -> int:
 
 
 def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
-    begun = time.monotonic()
-    with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
-        check_execution(config, world)
-        requests = Requests()
-        if world.rank == 0:
-            seconds = config.time_limit_seconds
-            requests = Requests(folder.save_request, None if seconds is None else TimeLimit(seconds, begun))
-        stream = _open(config, folder, world, restart, requests)
-        finished = _Pipeline(config, world, folder, stream, requests).run()
-    if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
-        try:
-            _finish(config, folder, stream)
-        except DamagedError as damaged:
-            aside, stage = set_aside(damaged.folder), damaged.folder.parents[1].name
-            if newest(damaged.folder.parent) is not None:
-                way_on = "start the run again, and its stage goes on from the checkpoint before it"
-            else:
-                way_on = f"there is none before it; `--restart {stage}` trains the stage anew"
-            raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}.") from None
-        stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
-    stream.close()
-    return 0 if finished else os.EX_TEMPFAIL
+    begun, stream = time.monotonic(), Stream()
+    try:
+        with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
+            check_execution(config, world)
+            requests = Requests()
+            if world.rank == 0:
+                seconds = config.time_limit_seconds
+                requests = Requests(folder.save_request, None if seconds is None else TimeLimit(seconds, begun))
+            stream = _open(config, folder, world, restart, requests)
+            finished = _Pipeline(config, world, folder, stream, requests).run()
+        if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
+            try:
+                _finish(config, folder, stream)
+            except DamagedError as damaged:
+                aside, stage = set_aside(damaged.folder), damaged.folder.parents[1].name
+                if newest(damaged.folder.parent) is not None:
+                    way_on = "start the run again, and its stage goes on from the checkpoint before it"
+                else:
+                    way_on = f"there is none before it; `--restart {stage}` trains the stage anew"
+                raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}.") from None
+            stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
+        return 0 if finished else os.EX_TEMPFAIL
+    finally:
+        stream.close()  # what a run that failed has reported is not lost either
 
 
 def check_execution(config: Run, world: World) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bigtrain.errors import ConfigError
+from bigtrain.errors import ConfigError, literal
 
 KeyPath = tuple[str | int, ...]
 
@@ -196,7 +196,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"the single value {str(value)[:40]!r}"
+    return "a list" if isinstance(value, list) else f"the single value {literal(value)[:40]}"
 
 
 def _neighbours(folder: Path) -> str:

@@ -98,13 +98,19 @@ def test_the_option_that_the_deepspeed_launcher_adds_is_taken(tmp_path):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path, engine):
-    config = small_config(tmp_path, steps=6, every=1)
+    config = small_config(tmp_path, steps=6, every=1, trackers=["tensorboard"])
     process = bigtrain("run", config, "stages.pretrain.optimizer.lr=1e30", f"parallel.engine={engine}")
     assert process.returncode == 1
     assert "stage pretrain, step 2: the loss is" in process.stderr
     assert "Traceback" not in process.stderr
     saved = [path.name for path in (tmp_path / "runs" / "small" / "pretrain" / "checkpoints").iterdir()]
     assert saved == ["step-00000001"]
+    folder = tmp_path / "runs" / "small"
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    failed = [event["reason"] for event in told if event["kind"] == "failed"]
+    assert len(failed) == 1 and failed[0].startswith("stage pretrain, step 2: the loss is")
+    [logged] = (folder / "tensorboard").glob("events.*")  # what it has reported before is not lost
+    assert b"pretrain/loss" in logged.read_bytes()
 
 
 def test_flex_attention_is_refused_without_a_gpu(tmp_path):
