@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import DataError
+from bigtrain.masking import masked
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
@@ -33,6 +34,7 @@ else:
 BUFFER = 1 << 20  # bytes
 BYTES_OF_A_CHARACTER = 4  # of UTF-8, at most
 OTHER_COLUMNS = 1 << 24  # bytes of a line beside its document, at most
+TOLD = ("size", "ETag", "etag", "mtime", "created", "LastModified", "last_modified", "md5", "sha256", "CRC")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
@@ -66,7 +68,10 @@ class File:
         if self.system is None:
             stat = Path(self.path).stat()
             return [self.name, stat.st_size, stat.st_mtime_ns]
-        return [self.name, self.system.ukey(self.path)]
+        name, facts = masked(self.name), self.system.info(self.path)
+        told = [str(facts[key]) for key in TOLD if facts.get(key) is not None]
+        # a URL's secret may change while the file stays: it counts only where nothing else tells two files apart
+        return [name, *told] if name != self.name and told else [name, self.system.ukey(self.path)]
 
     def bytes(self) -> int | None:
         """Of text, about; None for a compressed one and where the file system does not say."""

@@ -23,6 +23,7 @@ from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train
 from bigtrain.data.writing import Answer, Encoded, Layout, assemble, count_answers, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.masking import masked
 from bigtrain.observability.stream import Stream
 
 BATCH_BYTES = 2_000_000  # of text, given to the tokenizer's threads at once
@@ -94,7 +95,7 @@ class Part:
         """What decides which documents these are, in words; `source_fingerprint` stands for their content."""
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
-            "source": self.source.source,
+            "source": masked(self.source.source),
             "source_fingerprint": fingerprint(self.source),
             "columns": {ours: self.source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")},
             "held_out": self.fraction,

@@ -19,6 +19,7 @@ from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, one_shape, turns
 from bigtrain.data.files import Located, Row, Unusable, find, rows_of
 from bigtrain.errors import DataError, shorten
+from bigtrain.masking import masked_values
 
 Columns = tuple[tuple[str, ...], ...]
 
@@ -119,7 +120,7 @@ def fingerprint(source: Source) -> str:
     else:
         facts = [file.facts() for file in find(source.source)]
     return hashlib.sha256(
-        json.dumps([VERSION, source.model_dump(include=CHOICES), facts], sort_keys=True).encode()
+        json.dumps([VERSION, masked_values(source.model_dump(include=CHOICES)), facts], sort_keys=True).encode()
     ).hexdigest()
 
 

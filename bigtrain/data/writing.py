@@ -19,6 +19,7 @@ from bigtrain.data.order import make_key, permute
 from bigtrain.data.store import FORMAT, map_file, seal
 from bigtrain.disk import check_free
 from bigtrain.errors import DataError
+from bigtrain.masking import masked_values
 
 ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
@@ -116,7 +117,7 @@ def write_shard(folder: Path, encoded: Encoded, facts: dict[str, Any]) -> None:
         if array is not None:
             (folder / name).write_bytes(array.data)
     manifest = facts | encoded.counts | {"trained": encoded.trained is None}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(masked_values(manifest), indent=2) + "\n")
 
 
 def write_store(
@@ -184,7 +185,7 @@ def assemble(
         files["trained.bin"] = _write(folder / "trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | facts
     manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | {"files": dict(sorted(files.items()))}
-    (folder / "manifest.json").write_text(seal(manifest))
+    (folder / "manifest.json").write_text(seal(masked_values(manifest)))
 
 
 @dataclass

@@ -1,23 +1,28 @@
 """Passwords, keys and tokens of a run's file are in no file that bigtrain writes; a run resumes all the same."""
 
+import io
 import json
 import subprocess
 import time
 
 import pytest
 import yaml
+from fsspec import AbstractFileSystem, register_implementation
 
 from bigtrain.config import difference, differences, load, load_config, to_yaml
-from bigtrain.errors import ConfigError
+from bigtrain.data.prepare import open_tokenizer, prepare_stages
+from bigtrain.errors import ConfigError, DataError
 from bigtrain.inference import evaluate
 from bigtrain.inference.places import RunPlace
 from bigtrain.launching import launch as launching
 from bigtrain.launching.dry_run import dry_run
 from bigtrain.launching.launch import Asked, launch
+from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.observability.trackers import Tracker
 from bigtrain.parallel.agreement import CONFIG, in_common
 from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.tasks import TASKS
 from tests.support import small_config
 
 URL = "https://user:{}@host/x.jsonl?part=1&token={}"
@@ -179,3 +184,54 @@ def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
         "refused",
         "finished",
     ]
+
+
+class Vault(AbstractFileSystem):
+    """Gives each user `rows`, by any password but `wrong`."""
+
+    protocol = "vault"
+    cachable = False
+    rows = b""
+
+    def info(self, path, **_):
+        if "wrong" in path:
+            raise PermissionError(f"vault://{path}: refused")
+        return {"name": self._strip_protocol(path), "size": len(self.rows), "type": "file", "ETag": hash(self.rows)}
+
+    def ls(self, path, detail=True, **_):
+        return [self.info(path)] if detail else [path]
+
+    def _open(self, path, mode="rb", **_):
+        return io.BytesIO(self.rows)
+
+
+@pytest.fixture
+def vault():
+    register_implementation("vault", Vault, clobber=True)
+    Vault.rows = b"".join(json.dumps({"text": f"number {i} of many rows"}).encode() + b"\n" for i in range(300))
+
+
+def test_stores_hold_no_secrets_and_outlive_a_rotated_one(tmp_path, vault, capsys):
+    """With cleaning, a tokenizer that is trained, and rows that are dropped, each of which names where it stood."""
+    task = TASKS["pretrain"]()
+
+    def prepared(password, user="user"):
+        source = f"vault://{user}:{password}@host/x.jsonl"
+        data = f"{{source: '{source}', on_error: skip, max_characters: 22}}"
+        clean = "stages.pretrain.clean={exact_duplicates: true}"
+        config = load_config(small_config(tmp_path), [f"stages.pretrain.data=[{data}]", clean])
+        config = config.model_copy(update={"stages": config.stages[:1]})
+        tokenizer = open_tokenizer(config)
+        data = prepare_stages(config, {"pretrain": task}, tokenizer, Stream([Progress()]))["pretrain"]
+        return {store.folder for store in (*data.train, *data.held_out)}, {path.name for path in stores.iterdir()}
+
+    stores = tmp_path / "runs" / "stores"
+    folders, all_of_it = prepared("hunter2")
+    assert b"hunter2" not in written(stores) and b"user:***@host" in written(stores)
+    assert "hunter2" not in "".join(capsys.readouterr())
+    assert prepared("rotated") == (folders, all_of_it)
+    with pytest.raises(DataError, match=r"vault://user:\*\*\*@host/x\.jsonl: "):
+        prepared("wrong")
+    assert prepared("hunter2", user="other")[0].isdisjoint(folders)
+    Vault.rows += Vault.rows[-10:]
+    assert prepared("hunter2")[0].isdisjoint(folders)

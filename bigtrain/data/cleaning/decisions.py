@@ -33,6 +33,7 @@ from bigtrain.data.sources import Columns, Row, fingerprint
 from bigtrain.data.store import MADE_AGAIN, map_file
 from bigtrain.disk import make_once
 from bigtrain.errors import DataError
+from bigtrain.masking import masked_values
 
 VERSION = 2  # of what the steps do; a new one decides anew
 LIBRARIES = {"repair": "ftfy", "near_duplicates": "datasketch", "redact": "phonenumberslite"}  # field -> distribution
@@ -193,7 +194,7 @@ def _held_out(stage: Stage) -> list[Documents]:
 
 def _facts(part: Documents, columns: Columns) -> dict[str, Any]:
     return {
-        **part.source.model_dump(exclude={"weight"}),
+        **masked_values(part.source.model_dump(exclude={"weight"})),
         "source_fingerprint": fingerprint(part.source),
         "read_columns": columns,
         "fraction": part.fraction,
@@ -202,4 +203,4 @@ def _facts(part: Documents, columns: Columns) -> dict[str, Any]:
 
 
 def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(masked_values(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
