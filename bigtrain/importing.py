@@ -11,6 +11,7 @@ from bigtrain.checkpoint.foreign import find_foreign
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import open_tokenizer
+from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.inputs import try_inputs
 from bigtrain.models.causal_lm import parameter_shapes
@@ -103,7 +104,7 @@ def _model(config: Run) -> PreTrainedModel:
     given = "vocab_size" in (config.model.from_config or {})
     return try_architecture(
         config.model,
-        0 if given else len(open_tokenizer(config)),
+        0 if given else num_ids(open_tokenizer(config)),
         attention=config.attention,
         isolates=config.isolates,
         added_tokens=config.adds_tokens,

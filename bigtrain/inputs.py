@@ -13,7 +13,7 @@ from bigtrain.config import Run, load_config
 from bigtrain.config.origin import Origin
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.sources import COLUMNS, documents
-from bigtrain.data.tokenizer import load_tokenizer
+from bigtrain.data.tokenizer import load_tokenizer, num_ids
 from bigtrain.disk import make_once
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError
 from bigtrain.inference.generation import lineage
@@ -36,11 +36,23 @@ def try_inputs(config: Run) -> dict[str, Any] | None:
         for source in (*stage.data, *held_out):
             next(documents(source, COLUMNS[stage.task]))
     empty = try_architecture(
-        config.model, 1, attention=config.attention, isolates=config.isolates, added_tokens=config.adds_tokens
+        config.model,
+        _num_ids(config),
+        attention=config.attention,
+        isolates=config.isolates,
+        added_tokens=config.adds_tokens,
+        longest=max(stage.sequence_length for stage in config.stages),
     )
-    if config.given_tokenizer is not None:
-        model_config(config.model, open_tokenizer(config), config.adds_tokens)
     return None if config.model.from_run is None else _try_origin(config.model.from_run, empty)
+
+
+def _num_ids(config: Run) -> int:
+    """How many ids the run's tokenizer has; at most, of one that is to be trained: a small text gives fewer."""
+    if config.given_tokenizer is not None:
+        return num_ids(open_tokenizer(config))
+    assert config.tokenizer is not None and config.tokenizer.train is not None
+    given = (config.model.from_config or {}).get("vocab_size")
+    return given or config.tokenizer.train.vocab_size + len(config.tokenizer.add_tokens)
 
 
 def _try_origin(from_run: str, empty: PreTrainedModel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
 from bigtrain.data.sources import COLUMNS, Columns, documents, fingerprint, is_held_out, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
-from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from bigtrain.data.tokenizer import load_tokenizer, num_ids, tokenizer_fingerprint, train_tokenizer
 from bigtrain.data.writing import Answer, Encoded, Layout, assemble, count_answers, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
@@ -236,7 +236,7 @@ def _make(
     folder: Path, part: Part, task: Encoder, tokenizer: Any, layout: Layout, facts: dict[str, Any], stream: Stream
 ) -> None:
     """Take part in making a store; it is there afterwards."""
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(num_ids(tokenizer))
 
     def encode(rows: list[Row]) -> Encoded:
         return gather(_answers(rows, part, task, tokenizer), layout, dtype)

@@ -93,6 +93,11 @@ def load_tokenizer(source: str | Path, add_tokens: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+def num_ids(tokenizer: Any) -> int:
+    """How many rows an embedding needs: one more than the largest id. Ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of what turns text into ids: tokenizer.json, the ids of the special tokens, the chat template."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -106,7 +106,12 @@ def _built(run: Run, entries: int) -> Size:
     from bigtrain.models.trial import try_architecture
 
     empty = try_architecture(
-        run.model, entries, attention=run.attention, isolates=run.isolates, added_tokens=run.adds_tokens
+        run.model,
+        entries,
+        attention=run.attention,
+        isolates=run.isolates,
+        added_tokens=run.adds_tokens,
+        longest=max(stage.sequence_length for stage in run.stages),
     )
     embedding: Any = empty.get_input_embeddings()
     parameters = sum(p.numel() for p in empty.parameters())
@@ -147,7 +152,7 @@ def _vocabulary(run: Run) -> int | None:
 
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens(list(run.tokenizer.add_tokens) if run.tokenizer else [])
-    return tokenizer.get_vocab_size()
+    return max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
 
 def _processes(run: Run) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Model
+from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import Shape
@@ -96,6 +98,17 @@ ISOLATED = frozenset(
         "starcoder2",
     }
 )
+# Keys of a published config.json that are about the file, or that no model is built from.
+ABOUT_THE_FILE = frozenset(
+    {"auto_map", "is_llama_config", "n_ctx", "task_specific_params", "transformers.js_config", "transformers_version"}
+)
+# (key of a configuration, a key of published ones that transformers reads too where it has the first)
+PUBLISHED = (
+    ("rope_parameters", "rope_theta"),
+    ("rope_parameters", "rope_scaling"),
+    ("rope_parameters", "partial_rotary_factor"),
+    ("num_attention_heads", "head_dim"),
+)
 ISOLATED_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what `layer_types` of these may name
 ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # where transformers' names are not ours
 
@@ -115,13 +128,14 @@ def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens:
         with opening(model.from_pretrained, "model.from_pretrained"):
             config = AutoConfig.from_pretrained(name, **options)
         if added_tokens:
-            config.vocab_size = max(config.vocab_size, len(tokenizer))
+            config.vocab_size = max(config.vocab_size, num_ids(tokenizer))
     else:
         config = _from_dict(model.from_config or {}, tokenizer)
-    if len(tokenizer) > config.vocab_size:
+    if (needed := num_ids(tokenizer)) > config.vocab_size:
         raise ConfigError(
-            f"model: the tokenizer has {len(tokenizer)} entries, the model's embedding only {config.vocab_size}; "
-            "raise model.from_config.vocab_size or use the tokenizer that belongs to the model."
+            f"model: the tokenizer's largest id is {needed - 1}, and the model's embedding has only "
+            f"{config.vocab_size} rows; raise model.from_config.vocab_size or use the tokenizer that belongs to the "
+            "model."
         )
     return config
 
@@ -149,20 +163,32 @@ def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    values = dict(values)
+    values = copy.deepcopy(
+        {key: value for key, value in values.items() if key not in ABOUT_THE_FILE}
+    )  # it changes them
     architecture = values.pop("model_type")
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = nearest(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ConfigError(f"model.from_config.model_type: no causal model {architecture!r} in transformers; {hint}")
     kind = CONFIG_MAPPING[architecture]
-    known = set(kind().to_dict())
+    known = {*kind().to_dict(), *kind.attribute_map, "torch_dtype"}
+    known |= {new for old, new in PUBLISHED if old in known}
     for key in values:
-        if key not in known:
+        if key not in known and not _converts(kind, key, values[key]):
             raise ConfigError(f"model.from_config.{key}: {architecture} has no such key; {nearest(key, known)}")
-    values.setdefault("vocab_size", len(tokenizer))
+    values.setdefault("vocab_size", num_ids(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values.setdefault(name, getattr(tokenizer, name))
     return kind(**values)
+
+
+def _converts(kind: type[PreTrainedConfig], key: str, value: Any) -> bool:
+    """Whether a configuration class makes something else of a key that it does not have: one that it has no use for it
+    keeps as it is."""
+    try:
+        return key not in vars(kind(**{key: copy.deepcopy(value)}))
+    except Exception:  # noqa: BLE001 - it looks at the value: building the model will tell what is wrong
+        return True
 
 
 def dropouts(config: PreTrainedConfig) -> dict[str, float]:

@@ -1,53 +1,187 @@
-"""Whether a model can be built and trained as its run's file says, found out before anything is loaded or written."""
+"""Whether a model can be built, initialised and trained as its run's file says, found out on the meta device before
+anything is loaded or written."""
 
 from __future__ import annotations
 
+import copy
+import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import Model
-from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import check_isolated, empty_model, model_config
+from bigtrain.errors import BigtrainError, ConfigError, shorten
+from bigtrain.models.causal_lm import check_isolated, empty_model, model_config, repeated_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+TRIED_TOKENS = 4  # of the sequence that is tried
 
 
 def try_architecture(
-    model: Model, entries: int, *, attention: str, isolates: bool, added_tokens: bool = False
+    model: Model, entries: int, *, attention: str, isolates: bool, added_tokens: bool = False, longest: int = 0
 ) -> PreTrainedModel:
-    """The model on the meta device, as it would be for a tokenizer of `entries` ids. Loads and writes nothing.
+    """The model on the meta device, as it would be for a tokenizer of ids below `entries`. Loads and writes nothing.
 
-    isolates: whether it has to keep the documents of a sequence apart.
-    Raises ConfigError for keys and values that transformers refuses, if it cannot keep documents apart, and for a
-    pretrained model on this disk that is not whole.
+    isolates: whether it has to keep the documents of a sequence apart. longest: tokens of the longest sequence.
+    Raises ConfigError for keys and values that transformers or torch refuses when it is built, initialised or run, if
+    it cannot keep documents apart, and for a pretrained model on this disk that is not whole.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    from transformers.utils import logging
 
     from bigtrain.models.weights import check_folder
 
-    stands_in: Any = _Tokenizer(entries)
+    attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is refused here, or is nothing
     try:
-        config = model_config(model, stands_in, added_tokens)
-        if isolates:
-            check_isolated(config)
-        attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
-        empty = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        key = next(name for name, value in model if value is not None)
-        reason = f"KeyError: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ConfigError(f"model.{key}: transformers cannot build this architecture: {reason}") from error
+        empty = _tried(model, entries, attention, isolates, added_tokens)
+    finally:
+        logging.set_verbosity(verbosity)
+    _check_positions(model, empty, longest)
     if model.from_pretrained is not None:
         check_folder(model.from_pretrained, empty)
     return empty
 
 
+def _tried(model: Model, entries: int, attention: str, isolates: bool, added_tokens: bool) -> PreTrainedModel:
+    try:
+        empty = _built(model, entries, attention, isolates, added_tokens)
+    except BigtrainError:
+        raise
+    except Exception as error:
+        raise ConfigError(_refusal(model, error, _to_blame(model, entries, attention, error))) from error
+    try:
+        if model.from_config is not None:
+            _try_step(empty.config)
+    except Exception as error:
+        # with nothing to blame it may be the meta device, on which not every architecture runs
+        if keys := _to_blame(model, entries, attention, error):
+            raise ConfigError(_refusal(model, error, keys)) from error
+    return empty
+
+
+def _built(model: Model, entries: int, attention: str, isolates: bool, added_tokens: bool = False) -> PreTrainedModel:
+    stands_in: Any = _Tokenizer(entries)
+    config = model_config(model, stands_in, added_tokens)
+    if isolates:
+        check_isolated(config)
+    _check_values(config, model.from_config or {})
+    empty = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
+    broken = [name for name, buffer in empty.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]
+    if broken:
+        raise ValueError(f"{shorten(broken)} would hold numbers that are not finite")
+    if not repeated_layers(empty):
+        raise ValueError("the model would have no layers")
+    return empty
+
+
+def _check_positions(model: Model, empty: PreTrainedModel, longest: int) -> None:
+    positions = getattr(empty.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and longest > positions:
+        key = "model.from_config.max_position_embeddings" if model.from_config else "sequence_length"
+        raise ConfigError(f"{key}: the model has {positions} positions, and a stage has sequences of {longest} tokens.")
+
+
+def _check_values(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """Raises ConfigError for values with which everything runs and nothing is right."""
+    for key, value in given.items():
+        at = f"model.from_config.{key}"
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
+            for token in value if isinstance(value, list) else [value]:
+                if type(token) is not int or not 0 <= token < config.vocab_size:
+                    raise ConfigError(f"{at}: {token} is no id of the vocabulary, 0 to {config.vocab_size - 1}.")
+        if re.search(r"(^|_)(eps|epsilon)$", key) and isinstance(value, int | float) and value < 0:
+            raise ConfigError(f"{at}: must be at least 0, got {value}.")
+        dtype: Any = config.dtype
+        if key in ("dtype", "torch_dtype") and dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"{at}: {value} is no floating-point type, like float32 or bfloat16.")
+
+
+def _try_step(config: PreTrainedConfig) -> None:
+    """Initialise and run a model once, forward and backward, of each kind of its layers one."""
+    import torch
+    from transformers.initialization import guard_torch_init_functions
+
+    config = copy.deepcopy(config)
+    model: Any = empty_model(config, attention="eager", activation_checkpointing="none", meta=True)
+    model.to("meta", torch.bfloat16)  # there experts are computed together in no other type
+    with torch.no_grad(), guard_torch_init_functions():
+        for module in {_kind(module): module for module in model.modules()}.values():
+            model._init_weights(module)
+    ids = torch.zeros(1, TRIED_TOKENS, dtype=torch.long, device="meta")
+    mask = torch.zeros(
+        1, 1, TRIED_TOKENS, TRIED_TOKENS, dtype=torch.bfloat16, device="meta"
+    )  # without one values are looked at
+    _run_each_kind_once(repeated_layers(model))
+    model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+
+
+def _run_each_kind_once(layers: list[nn.Module]) -> None:
+    """Let layers give what the first of their kind has given, so that a deep model takes as long as a flat one."""
+    given: dict[Any, Any] = {}
+
+    def first_or_same(forward: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        if kind not in given:
+            given[kind] = forward(*args, **kwargs)
+        return given[kind]
+
+    for layer in layers:
+        layer.forward = partial(first_or_same, layer.forward, _kind(layer))
+
+
+def _kind(module: nn.Module) -> Any:
+    """The same of modules that compute the same with other parameters."""
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    return type(module), shapes, getattr(module, "attention_type", None)
+
+
+def _refusal(model: Model, error: Exception, keys: list[str]) -> str:
+    """What transformers or torch refuses, and the keys that are to blame."""
+    reason = " ".join(str(error).split()).removeprefix(f"Validation error for field '{keys[0] if keys else ''}': ")
+    reason = f"{type(error).__name__}: {reason}" if isinstance(error, KeyError | AssertionError) else reason
+    given = model.from_config
+    if given is None or not keys:
+        key = next(name for name, value in model if value is not None)
+        return f"model.{key}: transformers cannot build this architecture: {reason}"
+    others = ", ".join(f"{key} ({given.get(key)})" for key in keys[1:])
+    also = f" Or change {others}." if others else ""
+    value = given.get(keys[0])
+    return f"model.from_config.{keys[0]}: no model can be built and trained with {value}: {reason.rstrip('.')}.{also}"
+
+
+def _to_blame(model: Model, entries: int, attention: str, error: Exception) -> list[str]:
+    """The keys of `from_config` that an error names, or else each one without which, or with 1, there would be none."""
+    given = model.from_config or {}
+    field = re.search(r"error for field '(\w+)'", str(error))
+    if field is not None and field[1] in given:
+        return [field[1]]
+
+    def works(values: dict[str, Any]) -> bool:
+        try:
+            _try_step(_built(Model(from_config=values), entries, attention, isolates=False).config)
+        except Exception:  # noqa: BLE001 - whatever it is, this key alone is not to blame
+            return False
+        return True
+
+    keys = [key for key in given if key != "model_type"]
+    without = {key: {name: value for name, value in given.items() if name != key} for key in keys}
+    blamed = [key for key in keys if works(without[key])] or [key for key in keys if works(given | {key: 1})]
+    return sorted(blamed, key=lambda key: not _is_negative(given[key]))  # the likelier ones first
+
+
+def _is_negative(value: Any) -> bool:
+    return isinstance(value, int | float) and value < 0
+
+
 class _Tokenizer:
-    """As much of a tokenizer as an architecture asks for: its length."""
+    """As much of a tokenizer as an architecture asks for: its ids."""
 
     bos_token_id = eos_token_id = pad_token_id = None
 
     def __init__(self, entries: int):
         self.entries = entries
 
-    def __len__(self) -> int:
-        return self.entries
+    def get_vocab(self) -> dict[str, int]:
+        return {"": self.entries - 1}

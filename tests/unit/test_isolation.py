@@ -59,13 +59,17 @@ WITH_FLEX = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "olmo2
 BORDER, LENGTH = 11, 24
 
 
-def small(family):
-    """A small configuration with layers of every kind that the family has."""
+def small_values(family):
+    """Of a small configuration with layers of every kind that the family has."""
     default = AutoConfig.for_model(family).to_dict()
     values = {key: value for key, value in (SMALL | WHERE_KNOWN).items() if key in default}
     if kinds := sorted(set(default.get("layer_types") or ())):
         values["layer_types"] = (kinds * 2)[:2]
-    return AutoConfig.for_model(family, **values | MORE.get(family, {}))
+    return values | MORE.get(family, {})
+
+
+def small(family):
+    return AutoConfig.for_model(family, **small_values(family))
 
 
 def module(family, attention, checkpointing):
