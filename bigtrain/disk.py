@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import filelock
 
@@ -66,6 +66,19 @@ def remove(folder: Path) -> None:
     except FileNotFoundError:  # somebody else was faster
         return
     shutil.rmtree(going)
+
+
+def file_within(folder: Path, name: Any) -> Path:
+    """The file of a folder that a manifest or an index in it names.
+
+    Raises ValueError for a name that leads elsewhere: an absolute one, `..`, a link out of the folder.
+    """
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"it names {name!r}, which is no file of its folder")
+    path = folder / name
+    if path.is_symlink() and folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"it names {name!r}, which is a link to {path.resolve()}, outside its folder")
+    return path
 
 
 def append_lines(path: Path) -> TextIO:

@@ -47,7 +47,17 @@ class History:
 
     def origin(self) -> Checkpoint:
         """The checkpoint of another run that this one starts from; collective. Raises CheckpointError on all ranks."""
-        folder = Path(from_first(lambda: self._folder.facts()["origin"]["checkpoint"]))
+
+        def checkpoint() -> str:
+            origin = self._folder.facts().get("origin")
+            if origin is None:
+                raise CheckpointError(
+                    f"{self._folder.path / 'run.json'} does not say any more from which checkpoint of model.from_run "
+                    "this run has started; give it another `name`."
+                )
+            return origin["checkpoint"]
+
+        folder = Path(from_first(checkpoint))
         opened: list[Checkpoint] = []
         read_together(lambda: opened.append(open_origin(folder)))
         return opened[0]

@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -79,9 +80,20 @@ class RunFolder:
         return self.path / "architecture"
 
     def facts(self) -> dict[str, Any]:
-        """The content of run.json; empty for a run that has not begun."""
+        """The content of run.json; empty for a run that has not begun. Raises ConfigError for one that bigtrain has not
+        written."""
         file = self.path / "run.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        try:
+            facts = json.loads(file.read_bytes())
+            _check_facts(facts)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file} is not what bigtrain has written: {error}. Put a copy of it back, or take it away (`mv {file} "
+                f"{file}.damaged`): the run goes on from its checkpoints without what it said of earlier attempts."
+            ) from None
+        return facts
 
     def has_state(self, stage: str) -> bool:
         """Whether a stage has more behind it than steps that were never saved: a checkpoint, a damaged one among them,
@@ -133,7 +145,7 @@ class RunFolder:
         facts = self.facts().get("stages", {}).get(stage.name, {})
         if not facts.get("finished"):
             return False
-        last = self.checkpoints(stage.name) / f"step-{facts['steps']:08d}" / "manifest.json"
+        last = self.checkpoints(stage.name) / f"step-{facts.get('steps', 0):08d}" / "manifest.json"
         return last.exists() and (self.is_exported(stage.name) or not stage.export)
 
     def is_exported(self, stage: str) -> bool:
@@ -321,6 +333,18 @@ class RunFolder:
         partial = self.path / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
+
+
+def _check_facts(facts: Any) -> None:
+    """Raises ValueError, TypeError or AttributeError unless all is there that is relied on, and names are names."""
+    for attempt in facts.get("attempts", []):
+        if not isinstance(attempt.get("started"), float | int):
+            raise ValueError("an attempt has no time")
+    for name, stage in facts.get("stages", {}).items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.\d+)?", name):
+            raise ValueError(f"{name!r} is no name of a stage")
+        if type(stage.get("steps", 0)) is not int:
+            raise ValueError(f"the steps of {name} are no number")
 
 
 def ending_of(error: BaseException) -> tuple[Ending, str]:

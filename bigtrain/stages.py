@@ -259,7 +259,8 @@ class _Pipeline:
         if resumed:
             self.history.check_same_data(stage, data)
         imported = self.history.begins_imported(stage, run)
-        if run.done == run.steps or (resumed is None and self.history.is_over(stage)):
+        known = from_first(lambda: "data" in self.folder.facts()["stages"].get(stage.name, {}))
+        if (run.done == run.steps and known) or (resumed is None and self.history.is_over(stage)):
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             if self.world.rank == 0:
                 self.folder.record(stage.name, finished=True)
@@ -285,7 +286,7 @@ class _Pipeline:
             "sequence_length": stage.sequence_length,
         }
         self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
-        if self.world.rank == 0 and (not resumed or imported):
+        if self.world.rank == 0 and (not resumed or imported or not known):
             self.folder.record(
                 stage.name,
                 **facts,

@@ -14,8 +14,9 @@ one process saved.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from bigtrain.disk import sync
+from bigtrain.disk import file_within, sync
 from bigtrain.errors import CheckpointError, DamagedError
-from bigtrain.state import BUFFER, WEIGHT, Box
+from bigtrain.state import BUFFER, WEIGHT, Box, flat_span, lies_inside
 from bigtrain.tensor_files import DTYPES
 
 FORMAT = 2
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 BLOCK = 2**22  # bytes of a box that share a checksum: the least that is read to have any of them
 PIECE = 2**20  # bytes that are written at a time: gigabytes at once take Linux longer
+MANIFEST_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # as a manifest names them
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -152,22 +154,104 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _check_format(folder, manifest)
         del manifest["checksum"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(folder, f"{path} cannot be read: {error}") from None
+        raise DamagedError(folder, f"{path} cannot be read: {_reason(error)}") from None
     if text != _json(_sealed(manifest)):
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
     _check_format(folder, manifest)
-    for name, facts in manifest["files"].items():
-        file = folder / name
+    try:
+        _check_values(manifest)
+        files = {name: (file_within(folder, name), facts["bytes"]) for name, facts in manifest["files"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(folder, f"{path} cannot be used: {_reason(error)}") from None
+    for file, expected in files.values():
         size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
             raise DamagedError(folder, f"{file} {found}")
     return manifest
 
 
+def _reason(error: Exception) -> str:
+    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+
+
+def _check_values(manifest: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError, AttributeError or TypeError for a manifest that nobody here has written, whatever
+    its checksum says. Of the tensors `check_tensor` sees to."""
+    if type(manifest["weights_only"]) is not bool:
+        raise ValueError("weights_only is neither true nor false")
+    if not _is_count(manifest["step"]) or not _is_count(manifest["block"]) or manifest["block"] == 0:
+        raise ValueError("its step or block is no number of steps or bytes")
+    for name, slots in manifest["state"].items():
+        for slot, entry in slots.items():
+            if entry["dtype"] not in MANIFEST_DTYPES or not all(map(_is_count, entry["shape"])):
+                raise ValueError(f"{name} ({slot}) has no shape or dtype that is known here")
+    manifest["files"][PROGRESS].items()
+    for name, facts in manifest["files"].items():
+        if not isinstance(facts["checksum"], str):
+            raise ValueError(f"{name} has no checksum")
+        header = facts["header"] if name.endswith(".safetensors") else 0
+        if not (_is_count(facts["bytes"]) and _is_count(header) and header <= facts["bytes"]):
+            raise ValueError(f"the size of {name} is none")
+
+
+def check_tensor(folder: Path, name: str, entry: Any, manifest_files: dict[str, Any], block: int) -> None:
+    """See that a tensor's boxes lie inside it and inside their files, hold each of its elements once, and have a
+    checksum for every block: then no size that a manifest claims is taken on trust.
+
+    Raises DamagedError.
+    """
+    try:
+        shape, dtype = entry["shape"], MANIFEST_DTYPES[entry["dtype"]]
+        elements = 0
+        for box in entry["boxes"]:
+            file, offsets, lengths = manifest_files[box["file"]], box["offsets"], box["lengths"]
+            if not all(map(_is_count, (*shape, *offsets, *lengths, box["begin"]))):
+                raise ValueError("a shape or an offset is no count")
+            if len(lengths) != len(shape) or not lies_inside(shape, offsets, lengths):
+                raise ValueError(f"the box {offsets} + {lengths} lies outside the shape {shape}")
+            size = math.prod(lengths) * dtype.itemsize
+            if box["begin"] < file["header"] or box["begin"] + size > file["bytes"]:
+                raise ValueError(f"{size} bytes from {box['begin']} on lie outside {box['file']}")
+            if len(box["checksums"]) != -(-size // block):
+                raise ValueError("blocks have no checksum")
+            elements += math.prod(lengths)
+        if elements != math.prod(shape):
+            raise ValueError(f"its boxes have {elements} elements, its shape {shape} has {math.prod(shape)}")
+        _check_apart(shape, entry["boxes"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(folder, f"{folder / MANIFEST} cannot be used: {name}: {_reason(error)}") from None
+
+
+def _check_apart(shape: Sequence[int], boxes: list[dict[str, Any]]) -> None:
+    """Raises ValueError if two boxes share an element. Compared are those whose runs in the flat tensor overlap."""
+    spans = sorted((*flat_span(shape, box["offsets"], box["lengths"])[:2], i) for i, box in enumerate(boxes))
+    near: list[tuple[int, int]] = []  # (end of its run, number) of boxes before
+    for first, stop, i in spans:
+        near = [(end, j) for end, j in near if end > first]
+        for _, j in near:
+            if overlap(*(boxes[n][key] for n in (i, j) for key in ("offsets", "lengths"))) is not None:
+                raise ValueError(f"the boxes at {boxes[j]['offsets']} and {boxes[i]['offsets']} share elements")
+        near.append((stop, i))
+
+
+def overlap(
+    offsets: Sequence[int], lengths: Sequence[int], box_offsets: Sequence[int], box_lengths: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """[begin, end) in each dimension of what two boxes share, or None."""
+    shared = [
+        (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offsets, lengths, box_offsets, box_lengths, strict=True)
+    ]
+    return shared if all(begin < end for begin, end in shared) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _check_format(folder: Path, manifest: dict[str, Any]) -> None:
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {manifest.get('format')}; this version reads {FORMAT}.")
 
 
 def read_progress(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

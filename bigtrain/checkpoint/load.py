@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain.checkpoint.format import bytes_of, checksum, complete, read_manifest, read_progress
+from bigtrain.checkpoint.format import (
+    MANIFEST_DTYPES,
+    bytes_of,
+    check_tensor,
+    checksum,
+    complete,
+    overlap,
+    read_manifest,
+    read_progress,
+)
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
 from bigtrain.state import BUFFER, WEIGHT, Shape, flat_span, lies_inside
@@ -39,6 +48,7 @@ class Checkpoint:
         self._headers: dict[str, Any] = manifest["files"]
         self._state: dict[str, dict[str, Any]] = manifest["state"]
         self._files: dict[str, int] = {}
+        self._checked: set[tuple[str, str]] = set()  # tensors whose places in the files are known to be right
         found = {slot for slots in self._state.values() for slot in slots}
         self.slots: Sequence[str] = sorted(found & {WEIGHT, BUFFER} if weights_only else found)
 
@@ -58,22 +68,25 @@ class Checkpoint:
             entry = self._state[name][slot]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no {slot} of {name}: it is another model's.") from None
+        if (name, slot) not in self._checked:
+            check_tensor(self.folder, f"{name} ({slot})", entry, self._headers, self._block)
+            self._checked.add((name, slot))
         if not lies_inside(entry["shape"], offsets, lengths):
             raise CheckpointError(f"{self.folder}: {name} has shape {entry['shape']}; the model's is another.")
-        dtype = getattr(torch, entry["dtype"])
+        dtype = MANIFEST_DTYPES[entry["dtype"]]
         result: Tensor | None = None
         filled = 0
         for box in entry["boxes"]:
-            overlap = _overlap(offsets, lengths, box["offsets"], box["lengths"])
-            if overlap is None:
+            shared = overlap(offsets, lengths, box["offsets"], box["lengths"])
+            if shared is None:
                 continue
-            begin = [a - o for (a, _), o in zip(overlap, box["offsets"], strict=True)]
-            part = self._part(box, dtype, begin, [b - a for a, b in overlap])
+            begin = [a - o for (a, _), o in zip(shared, box["offsets"], strict=True)]
+            part = self._part(box, dtype, begin, [b - a for a, b in shared])
             if part.shape == torch.Size(lengths):
                 return part
             if result is None:
                 result = torch.empty(lengths, dtype=dtype)
-            here = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, offsets, strict=True))
+            here = tuple(slice(a - o, b - o) for (a, b), o in zip(shared, offsets, strict=True))
             result[here] = part
             filled += part.numel()
         if result is None or filled != result.numel():
@@ -131,13 +144,3 @@ def check_shapes(where: str, saved: dict[str, Shape], shapes: dict[str, Shape]) 
     told = [f"{what}: {shorten(names)}" for what, names in problems.items() if names]
     if told:
         raise CheckpointError(f"{where} does not fit the model of its run; {'; '.join(told)}.")
-
-
-def _overlap(
-    offsets: Sequence[int], lengths: Sequence[int], box_offsets: Sequence[int], box_lengths: Sequence[int]
-) -> list[tuple[int, int]] | None:
-    """[begin, end) in each dimension of what two boxes share, or None."""
-    shared = [
-        (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offsets, lengths, box_offsets, box_lengths, strict=True)
-    ]
-    return shared if all(begin < end for begin, end in shared) else None

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.batches import IGNORE
+from bigtrain.disk import file_within
 from bigtrain.errors import DataError
 
 FORMAT = 2
@@ -229,8 +230,15 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} has format {written_in}, this bigtrain reads {FORMAT}. {MADE_AGAIN}")
     if text != seal({name: value for name, value in manifest.items() if name != "sha256"}):
         raise DataError(f"{path} is not what was written: its checksum differs. {MADE_AGAIN}")
-    for name, facts in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+    try:
+        files = {name: (file_within(folder, name), facts) for name, facts in manifest["files"].items()}
+        if missing := [name for name, facts in manifest["files"].items() if not isinstance(facts["sha256"], str)]:
+            raise ValueError(f"{missing[0]} has no checksum")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} cannot be used: {reason}. {MADE_AGAIN}") from error
+    for name, (file, facts) in files.items():
+        size = file.stat().st_size if file.is_file() else None
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
             raise DataError(f"{folder / name} {found}. {MADE_AGAIN}")

@@ -337,6 +337,9 @@ def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
         raise _OnlyWhole("it has no model.safetensors")
     with opening(source, PRETRAINED):
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        for shard in shards:
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise ConfigError(f"{PRETRAINED}: {index} names {shard}, which is no file of its folder.")
     for shard in shards:
         found = find(shard)
         if found is None:
