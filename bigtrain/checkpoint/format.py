@@ -157,8 +157,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(folder, f"{path} cannot be read: {_reason(error)}") from None
     if text != _json(_sealed(manifest)):
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
-    _check_format(folder, manifest)
     try:
+        _check_format(folder, manifest)
         _check_values(manifest)
         files = {name: (file_within(folder, name), facts["bytes"]) for name, facts in manifest["files"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -250,8 +250,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_format(folder: Path, manifest: dict[str, Any]) -> None:
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {manifest.get('format')}; this version reads {FORMAT}.")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT}.")
 
 
 def read_progress(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
