@@ -6,7 +6,8 @@ from xdist.scheduler import LoadFileScheduling
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
-POOLS = {f"tests/parity/test_{name}.py" for name in ("precision", "state", "steps")}  # these share pools of ranks
+# These share pools of ranks.
+POOLS = {f"tests/parity/test_{name}.py" for name in ("loop", "precision", "state", "steps")}
 
 
 class Scheduling(LoadFileScheduling):

@@ -29,8 +29,8 @@ LLAMA = {
 }
 
 
-def model_builder(tied=True, activation_checkpointing="none"):
-    values = {**LLAMA, "tie_word_embeddings": tied}
+def model_builder(tied=True, activation_checkpointing="none", **changes):
+    values = {**LLAMA, "tie_word_embeddings": tied, **changes}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     return partial(empty_model, config, attention="sdpa", activation_checkpointing=activation_checkpointing)
 
@@ -77,6 +77,7 @@ def make(
     progress=None,
     optimizer=OPTIMIZER,
     build_model=None,
+    seed=0,
 ):
     """An engine of the named layout with random weights, or those of `reader`."""
     build_model = build_model or model_builder(tied, checkpointing)
@@ -89,7 +90,7 @@ def make(
         compile=compile,
         micro_batch_size=micro,
         optimizer=optimizer,
-        seed=0,
+        seed=seed,
         device=torch.device("cpu"),
     )
     engine.load(reader or RandomWeights(build_model(meta=True), seed=0), progress or {"updates": 0})

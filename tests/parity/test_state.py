@@ -1,8 +1,15 @@
 """The state moves between engines and world sizes, and training goes on as if nothing had happened."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from bigtrain.checkpoint import Checkpoint, Retention, complete, save
+from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.weights import pretrained_weights
 from tests.parity import cases
 
 TOUR = [("zero3", 3), ("fsdp", 2), ("ddp", 1), ("zero2", 2), ("fsdp", 4), ("ddp", 3), ("zero1", 3), ("zero3", 2)]
@@ -75,3 +82,73 @@ def test_all_ranks_know_what_is_not_finite(pools, layout):
     assert len(poisoned) == 1
     assert poisoned[0].startswith("exp_avg_sq of ")
     assert len({name.rpartition(" of ")[2] for name in exploded}) > 15
+
+
+BUFFER = "model.layers.1.mlp.gate.e_score_correction_bias"
+GLM = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": cases.VOCABULARY,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "initializer_range": 0.3,
+    "n_group": 1,
+    "topk_group": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def buffered(tmp_path_factory):
+    """A pretrained mixture of experts whose router has a buffer; (its folder, that buffer, its loss with it and with
+    zeros in its place)."""
+    folder = tmp_path_factory.mktemp("buffered")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **GLM)).eval()
+    batch = cases.global_batch(0)
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+    buffer, losses = dict(model.named_buffers())[BUFFER], []
+    for values in (torch.zeros(4), torch.tensor([2.0, -1.0, 0.0, 1.0])):
+        buffer.copy_(values)
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits
+        losses.append(functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum"))
+    model.save_pretrained(folder)
+    return folder, buffer, losses[1].item(), losses[0].item()
+
+
+def read_and_written(layout, source, folder):
+    """(the buffers of the state, the loss) with the pretrained weights, and with those of a checkpoint of them."""
+    config = AutoConfig.from_pretrained(source)
+    build_model = partial(empty_model, config, attention="sdpa", activation_checkpointing="none")
+    reader = pretrained_weights(str(source), build_model(meta=True), 0, folder / "written", lambda _: None)
+    answers = []
+    for _ in range(2):
+        engine = cases.make(layout, build_model=build_model, reader=reader)
+        loss = engine.evaluate([cases.share(0)])["loss"]
+        state = cases.collect(engine)
+        answers.append(({name: tensor for (name, slot), tensor in state.items() if slot == "buffer"}, loss))
+        save(folder, 1, engine.boxes(), engine.progress(), Retention(keep=1))
+        engine.close()
+        reader = Checkpoint(complete(folder)[-1])
+    return answers
+
+
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 1), ("fsdp", 2), ("zero2", 2), ("zero3", 2)])
+def test_buffers_come_from_pretrained_files_and_go_through_checkpoints(pools, tmp_path, buffered, layout, size):
+    """The model computes with them on every rank."""
+    folder, buffer, expected, without = buffered
+    assert abs(expected / without - 1) > 1e-4
+    for answers in pools(size)(read_and_written, layout, folder, tmp_path):
+        for buffers, loss in answers:
+            assert buffers.keys() == {BUFFER}
+            assert torch.equal(buffers[BUFFER], buffer)
+            assert loss == pytest.approx(expected, rel=1e-5)
