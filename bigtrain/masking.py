@@ -30,8 +30,8 @@ SECRET = re.compile(
         (?:[^\s/?\#]*|(?:(?!://)[^\s?\#@])*)@                   # an AWS key may hold a slash
     | (?<=://)[\w-]{{20,}}@                                     # a token in the place of the user
     | (?<=[?&;\#])(?P<parameter>[\w.-]*(?:token|key|key_?id|access_?id|secret|sig|signature|password|passwd|pwd|auth
-        |credentials?)=)[^\s&;\#'"<>]+
-    | \b(?P<variable>[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)=)\S+
+        |credentials?)=)[^\s&;\#'"<>,()[\]{{}}]+
+    | \b(?P<variable>[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)=)[^\s'"<>,()[\]{{}}]+
     | (?P<bearer>\bBearer\s+)[\w.~+/=-]+
     | {TOKENS}
     """,

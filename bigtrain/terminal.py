@@ -84,4 +84,5 @@ def guard() -> None:
         os.set_inheritable(descriptor, True)
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
-    sys.stdout, sys.stderr = guarded(sys.stdout), guarded(sys.stderr)
+    sys.stdout = guarded(sys.stdout or os.fdopen(1, "w", closefd=False))
+    sys.stderr = guarded(sys.stderr or os.fdopen(2, "w", closefd=False))

@@ -43,7 +43,7 @@ class Stream:
             self._lost(what, error)
 
     def close(self) -> None:
-        """Let the readers that hold something open finish it, in order: a failure is still told to those after it."""
+        """Let the readers that hold something open finish it, last to first: the others hear of a failure."""
         with self._lock:
             while self._readers:
                 self._ask(self._readers.pop(), "close")

@@ -11,10 +11,10 @@ from bigtrain.config.schema import Run
 from bigtrain.masking import masked_values
 from bigtrain.observability.stream import METRICS, Event
 
-START_SECONDS = 30  # that a server may take to answer
 FINISH_SECONDS = 120.0  # that sending the rest may take
-# MLflow's own are 7 retries, in which training would wait for minutes; what a user has set wins
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(START_SECONDS)}
+# For a server that does not answer, in seconds; by their own defaults training would wait for minutes. What a user has
+# set wins.
+PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 NOT_LOGGED = {"kind", "time", "stage", "step", "steps", "attempt"}
 
 
@@ -48,9 +48,7 @@ class Tracker:
         name = self._config.name
         tracker: tracking.GeneralTracker = {
             "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", logging_dir=self._folder),
-            "wandb": lambda: tracking.WandBTracker(
-                "bigtrain", name=name, dir=self._folder, settings={"init_timeout": START_SECONDS}
-            ),
+            "wandb": lambda: tracking.WandBTracker("bigtrain", name=name, dir=self._folder),
             "mlflow": lambda: tracking.MLflowTracker("bigtrain", run_name=name),
             "trackio": lambda: tracking.TrackioTracker("bigtrain", name=name),
         }[self._kind]()

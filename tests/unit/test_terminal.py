@@ -136,6 +136,8 @@ def test_exit_codes_without_the_streams(tmp_path):
         assert command(wrong, stderr=full, stdout=full) == 2
     closed = subprocess.run(["sh", "-c", f'"{sys.executable}" -m bigtrain run no.yaml 2>&- >&-'], cwd=tmp_path)
     assert closed.returncode == 2
+    closed = subprocess.run(["sh", "-c", f'"{sys.executable}" -m bigtrain --help 2>&- >&-'])
+    assert closed.returncode == 0
     with (tmp_path / "errors").open("w") as errors, FULL.open("w") as full:
         assert command(["--version"], stdout=full, stderr=errors) == 1
     assert (tmp_path / "errors").read_text() == "standard output cannot be written: No space left on device.\n"
@@ -160,6 +162,7 @@ SECRETS = [
         "https://h/x?X-Amz-Credential=***&X-Amz-Signature=***'",
         "ff",
     ),
+    ("[{source: https://h/?token=t0p}, {a: 1}]", "[{source: https://h/?token=***}, {a: 1}]", "t0p"),
     ("HF_TOKEN=abc: refused", "HF_TOKEN=*** refused", "abc"),
     (f"401 for hf_{'a' * 34}.", "401 for ***.", "hf_"),
     ("Authorization: Bearer abc.def", "Authorization: Bearer ***", "abc"),
