@@ -21,6 +21,7 @@ from bigtrain.data.files import Unusable
 from bigtrain.data.prepare import Part
 from bigtrain.data.store import Store
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.masking import masked
 from bigtrain.parallel.contract import TaskModule, micro_batches, sum_over_ranks
 from bigtrain.parallel.world import World
 from bigtrain.tasks import Task
@@ -109,7 +110,8 @@ def write_documents(
             loss, targets = (float(sums[name][chosen].sum()) for name in ("loss", "targets"))
             if targets:
                 text = row_text(row)
-                told = {"source": part.source.source, "where": row["where"], "key": row["key"], "text": text[:SHOWN]}
+                place = {"source": masked(part.source.source), "where": masked(row["where"])}
+                told: dict[str, Any] = place | {"key": row["key"], "text": text[:SHOWN]}
                 told |= {"targets": int(targets), "loss": loss / targets}
                 file.write(json.dumps(told, ensure_ascii=False) + "\n")
         if any(numbers.values()):

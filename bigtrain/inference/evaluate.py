@@ -83,7 +83,10 @@ def evaluate(
                 raise ConfigError("sequence_length: a run's held-out sequences are as long as its stage says.")
             stage = _evaluating(place)
             assert stage.evaluate is not None
-            stores = _recorded(place, stage) or _prepared(place, stage, opened)
+            recorded = _recorded(place, stage)
+            if file is not None or not recorded:
+                _check_readable(stage)
+            stores = recorded or prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
             limit = stage.evaluate.sequences if sequences is None else sequences
             micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
             return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents", file, out)
@@ -106,15 +109,15 @@ def _recorded(place: RunPlace, stage: Stage) -> list[Store]:
     return [open_store(folder, stage.sequence_length, isolated) for folder in folders]
 
 
-def _prepared(place: RunPlace, stage: Stage, opened: Opened) -> list[Store]:
-    """The held-out stores, made from the stage's sources."""
-    for source in (stage.evaluate and stage.evaluate.data) or stage.data:
+def _check_readable(stage: Stage) -> None:
+    """Raises ConfigError for a held-out source that only opens with a secret: the run's folder has none."""
+    assert stage.evaluate is not None
+    for source in stage.evaluate.data or stage.data:
         if MASK in source.source:
             raise ConfigError(
                 f"{source.source}: the run's folder keeps no secrets, so its held-out documents cannot be read again; "
                 "name them with --data."
             )
-    return prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
 
 
 def _evaluated(

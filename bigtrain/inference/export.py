@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
 from bigtrain.observability.stream import read_metrics
 from bigtrain.parallel.contract import persistent_buffers
+from bigtrain.terminal import say
 
 MARK = "Exported by bigtrain"  # in the README.md of every export; a folder without it is never replaced
 
@@ -51,7 +51,7 @@ def export(
     _refuse_other(target)
     opened = open_model(place.checkpoint, dtype=dtype, device="cpu", ema=ema)
     for change in opened.changes:
-        print(f"{target}: {change}", file=sys.stderr, flush=True)
+        say(f"{target}: {change}", error=True)
     return write_folder(opened, target, _card(place, opened))
 
 

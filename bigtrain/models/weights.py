@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.pretrained import WEIGHT_FILES, arguments, files_of, opening, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
 from bigtrain.tensor_files import Stored, UnknownDtype, read_header
+from bigtrain.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,7 +202,7 @@ def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
         _refuse_shape(source, name, tuple(there), tuple(wanted), key)
     if info["unexpected_keys"]:
         left_out = shorten(sorted(info["unexpected_keys"]))
-        print(f"{source}: {model.config.model_type} has no use for {left_out}; left out.", file=sys.stderr, flush=True)
+        say(f"{source}: {model.config.model_type} has no use for {left_out}; left out.", error=True)
     return model
 
 

@@ -123,7 +123,7 @@ def test_held_out_documents_that_only_a_secret_opens(tmp_path):
     place = RunPlace(folder.path, run, run.stages[0], folder.path)
     assert evaluate._recorded(place, run.stages[0]) == []
     with pytest.raises(ConfigError, match=r"keeps no secrets.* --data") as refused:
-        evaluate._prepared(place, run.stages[0], None)
+        evaluate._check_readable(run.stages[0])
     assert "user:***@host" in str(refused.value)
 
 

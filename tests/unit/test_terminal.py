@@ -1,5 +1,6 @@
 """What is printed holds no control characters and no secrets, and a stream that is lost ends nothing."""
 
+import ast
 import io
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
+import bigtrain
 from bigtrain.errors import BigtrainError, DamagedError, DataError
 from bigtrain.masking import MASK, masked, masked_values
 from bigtrain.observability.console import console
@@ -202,3 +204,18 @@ def test_errors_hold_no_secrets(capsys):
     assert "hunter2" not in str(DamagedError("x", "https://u:hunter2@h/x"))
     say("https://u:hunter2@h/x")
     assert capsys.readouterr().out == "https://u:***@h/x\n"
+
+
+def test_everything_is_printed_in_one_place():
+    """`print`, a console of its own and the standard streams are for `terminal` and `console` only."""
+    root = Path(bigtrain.__file__).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).as_posix() in ("terminal.py", "observability/console.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "Console", "typer.echo", "rprint"):
+                found.append(f"{path.name}:{node.lineno}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{path.name}:{node.lineno}")
+    assert found == []
