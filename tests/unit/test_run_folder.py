@@ -10,10 +10,11 @@ import time
 import pytest
 
 from bigtrain import run_folder
-from bigtrain.config import load_config
+from bigtrain.config import difference, differences, load_config
 from bigtrain.config.load import load
 from bigtrain.config.rules import RESERVED
 from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.launching import start as starting
 from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder, ending_of
 from tests.support import small_config
@@ -340,3 +341,91 @@ def test_the_last_row_of_a_step_counts_and_a_torn_line_does_not(tmp_path):
     stream.emit("step", stage="a", step=4, loss=0.4)
     stream.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_words_of_a_difference(tmp_path):
+    """No Python in them."""
+    path = small_config(tmp_path)
+
+    def told(*overrides):
+        changes = differences(load_config(path), load_config(path, overrides), "mathematics")
+        return "\n".join(difference(*change) for change in changes)
+
+    package = load_config(path).stages[0].data[0].source
+    both = f"stages.pretrain.data=[{{source: '{package}', weight: 2}}, {{source: chats6.jsonl, weight: 1}}]"
+    assert told(both) == (
+        f"stages.pretrain.data:\n    - {package}\n    + {package}, weight 2\n    + chats6.jsonl, weight 1"
+    )
+    assert told("stages.pretrain.optimizer.max_grad_norm=null") == (
+        "stages.pretrain.optimizer.max_grad_norm: 1.0 in the run, null now"
+    )
+    assert told("stages.pretrain.clean={repair: true}") == "stages.pretrain.clean: null in the run, repair true now"
+    assert told("model.from_config.tie_word_embeddings=false") == (
+        "model.from_config.tie_word_embeddings: true in the run, false now"
+    )
+    assert told("model.from_config.head_dim=8") == "model.from_config.head_dim: absent in the run, 8 now"
+    assert told("tokenizer.add_tokens=[<a>]") == "tokenizer.add_tokens:\n    + '<a>'"
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
+    config = load_config(small_config(tmp_path))
+    folder = RunFolder.of(config)
+    folder.end("refused", "before there is a run", time.time())
+    assert not folder.path.exists()
+    for reason in ("the disk is full", None):
+        since = time.time()
+        folder.begin(config, None, world_size=1)
+        if reason:
+            folder.end("failed", reason, since)
+    RunFolder.of(config).end("refused", "another job is at work", time.time())
+    folder.leave()  # as a job that is killed
+    folder.end("refused", "seed: 1", time.time())
+    folder.begin(config, None, world_size=1)
+    folder.end("finished", None, since)
+    told = [(event["kind"], event["reason"]) for event in events(folder)]
+    killed = "it was killed, or its machine was lost: it left no word of its end"
+    assert told == [
+        ("failed", "the disk is full"),
+        ("refused", "another job is at work"),
+        ("refused", "seed: 1"),
+        ("killed", killed),
+    ]
+    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]] == [
+        "failed",
+        "killed",
+        "refused",
+        "finished",
+    ]
+
+
+def test_a_start_that_is_refused_or_fails_is_an_event(tmp_path, monkeypatch):
+    """Whoever finds out: the rules about this machine, the check of the folder, the launcher of the ranks."""
+    path = small_config(tmp_path)
+    config = load_config(path)
+    with pytest.raises(ConfigError):
+        starting.load_here(path, ["stages.pretrain.data.0.source=gone.jsonl"])
+    folder = RunFolder.of(config)
+    assert not folder.path.exists()
+    since = time.time()
+    folder.begin(config, None, world_size=1)
+    folder.record("pretrain", finished=True, steps=6, data=[])
+    folder.end("finished", None, since)
+    folder.leave()
+    with pytest.raises(ConfigError):
+        starting.load_here(path, ["stages.pretrain.data.0.source=gone.jsonl"])
+    with pytest.raises(ConfigError):
+        starting.start(load_config(path, ["seed=1"]))
+    killed = "rank 1 was killed by signal 9 (SIGKILL); the machine was probably out of memory."
+    told = [(1, killed), (1, "rank 0 failed:\nTraceback (most recent call last):\n  ...\nZeroDivisionError: no")]
+    for code, text in told:
+        monkeypatch.setattr(starting, "spawn_command", lambda *given, c=code, t=text: given[-1](c, t) or c)
+        assert starting.start(config) == 1
+    reasons = [(event["kind"], event["reason"].splitlines()[0]) for event in events(folder)]
+    assert [kind for kind, _ in reasons] == ["refused", "refused", "failed", "failed"]
+    assert "gone.jsonl" in reasons[0][1] and "trains something else" in reasons[1][1]
+    assert [reason for _, reason in reasons[2:]] == [killed, "rank 0 failed: ZeroDivisionError: no"]
+    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]][1:] == [kind for kind, _ in reasons]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from fsspec import AbstractFileSystem, register_implementation
 
-from bigtrain.config import difference, differences, load, load_config, to_yaml
+from bigtrain.config import load, load_config, to_yaml
 from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.inference import evaluate
@@ -125,65 +125,6 @@ def test_held_out_documents_that_only_a_secret_opens(tmp_path):
     with pytest.raises(ConfigError, match=r"keeps no secrets.* --data") as refused:
         evaluate._check_readable(run.stages[0])
     assert "user:***@host" in str(refused.value)
-
-
-def test_the_words_of_a_difference(tmp_path):
-    """No Python in them."""
-    path = small_config(tmp_path)
-
-    def told(*overrides):
-        changes = differences(load_config(path), load_config(path, overrides), "mathematics")
-        return "\n".join(difference(*change) for change in changes)
-
-    package = load_config(path).stages[0].data[0].source
-    both = f"stages.pretrain.data=[{{source: '{package}', weight: 2}}, {{source: chats6.jsonl, weight: 1}}]"
-    assert told(both) == (
-        f"stages.pretrain.data:\n    - {package}\n    + {package}, weight 2\n    + chats6.jsonl, weight 1"
-    )
-    assert told("stages.pretrain.optimizer.max_grad_norm=null") == (
-        "stages.pretrain.optimizer.max_grad_norm: 1.0 in the run, null now"
-    )
-    assert told("stages.pretrain.clean={repair: true}") == "stages.pretrain.clean: null in the run, repair true now"
-    assert told("model.from_config.tie_word_embeddings=false") == (
-        "model.from_config.tie_word_embeddings: true in the run, false now"
-    )
-    assert told("model.from_config.head_dim=8") == "model.from_config.head_dim: absent in the run, 8 now"
-    assert told("tokenizer.add_tokens=[<a>]") == "tokenizer.add_tokens:\n    + '<a>'"
-
-
-def events(folder):
-    return [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
-
-
-def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
-    config = load_config(small_config(tmp_path))
-    folder = RunFolder.of(config)
-    folder.end("refused", "before there is a run", time.time())
-    assert not folder.path.exists()
-    for reason in ("the disk is full", None):
-        since = time.time()
-        folder.begin(config, None, world_size=1)
-        if reason:
-            folder.end("failed", reason, since)
-    RunFolder.of(config).end("refused", "another job is at work", time.time())
-    folder.leave()  # as a job that is killed
-    folder.end("refused", "seed: 1", time.time())
-    folder.begin(config, None, world_size=1)
-    folder.end("finished", None, since)
-    told = [(event["kind"], event["reason"]) for event in events(folder)]
-    killed = "it was killed, or its machine was lost: it left no word of its end"
-    assert told == [
-        ("failed", "the disk is full"),
-        ("refused", "another job is at work"),
-        ("refused", "seed: 1"),
-        ("killed", killed),
-    ]
-    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]] == [
-        "failed",
-        "killed",
-        "refused",
-        "finished",
-    ]
 
 
 class Vault(AbstractFileSystem):
