@@ -323,7 +323,7 @@ def sparse_store(folder: Path) -> Path:
     manifest = {
         **{"format": FORMAT, "layout": "windows", "sequence_length": None, "source": "holes", "documents_are": "all"},
         **{"pad_id": None, "dtype": "uint16", "documents": count, "tokens": tokens},
-        "files": {name: {"bytes": size} for name, size in sizes.items()},
+        "files": {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()},
     }
     (folder / "manifest.json").write_text(seal(manifest))
     return folder

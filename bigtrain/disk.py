@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import filelock
 
-from bigtrain.errors import DataError
+from bigtrain.errors import BigtrainError, DataError
+
+SCRATCH = "bigtrain-"  # begins the name of a temporary folder
 
 
 def make_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -92,6 +95,56 @@ def append_lines(path: Path) -> TextIO:
     if torn:
         file.write("\n")
     return file
+
+
+@contextmanager
+def scratch(what: str = "") -> Iterator[Path]:
+    """A temporary folder, bigtrain-WHAT-*, that is removed at the end; those of processes that were killed go as well.
+
+    A lock in it, that its process holds, tells whether that one lives.
+    """
+    temporary = Path(tempfile.gettempdir())
+    for left in temporary.glob(f"{SCRATCH}*"):
+        _remove_abandoned(left)
+    folder = Path(tempfile.mkdtemp(prefix=f".{SCRATCH}"))
+    lock = filelock.FileLock(folder / "lock")
+    lock.acquire()
+    folder = folder.rename(temporary / f"{SCRATCH}{what}{folder.name.removeprefix(f'.{SCRATCH}')}")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release(force=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    with suppress(OSError, filelock.Timeout):  # it is another one's, or another process is at it
+        if (folder / "lock").is_file() and folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
+            with filelock.FileLock(folder / "lock", timeout=0):
+                shutil.rmtree(folder)
+
+
+def clean(folder: Path) -> None:
+    """Remove what processes that were killed have left beside the folders that `make_once` and `remove` are about."""
+    host = os.uname().nodename
+    for left in folder.glob("*.removed-*"):
+        where, _, process = left.name.partition(".removed-")[2].rpartition("-")
+        if where == host and process.isdecimal() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob("*.partial"):
+        if left.is_dir():
+            with suppress(OSError, filelock.Timeout), filelock.FileLock(left.with_suffix(".lock"), timeout=0):
+                shutil.rmtree(left)
+
+
+@contextmanager
+def told_as(error: type[BigtrainError], what: str, remedy: str) -> Iterator[None]:
+    """Turn what the disk refuses into a sentence: `what` cannot be written, why, and the remedy."""
+    try:
+        yield
+    except OSError as refused:
+        reason = f"{refused.strerror or refused}" + (f" ({refused.filename})" if refused.filename else "")
+        raise error(f"{what} cannot be written: {reason}. {remedy}") from refused
 
 
 def check_free(folder: Path, needed: float, what: str) -> None:

@@ -12,7 +12,7 @@ from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete,
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import StageData
-from bigtrain.disk import megabytes
+from bigtrain.disk import megabytes, told_as
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.inputs import open_origin
 from bigtrain.observability.stream import Stream
@@ -20,7 +20,7 @@ from bigtrain.optim import slots
 from bigtrain.parallel.agreement import from_first
 from bigtrain.parallel.contract import read_together
 from bigtrain.parallel.world import World
-from bigtrain.run_folder import RunFolder
+from bigtrain.run_folder import CANNOT_BEGIN, RunFolder
 from bigtrain.training.run import StageRun
 
 
@@ -144,8 +144,9 @@ class History:
 
         def plan() -> None:
             root = self._folder.checkpoints(stage.name)
-            root.mkdir(parents=True, exist_ok=True)
-            discard_incomplete(root)
+            with told_as(CheckpointError, f"the folder of checkpoints {root}", CANNOT_BEGIN):
+                root.mkdir(parents=True, exist_ok=True)
+                discard_incomplete(root)
             for ahead in (folder for folder in complete(root) if (step_of(folder) or 0) > done):
                 aside = set_aside(ahead, AHEAD)
                 self._stream.emit("checkpoint_ahead", stage=stage.name, done=done, set_aside=str(aside))

@@ -23,12 +23,13 @@ import filelock
 from bigtrain.config import Run, difference, differences, load_config, to_yaml, without_secrets
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
-from bigtrain.disk import append_lines, remove
-from bigtrain.errors import BigtrainError, ConfigError, nearest
+from bigtrain.disk import append_lines, clean, remove, told_as
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, nearest
 from bigtrain.masking import masked_values
 from bigtrain.terminal import say
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
+CANNOT_BEGIN = "Make room or mend the permissions there, or set `output` to a folder that can be written."
 Ending = Literal["finished", "imported", "preempted", "refused", "failed", "killed"]
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
 
@@ -38,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._attempt: str | None = None  # the id of the one that this process has begun
         # a lock that is a mere file would outlive a job whose host is lost
         self._lock = filelock.FileLock(path / LOCK, fallback_to_soft=False)
 
@@ -161,9 +163,15 @@ class RunFolder:
         Until `leave` the folder is this process's alone. Raises ConfigError when another one holds it and does not end.
         """
         self.check(config, restart)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._enter()
-        self.check(config, restart)  # again: another job may have begun meanwhile
+        with told_as(ConfigError, f"the run's folder {self.path}", CANNOT_BEGIN):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._enter()
+            self.check(config, restart)  # again: another job may have begun meanwhile
+            clean(self.path)
+            clean(Path(config.output) / "stores")
+            return self._begin(config, restart, origin, execution)
+
+    def _begin(self, config: Run, restart: str | None, origin: dict[str, Any] | None, execution: dict[str, Any]) -> int:
         for stage in _with_dependents(config, restart):
             self._set_aside(stage)
         for name in sorted({*self.facts().get("stages", {}), *(stage.name for stage in config.stages)}):
@@ -177,9 +185,10 @@ class RunFolder:
         if not self.is_kept():
             facts["origin"] = origin
         self._close(facts["attempts"])
+        self._attempt = uuid.uuid4().hex
         facts["attempts"].append(
             {
-                "id": uuid.uuid4().hex,
+                "id": self._attempt,
                 "started": time.time(),
                 "machine": platform.node(),
                 "python": platform.python_version(),
@@ -210,6 +219,8 @@ class RunFolder:
                 self._lock.acquire(timeout=0)
             facts = self.facts()
             attempts = facts["attempts"]
+            if self._attempt is not None and self.newest_attempt() != self._attempt:
+                return  # another run has taken the folder's place
             if not attempts or attempts[-1]["started"] < since:
                 self._close(attempts)
                 attempts.append({"id": uuid.uuid4().hex, "started": since, "machine": platform.node()})
@@ -237,6 +248,18 @@ class RunFolder:
     def leave(self) -> None:
         """Let another job begin."""
         self._lock.release(force=True)
+
+    def check_there(self) -> None:
+        """Raises CheckpointError if the folder in which this process has begun is gone, or another one in its place."""
+        with suppress(OSError, ConfigError):  # a disk that answers late is no lost one: a save will tell
+            if self._attempt is None or self.newest_attempt() == self._attempt:
+                return
+            gone = "was removed" if not (self.path / "run.json").exists() else "has been replaced by another run"
+            raise CheckpointError(
+                f"the run's folder {self.path} {gone} while this run trained: it has nowhere to save. Put the folder "
+                "back, and start the run again: it goes on from its newest checkpoint there. If it is lost, choose "
+                "another `name` or an empty `output`: the run begins anew."
+            )
 
     def is_at_work(self) -> bool:
         """Whether a job holds the folder."""
@@ -331,8 +354,12 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         """Write a file so that it is the old one or the new one, never a half."""
         partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path / name)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _check_facts(facts: Any) -> None:

@@ -94,7 +94,8 @@ def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
             requests = Requests()
             if world.rank == 0:
                 seconds = config.time_limit_seconds
-                requests = Requests(folder.save_request, None if seconds is None else TimeLimit(seconds, begun))
+                limit = None if seconds is None else TimeLimit(seconds, begun)
+                requests = Requests(folder.save_request, limit, folder.check_there)
             stream = _open(config, folder, world, restart, requests)
             finished = _Pipeline(config, world, folder, stream, requests).run()
         if finished and world.rank == 0:  # on its own: nobody waits in a collective for it
@@ -360,7 +361,13 @@ class _Pipeline:
         limit = stage.evaluate.sequences if stage.evaluate else None
         settings = stage.checkpoint
         retention = Retention(settings.keep, settings.keep_every, settings.keep_weights_only)
-        saver = Saver(self.folder.checkpoints(stage.name), retention, run.saved, asynchronous=settings.asynchronous)
+        saver = Saver(
+            self.folder.checkpoints(stage.name),
+            retention,
+            run.saved,
+            asynchronous=settings.asynchronous,
+            check_there=self.folder.check_there,
+        )
         pin = self.world.device.type == "cuda"
         with Prefetched(batches, pin) as prefetched, saver, compiling(stage.name):
             return train(

@@ -54,12 +54,22 @@ class Saver:
     the thread.
     """
 
-    def __init__(self, root: Path, retention: Retention, told: Callable[[Saved], None], *, asynchronous: bool = True):
-        """told: is called on rank 0 with every checkpoint that is complete, by the thread that completes it."""
+    def __init__(
+        self,
+        root: Path,
+        retention: Retention,
+        told: Callable[[Saved], None],
+        *,
+        asynchronous: bool = True,
+        check_there: Callable[[], None] = lambda: None,
+    ):
+        """told: is called on rank 0 with every checkpoint that is complete, by the thread that completes it.
+        check_there: raises CheckpointError if the run's folder is not the one any more in which the run began."""
         self._root = root
         self._retention = retention
         self._told = told
         self._asynchronous = asynchronous
+        self._check_there = check_there
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._buffers: dict[str, Tensor] = {}
@@ -81,7 +91,8 @@ class Saver:
         self.finish()
         folder = step_folder(self._root, step)
         if self._rank == 0:
-            with _writing(folder):
+            self._check_there()  # else a folder that is gone would be made again, and lack all but this
+            with self._writing(folder):
                 discard(folder)  # left by a save that was interrupted: it has no manifest
                 folder.mkdir(parents=True)
         dist.barrier()
@@ -156,7 +167,7 @@ class Saver:
     def _write(self, save: _Save, files: dict[str, _File]) -> None:
         """By the thread: this rank's files, and then what the manifest has to say of them."""
         told: dict[str, Any] = {"files": {}, "boxes": []}
-        with _writing(save.folder):
+        with self._writing(save.folder):
             for name, file in files.items():
                 data = bytes_of(file.data)
                 write_file(save.folder / name, data)
@@ -174,7 +185,7 @@ class Saver:
         """By rank 0's thread: the manifest, and then whatever need not stay."""
         files: dict[str, Any] = {}
         state: dict[str, dict[str, Any]] = {}
-        with _writing(save.folder):
+        with self._writing(save.folder):
             parts = [save.folder / _part(rank) for rank in range(self._world_size)]
             for part in parts:
                 told = json.loads(part.read_bytes())
@@ -192,23 +203,20 @@ class Saver:
             self._retention.apply(save.folder)
         self._told(Saved(save.folder, save.step, save.stalled, time.perf_counter() - save.began))
 
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        rest = (
-            ", and it goes on from the newest of them"
-            if (whole := any(map(resumable, complete(folder.parent))))
-            else ""
-        )
-        raise CheckpointError(
-            f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). "
-            f"{'The checkpoints before it are whole' if whole else 'There is none before it'}: make room or mend the "
-            f"folder, then start the run again{rest}."
-        ) from error
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """Turn what the disk refuses into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            self._check_there()
+            whole = any(map(resumable, complete(folder.parent)))
+            before = "The checkpoints before it are whole" if whole else "There is none before it"
+            rest = ", and it goes on from the newest of them" if whole else ""
+            raise CheckpointError(
+                f"the checkpoint {folder} cannot be written: {error.strerror} ({error.filename or folder}). {before}: "
+                f"make room or mend the folder, then start the run again{rest}."
+            ) from error
 
 
 class NoSaver:

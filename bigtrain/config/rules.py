@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ RESERVED = (
     LOCK,
 )  # what else a run's folder may hold
 
+LONG_NAME = 200  # characters of a name: disks take 255 bytes of one, and endings come after it
 Broken = Iterator[tuple[KeyPath, str]]
 
 
@@ -99,6 +101,9 @@ def _top(run: Run) -> Broken:
         )
     if tokenizer is not None and (tokenizer.train is None) == (tokenizer.from_pretrained is None):
         yield ("tokenizer",), "give either train or from_pretrained."
+    for at, name in ((("name",), run.name), *((("stages", i, "name"), s.name) for i, s in enumerate(run.stages))):
+        if len(name) > LONG_NAME:
+            yield at, f"{len(name)} characters are too long for the name of a folder; at most {LONG_NAME}."
     if run.name == "stores":
         yield ("name",), "`stores` is the folder of the token stores; choose another name."
     if run.precision == "fp16" and run.parallel.device == "cpu":
@@ -299,17 +304,24 @@ def _weights(sources: list[Source], at: KeyPath) -> Broken:
 def is_occupied(folder: Path) -> bool:
     """Whether there is something in a folder, and no run; a job that is about to begin one holds its LOCK already."""
     there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    return bool(there - {LOCK}) and "config.yaml" not in there
+    there = {name for name in there if name != LOCK and not name.endswith(".partial")}
+    return bool(there) and "config.yaml" not in there
 
 
 def _run_folder(run: Run) -> Broken:
     output, folder = Path(run.output), Path(run.output) / run.name
-    if output.exists() and not output.is_dir():
-        yield ("output",), f"{output} is a file; name a folder."
-    elif folder.exists() and not folder.is_dir():
-        yield ("name",), f"{folder} is a file; choose another `name` or `output`."
-    elif is_occupied(folder):
-        yield ("name",), f"{folder} is not empty and holds no run; choose another `name` or `output`."
+    try:
+        if output.exists() and not output.is_dir():
+            yield ("output",), f"{output} is a file; name a folder."
+        elif folder.exists() and not folder.is_dir():
+            yield ("name",), f"{folder} is a file; choose another `name` or `output`."
+        elif is_occupied(folder):
+            yield ("name",), f"{folder} is not empty and holds no run; choose another `name` or `output`."
+        else:
+            with suppress(FileNotFoundError):
+                folder.stat()
+    except OSError as error:
+        yield ("output",), f"{folder} cannot be used as a folder: {error.strerror}; choose another."
 
 
 def _pretrained(run: Run) -> Broken:

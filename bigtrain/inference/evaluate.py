@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stag
 from bigtrain.data.batches import held_out_batches
 from bigtrain.data.prepare import held_out_parts, prepare_stage
 from bigtrain.data.store import Store, open_store
-from bigtrain.disk import is_made
+from bigtrain.disk import is_made, scratch
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.inference.documents import listing, sums_by_document, write_documents
 from bigtrain.inference.generate import positions
@@ -90,8 +89,8 @@ def evaluate(
             limit = stage.evaluate.sequences if sequences is None else sequences
             micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
             return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents", file, out)
-        with tempfile.TemporaryDirectory(prefix="bigtrain-evaluate-") as folder:
-            run = _run_over(data, _length(opened, sequence_length), world.size, Path(folder))
+        with scratch("evaluate-") as folder:
+            run = _run_over(data, _length(opened, sequence_length), world.size, folder)
             stage = run.stages[0]
             stores = prepare_stage(run, stage, TASKS[stage.task](), opened.tokenizer).held_out
             micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from types import FrameType
 
 from bigtrain.config import Run, to_yaml
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
+from bigtrain.disk import scratch
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.resilience.requests import SIGNALS
 from bigtrain.terminal import say
@@ -34,8 +34,8 @@ def spawn(
     `why` says in words why there are as many; rank 0 shows it. `failed` is called with exit code and reason of the
     first failure, once these are printed.
     """
-    with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
-        failures = [Path(folder) / f"rank-{rank}.json" for rank in range(processes)]
+    with scratch() as folder:
+        failures = [folder / f"rank-{rank}.json" for rank in range(processes)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         environment = {
             **inherited,  # of a torchrun around this process nothing: it does not serve these ranks' store
@@ -76,8 +76,8 @@ def spawn_command(
     failed: Callable[[int, str], None] = lambda _code, _reason: None,
 ) -> int:
     """`spawn` for `bigtrain COMMAND CONFIG OPTIONS`: every rank gets the file as it is resolved here."""
-    with tempfile.TemporaryDirectory(prefix="bigtrain-") as temporary:
-        resolved = Path(temporary) / "config.yaml"
+    with scratch() as temporary:
+        resolved = temporary / "config.yaml"
         resolved.write_text(to_yaml(config), encoding="utf-8")
         return spawn([sys.executable, "-P", "-m", "bigtrain", command, str(resolved), *options], processes, why, failed)
 

@@ -6,15 +6,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from bigtrain.errors import CheckpointError
 from bigtrain.observability.stream import Event, Reader
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.5
+LOST_POLLS = 10  # between two looks at whether the run's folder is still there
 MEASURED = {"step": "step_seconds", "evaluation": "seconds", "checkpoint_saved": "seconds"}  # event -> its field
 
 
@@ -62,13 +65,21 @@ class Requests:
 
     name = "the answers to `bigtrain save`"
 
-    def __init__(self, save_file: Path | None = None, limit: TimeLimit | None = None) -> None:
-        """save_file: once it is there a save is asked for; see `heard`."""
+    def __init__(
+        self,
+        save_file: Path | None = None,
+        limit: TimeLimit | None = None,
+        check_there: Callable[[], None] = lambda: None,
+    ) -> None:
+        """save_file: once it is there a save is asked for; see `heard`. check_there: raises CheckpointError where the
+        run's folder is lost; looked at now and then, and raised by the next `stop`."""
         self.save = False
         self._asked = False
         self._limit = limit
         self._save_file = save_file
         self._answers: int | None = None  # the step whose checkpoint was asked for
+        self._check_there = check_there
+        self._lost: CheckpointError | None = None
         self._left = threading.Event()
         self._before: dict[int, Any] = {}
 
@@ -83,6 +94,8 @@ class Requests:
 
     @property
     def stop(self) -> bool:
+        if self._lost is not None:
+            raise self._lost
         return self._asked or (self._limit is not None and self._limit.reached)
 
     def __enter__(self) -> Requests:
@@ -105,13 +118,24 @@ class Requests:
         self.save = False
 
     def _watch(self, file: Path) -> None:
+        polls = 0
         while not self._left.wait(POLL_SECONDS):
+            polls += 1
+            if polls % LOST_POLLS == 0:
+                self._look()
             with suppress(OSError):  # who asked has taken it away, or the disk does not answer; it is tried again
                 if file.exists():
                     file.replace(heard(file))
                     self.save = True
                 elif heard(file).exists():
                     os.utime(heard(file))
+
+    def _look(self) -> None:
+        """Notice a folder that is lost, also where no save is due for long."""
+        try:
+            self._check_there()
+        except CheckpointError as error:
+            self._lost = error
 
     def _ask(self, *_: int | FrameType | None) -> None:
         self._asked = True

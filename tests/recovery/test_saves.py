@@ -269,8 +269,7 @@ def tiny(root, step):
     folder.mkdir()
     (folder / "optimizer-00000.safetensors").write_bytes(b"moments")
     (folder / PROGRESS).write_bytes(b"{}")
-    files = {name: {"bytes": (folder / name).stat().st_size} for name in ("optimizer-00000.safetensors", PROGRESS)}
-    write_manifest(folder, {"format": FORMAT, "step": step, "weights_only": False, "files": files, "state": {}})
+    describe(folder, step, "optimizer-00000.safetensors", PROGRESS)
     return folder
 
 
@@ -284,9 +283,14 @@ def no_manifest(folder):
 
 def no_optimizer(folder):
     """As keep_weights_only leaves it."""
-    files = {PROGRESS: {"bytes": 2}}
     (folder / "optimizer-00000.safetensors").unlink()
-    write_manifest(folder, {"format": FORMAT, "step": 0, "weights_only": True, "files": files, "state": {}})
+    describe(folder, 0, PROGRESS, weights_only=True)
+
+
+def describe(folder, step, *names, weights_only=False):
+    files = {name: {"bytes": (folder / name).stat().st_size, "header": 0, "checksum": ""} for name in names}
+    facts = {"format": FORMAT, "step": step, "block": 1, "weights_only": weights_only}
+    write_manifest(folder, {**facts, "files": files, "state": {}})
 
 
 @settings(max_examples=150, deadline=None)

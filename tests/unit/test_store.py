@@ -280,7 +280,10 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
         file.write(np.int64(tokens).tobytes())
     manifest = {"format": 2, "layout": layout, "sequence_length": length, **FACTS, "pad_id": 0, "dtype": "uint16"}
     (folder / "manifest.json").write_text(
-        seal(manifest | {"tokens": tokens, "files": {name: {"bytes": size} for name, size in sizes.items()}})
+        seal(
+            manifest
+            | {"tokens": tokens, "files": {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()}}
+        )
     )
     before = resident_bytes()
     store = open_store(folder, length)
