@@ -17,7 +17,7 @@ from tests.support import small_config
 
 
 @pytest.fixture
-def history(tmp_path):
+def history(tmp_path, capsys):
     """(of a run that has not begun, its first stage, the events that it emits)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = load_config(small_config(tmp_path, ema=0.9))
