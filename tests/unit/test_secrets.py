@@ -159,7 +159,7 @@ def test_stores_hold_no_secrets_and_outlive_a_rotated_one(tmp_path, vault, capsy
     def prepared(password, user="user"):
         source = f"vault://{user}:{password}@host/x.jsonl"
         data = f"{{source: '{source}', on_error: skip, max_characters: 22}}"
-        clean = "stages.pretrain.clean={exact_duplicates: true}"
+        clean = "stages.pretrain.clean={exact_duplicates: true, min_characters: 22}"
         config = load_config(small_config(tmp_path), [f"stages.pretrain.data=[{data}]", clean])
         config = config.model_copy(update={"stages": config.stages[:1]})
         tokenizer = open_tokenizer(config)

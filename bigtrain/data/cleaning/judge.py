@@ -19,6 +19,7 @@ from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.report import Report
 from bigtrain.data.cleaning.texts import Change, TextSteps, row_text, words
 from bigtrain.data.sources import Columns, Row, documents, is_held_out
+from bigtrain.masking import masked_values
 
 HELD_OUT = "held out"  # the reason of documents that are no training documents
 
@@ -96,7 +97,7 @@ class Judge:
             self.advice.add([drop, *reasons])
         self.report.drop(drop, row["where"], text, self._runs_shared(drop))
         facts = {"document": row["where"], **{name: value for name, value in asdict(drop).items() if value is not None}}
-        self._every_drop.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        self._every_drop.write(json.dumps(masked_values(facts), ensure_ascii=False) + "\n")
         return self.codes.setdefault(drop.reason, len(self.codes) + 1)
 
     def _reasons(self, number: int, before: str, text: str) -> Iterator[Drop]:
