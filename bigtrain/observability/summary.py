@@ -97,7 +97,10 @@ def _slow(steps: list[Event]) -> list[str]:
 
 
 def _change(before: float, after: float) -> str:
-    return f" ({100 * (after / before - 1):+.0f} %)" if before else ""
+    if not before:
+        return ""
+    change = 100 * (after / before - 1)
+    return f" ({change:+.{0 if abs(change) >= 10 else 1}f} %)"
 
 
 def _indented(text: str) -> str:

@@ -206,9 +206,9 @@ def test_the_words_of_the_summary(tmp_path, capsys):
 
 
 def test_a_summary_of_even_steps_names_no_slow_one(tmp_path):
-    config, folder = finished_run(tmp_path, seconds=(1.0, 2.9), losses=(2.0, 3.0))
+    config, folder = finished_run(tmp_path, seconds=(1.0, 2.9), losses=(2.0, 1.997))
     assert "slow " not in summary(config, folder)
-    assert "(+50 %)" in summary(config, folder)
+    assert "(-0.1 %)" in summary(config, folder)
 
 
 def test_a_summary_without_what_it_reads(tmp_path, capsys):
