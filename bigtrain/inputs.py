@@ -17,7 +17,7 @@ from bigtrain.data.tokenizer import load_tokenizer, num_ids
 from bigtrain.disk import make_once
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError
 from bigtrain.inference.generation import lineage
-from bigtrain.models.causal_lm import keep_config, kept_config, model_config, parameter_shapes
+from bigtrain.models.causal_lm import keep_config, kept_config, model_config
 from bigtrain.models.trial import try_architecture
 from bigtrain.run_folder import RunFolder
 
@@ -65,7 +65,7 @@ def _try_origin(from_run: str, empty: PreTrainedModel) -> dict[str, Any]:
     if folder is None:
         raise ConfigError(f"model.from_run: {root} has no whole checkpoint any more.")
     with closing(open_origin(folder)) as checkpoint:
-        checkpoint.check_fit(parameter_shapes(empty))
+        checkpoint.check_fit(empty)
         step = checkpoint.step
     return {
         "run": str(origin.folder),

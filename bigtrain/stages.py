@@ -273,7 +273,7 @@ class _Pipeline:
         origin, reader = (imported or resumed.folder.name, resumed) if resumed else self._first_weights(stage, empty)
         shapes = parameter_shapes(empty)
         if isinstance(reader, Checkpoint):
-            reader.check_fit(shapes)
+            reader.check_fit(empty)
         engine = self._load(stage, task, build, reader, resumed.progress if resumed else {"updates": 0})
         parameters = sum(math.prod(shape) for shape in shapes.values())
         facts = {

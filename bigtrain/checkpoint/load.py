@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigtrain.checkpoint.format import (
     MANIFEST_DTYPES,
@@ -23,6 +23,8 @@ from bigtrain.checkpoint.format import (
 )
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
+from bigtrain.models.causal_lm import parameter_shapes
+from bigtrain.parallel.contract import persistent_buffers
 from bigtrain.state import BUFFER, WEIGHT, Shape, flat_span, lies_inside
 from bigtrain.tensor_files import read_whole
 
@@ -57,11 +59,13 @@ class Checkpoint:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def check_fit(self, shapes: dict[str, Shape]) -> None:
-        """Raises CheckpointError that names the parameters which the model or the checkpoint alone has, that differ in
-        shape, or have no elements."""
-        saved = {name: tuple(slots[WEIGHT]["shape"]) for name, slots in self._state.items() if WEIGHT in slots}
-        check_shapes(str(self.folder), saved, shapes)
+    def check_fit(self, model: nn.Module) -> None:
+        """Raises CheckpointError that names the parameters, or the buffers that belong to the state, which the model or
+        the checkpoint alone has, that differ in shape, or have no elements."""
+        buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
+        for slot, shapes, where in ((WEIGHT, parameter_shapes(model), ""), (BUFFER, buffers, " (buffers)")):
+            saved = {name: tuple(slots[slot]["shape"]) for name, slots in self._state.items() if slot in slots}
+            check_shapes(f"{self.folder}{where}", saved, shapes)
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
         try:

@@ -17,7 +17,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, kept_config, model_config, parameter_shapes
+from bigtrain.models.causal_lm import empty_model, kept_config, model_config
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
@@ -121,7 +121,7 @@ def _from_checkpoint(
             f"{place.checkpoint} holds no moving average: its stage was trained without optimizer.ema, or only its "
             "weights were kept."
         )
-    reader.check_fit(parameter_shapes(model))
+    reader.check_fit(model)
     _fill(model, reader, EMA if ema else WEIGHT, dtype, device)
     model.config.dtype = dtype
     changes = set_generation(run, place.stage, model, tokenizer)

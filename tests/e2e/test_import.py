@@ -126,7 +126,7 @@ def imported(checkpoint):
     """name -> slot -> tensor of a bigtrain checkpoint."""
     reader = Checkpoint(checkpoint)
     shapes = {name: tuple(p.shape) for name, p in fresh_model().named_parameters()}
-    reader.check_fit(shapes)
+    reader.check_fit(fresh_model())
     assert reader.slots == ["exp_avg", "exp_avg_sq", "weight"]
     state = {n: {s: reader.read(n, s, (0,) * len(shape), shape) for s in reader.slots} for n, shape in shapes.items()}
     reader.close()

@@ -40,9 +40,19 @@ def saved(tmp_path_factory):
 
 def read(folder):
     with closing(Checkpoint(folder)) as checkpoint:
-        checkpoint.check_fit(SHAPES)
+        checkpoint.check_fit(model_of())
         slots = {(name, slot): (0,) * len(SHAPES[name]) for name in SHAPES for slot in ("weight", "exp_avg")}
         return {key: checkpoint.read(*key, zeros, SHAPES[key[0]]) for key, zeros in slots.items()}
+
+
+def model_of(**buffers):
+    """A module with these parameters and persistent buffers."""
+    module = torch.nn.Module()
+    for name, shape in SHAPES.items():
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    for name, buffer in buffers.items():
+        module.register_buffer(name, buffer)
+    return module
 
 
 def forge(folder, manifest):
@@ -172,3 +182,24 @@ def test_a_run_json_that_is_not_bigtrains(tmp_path, text):
     (folder.path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json is not what bigtrain has written: .*`mv "):
         folder.facts()
+
+
+def test_buffers_that_belong_to_the_state_are_in_the_checkpoint_or_it_does_not_fit(saved, tmp_path):
+    folder, _, _ = saved
+    with closing(Checkpoint(folder)) as checkpoint:
+        checkpoint.check_fit(model_of())
+        with pytest.raises(CheckpointError, match=r"step-00000007 \(buffers\) does not fit .*; missing: bias"):
+            checkpoint.check_fit(model_of(bias=torch.zeros(3)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    boxes = [Box(name, "weight", shape, (0,) * len(shape), torch.zeros(shape)) for name, shape in SHAPES.items()]
+    boxes.append(Box("bias", "buffer", (3,), (0,), torch.arange(3)))
+    other = save(tmp_path, 1, boxes, {"updates": 1}, Retention(1))
+    dist.destroy_process_group()
+    with closing(Checkpoint(other, weights_only=True)) as checkpoint:
+        checkpoint.check_fit(model_of(bias=torch.zeros(3)))
+        for wrong, told in (
+            (model_of(), "unknown to the model: bias"),
+            (model_of(bias=torch.zeros(4)), "another shape"),
+        ):
+            with pytest.raises(CheckpointError, match=rf"\(buffers\) does not fit the model of its run; .*{told}"):
+                checkpoint.check_fit(wrong)
