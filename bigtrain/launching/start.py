@@ -33,7 +33,8 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     (with the result so far) for a run that failed or was asked to stop.
     """
     loaded = config if isinstance(config, Run) else load_here(config, overrides)
-    code = start(loaded, restart)
+    uses_deepspeed = any(loaded.parallel_of(stage).engine.startswith("zero") for stage in loaded.stages)
+    code = start(loaded, restart, apart=uses_deepspeed)  # DeepSpeed starts once in a process
     result = read_result(loaded)
     if code == os.EX_TEMPFAIL:
         raise RunError(f"the run in {result.folder} was asked to stop, and has saved; run it again.", code, result)
@@ -53,8 +54,11 @@ def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
     return loaded.run
 
 
-def start(config: Run, restart: str | None = None) -> int:
-    """Run all stages; returns the exit code. Spawned ranks have printed why they failed."""
+def start(config: Run, restart: str | None = None, apart: bool = False) -> int:
+    """Run all stages; returns the exit code. Spawned ranks have printed why they failed.
+
+    apart: a run of one process gets one of its own as well; else it is this one.
+    """
     launcher = adopt()
     if launcher is not None:
         if FAILURE_FILE not in os.environ:
@@ -74,7 +78,7 @@ def start(config: Run, restart: str | None = None) -> int:
         Stream([Summary(config, folder)]).emit("finished")
         return 0
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
-    if processes == 1:
+    if processes == 1 and not apart:
         os.environ[PROCESSES_WHY] = why
         return _here(config, restart)
 

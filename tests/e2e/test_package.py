@@ -14,7 +14,7 @@ import bigtrain
 from bigtrain import BigtrainError, RunError, evaluate, generate, load_config, open_model, run
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import read_metrics
-from tests import support
+from tests import support, tiny
 from tests.support import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -114,13 +114,21 @@ def test_three_lines_compare_three_learning_rates(tmp_path, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+def test_runs_of_any_engine_follow_each_other(tmp_path):
+    """DeepSpeed starts once in a process, and makes it a rank: its runs get processes of their own."""
+    config = tiny.config(tmp_path)
+    engines = ("zero2", "zero3")
+    losses = [run(config, [f"name={e}", f"parallel.engine={e}"]).stages["p"].loss for e in engines]
+    assert losses == pytest.approx([losses[0]] * 2, abs=1e-6)
+
+
 def test_a_run_that_fails_says_so_with_what_it_has_reached(tmp_path, monkeypatch):
     config = load_config(one_stage(tmp_path))
     monkeypatch.setattr("bigtrain.training.run.StageRun._check_finite", diverge)
     with pytest.raises(BigtrainError, match="diverged"):
         run(config)
     for code, told in ((75, "asked to stop, and has saved"), (1, "failed with exit code 1")):
-        monkeypatch.setattr("bigtrain.launching.start.start", lambda *_, code=code: code)
+        monkeypatch.setattr("bigtrain.launching.start.start", lambda *_, code=code, **__: code)
         with pytest.raises(RunError, match=told) as error:
             run(config)
         stage = error.value.result.stages["pretrain"]
