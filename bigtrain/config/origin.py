@@ -33,6 +33,13 @@ class Origin:
         return self.folder / self.stage / "checkpoints"
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The one that is meant, or the newest; None where there is none."""
+        whole = sorted(manifest.parent for manifest in self.checkpoints.glob("step-*/manifest.json"))
+        meant = [folder for folder in whole if self.step is None or folder.name == f"step-{self.step:08d}"]
+        return meant[-1] if meant else None
+
+    @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer"
 

@@ -60,7 +60,11 @@ def dry_run(loaded: Loaded, defaults: bool = False) -> None:
         return  # of the ranks that a launcher has started, one is enough to tell
     out = console()
     size = model_size(run)
-    for name, told in [_model_lines(size), *(_stage_lines(run, stage, size, processes) for stage in run.stages)]:
+    model, about = _model_lines(size)
+    if run.model.from_run is not None:
+        origin = Origin.of(run.model.from_run)
+        about.append(("first weights", f"{origin.checkpoint or origin.problem()}"))
+    for name, told in [(model, about), *(_stage_lines(run, stage, size, processes) for stage in run.stages)]:
         out.print(Text(name, "bold"))
         for key, text in told:
             out.print(Text(f"  {key:<24}{text}"))

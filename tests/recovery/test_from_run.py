@@ -14,6 +14,7 @@ from bigtrain.config.schema import Source
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.opening import open_model
 from bigtrain.inputs import try_inputs
+from bigtrain.launching.dry_run import dry_run
 from bigtrain.observability.stream import read_metrics
 from bigtrain.run_folder import RunFolder
 from tests import support
@@ -52,7 +53,10 @@ def everything(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("overrides", [["parallel.processes=1"], ["parallel.engine=zero3", "name=sharded"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [["parallel.processes=1"], pytest.param(["parallel.engine=zero3", "name=sharded"], marks=pytest.mark.soak)],
+)
 def test_it_starts_from_the_newest_weights_with_their_tokenizer(source, overrides):
     _, stage = source
     path, texts = follower(source)
@@ -108,6 +112,13 @@ def test_a_missing_one_is_told_before_anything_is_written(source, from_run, told
     path, _ = follower(source, from_run=from_run.format(run=stage.parent))
     with pytest.raises(ConfigError, match=rf"follower\.yaml:\d+: model\.from_run: .*{told}"):
         load(path, ["name=unbegun"], here=True)
+
+
+def test_a_dry_run_says_where_the_weights_come_from(source, capsys):
+    _, stage = source
+    path, _ = follower(source)
+    dry_run(load(path, ["name=unbegun", "parallel.processes=1"]))
+    assert f"{stage / 'checkpoints' / 'step-00000004'}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_sequence_longer_than_its_positions_is_told(source):
