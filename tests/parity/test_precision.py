@@ -32,7 +32,7 @@ def coherent_batch():
 
 
 def gradient(layout, precision, batch, tokens_at_once=None, **kwargs):
-    """(loss, {name: gradient}) of one step without clipping, the gradient from the first moments after it.
+    """(loss, norm, {name: gradient}) of one step without clipping, the gradient from the first moments after it.
 
     tokens_at_once: for how many tokens there are logits at once.
     """
@@ -49,16 +49,20 @@ def gradient(layout, precision, batch, tokens_at_once=None, **kwargs):
         outcome = engine.step(Batch({key: tensor[mine] for key, tensor in batch.items()}, rows, 0), 1e-2)
     state = cases.collect(engine)
     engine.close()
-    return outcome.loss.item(), {
-        name: tensor / (1 - OPTIMIZER.betas[0]) for (name, slot), tensor in state.items() if slot == "exp_avg"
-    }
+    moments = {name: tensor for (name, slot), tensor in state.items() if slot == "exp_avg"}
+    gradients = {name: tensor / (1 - OPTIMIZER.betas[0]) for name, tensor in moments.items()}
+    return outcome.loss.item(), outcome.grad_norm.item(), gradients
+
+
+def norm(gradients):
+    """Of all of them together."""
+    return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
 
 
 def error(got, expected):
     """Of a gradient, relative, over all of its parameters."""
     assert got.keys() == expected.keys()
-    difference = math.sqrt(sum((got[name] - tensor).square().sum().item() for name, tensor in expected.items()))
-    return difference / math.sqrt(sum(tensor.square().sum().item() for tensor in expected.values()))
+    return norm({name: got[name] - gradient for name, gradient in expected.items()}) / norm(expected)
 
 
 @cache
@@ -82,8 +86,9 @@ def expected(precision):
 def test_gradients_accumulate_and_reduce_in_fp32(pools, layout, size, precision):
     """They are the plain loop's: 1e-5 off at most, 1.7e-3 where one sum is in bf16."""
     loss, gradients = expected(precision)
-    for got_loss, got in pools(size)(gradient, layout, precision, coherent_batch(), micro=1):
+    for got_loss, got_norm, got in pools(size)(gradient, layout, precision, coherent_batch(), micro=1):
         assert got_loss == pytest.approx(loss, rel=1e-6)
+        assert got_norm == pytest.approx(norm(gradients), rel=1e-5)
         assert error(got, gradients) < 1e-4
 
 
@@ -107,7 +112,7 @@ def test_the_gradient_of_a_head_in_chunks_is_summed_in_fp32(pools, layout, size,
     head = expected_head(tied)
     errors = []
     for tokens in (None, 1):
-        _, got = pools(size)(gradient, layout, "bf16", cases.global_batch(0, 16), tokens, micro=8, tied=tied)[0]
+        *_, got = pools(size)(gradient, layout, "bf16", cases.global_batch(0, 16), tokens, micro=8, tied=tied)[0]
         errors.append(error({name: got[name] for name in head}, head))
     whole, chunked = errors
     assert chunked < 1.3 * whole

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends where an uninterrupted one ends, to the last bit."""
 
+import math
 import os
 import signal
 import subprocess
@@ -58,6 +59,10 @@ def killed_in_each_stage(tmp_path, overrides):
         kill_after_step(["run", str(config), *overrides, "name=broken"], broken, stage, step)
     assert "pretrain   is finished" in run(config, *overrides, "name=broken")
     assert_same_end(broken, whole, STEPS)
+    for stage, peak in (("pretrain", 3e-3), ("finetune", 1e-3)):  # cosine from the peak to a tenth of it
+        rates = [row["lr"] for row in read_metrics(broken) if row["stage"] == stage and row["kind"] == "step"]
+        cosine = [math.cos(math.pi * (step + 1) / STEPS) for step in range(STEPS)]
+        assert rates == pytest.approx([peak * (0.55 + 0.45 * value) for value in cosine], rel=1e-12)
     exported = bigtrain("export", broken, "--ema", "--dtype", "fp32")
     assert exported.stdout.strip() == str(broken / "finetune" / "export-ema"), exported.stderr
     weights = load_file(broken / "finetune" / "export-ema" / "model.safetensors")
