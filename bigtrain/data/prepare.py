@@ -153,7 +153,10 @@ def prepare_tokenizer(run: Run) -> str:
 
 def open_tokenizer(run: Run) -> Any:
     """The run's tokenizer, with the tokens that it adds; trained first where that is due."""
-    return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens if run.tokenizer else ())
+    if run.tokenizer is not None:
+        return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens)
+    key = "model.from_pretrained" if run.model.from_run is None else "model.from_run"
+    return load_tokenizer(prepare_tokenizer(run), key=key)
 
 
 def prepare_stages(run: Run, tasks: Mapping[str, Encoder], tokenizer: Any, stream: Stream) -> dict[str, StageData]:

@@ -76,18 +76,18 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, sample_bytes: int, fo
     ).save_pretrained(folder)
 
 
-def load_tokenizer(source: str | Path, add_tokens: Sequence[str] = ()) -> Any:
-    """Open a transformers PreTrainedTokenizerFast and add special tokens to it.
+def load_tokenizer(source: str | Path, add_tokens: Sequence[str] = (), key: str = "tokenizer") -> Any:
+    """Open a transformers PreTrainedTokenizerFast and add special tokens to it. key: that names it in the run's file.
 
     Raises ConfigError if there is none, or none of the `tokenizers` library.
     """
     from transformers import AutoTokenizer
 
     name, options = arguments(str(source))
-    with opening(str(source), "tokenizer"):
+    with opening(str(source), key):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if not tokenizer.is_fast:
-        raise ConfigError(f"tokenizer: {source} has no fast (tokenizers) version, which bigtrain needs.")
+        raise ConfigError(f"{key}: {source} has no fast (tokenizers) version, which bigtrain needs.")
     if add_tokens:
         tokenizer.add_special_tokens({"extra_special_tokens": list(add_tokens)}, replace_extra_special_tokens=False)
     return tokenizer
