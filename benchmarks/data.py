@@ -251,7 +251,8 @@ def packing(rounds: int, folder: Path) -> None:
     tokenizer = open_tokenizer(run)
     store = prepare_stage(run, stage, TASKS["sft"](), tokenizer).train[0]
     found_rows = list(itertools.islice(documents(stage.data[0], Sft.columns), 1500))
-    encoded = gather(Sft().encode(found_rows, tokenizer), Layout("bins", length, 0), np.dtype(np.int64))
+    answers = zip([row["where"] for row in found_rows], Sft().encode(found_rows, tokenizer), strict=True)
+    encoded = gather(answers, Layout("bins", length, 0), np.dtype(np.int64))
     ends = encoded.lengths.cumsum()
     assert encoded.trained is not None
     singles = [

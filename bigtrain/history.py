@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,6 +14,7 @@ from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete,
 from bigtrain.config import Run
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import StageData
+from bigtrain.data.store import Store, content_of
 from bigtrain.disk import megabytes, told_as
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.inputs import open_origin
@@ -206,14 +209,19 @@ class History:
 
     def check_same_data(self, stage: Stage, data: StageData) -> None:
         """Raises DataError when a stage that has begun would go on with other documents than it began with."""
-        known = self._folder.facts()["stages"].get(stage.name, {}).get("data", [])
-        for before, store in zip(known, data.train, strict=False):
-            if before["fingerprint"] != store.manifest["fingerprint"]:
-                raise DataError(
-                    f"stages.{stage.name}.data: {before['source']} has changed since this stage began "
-                    f"(it was {before['store']}, it is {store.folder}). Put the documents back to continue, "
-                    f"or begin the stage anew with `--restart {stage.name}`."
-                )
+        known = self._folder.facts()["stages"].get(stage.name, {})
+        of_its_own = stage.evaluate is not None and stage.evaluate.data is not None
+        for name, key, stores in (
+            ("data", "data", data.train),
+            ("held_out", "evaluate.data" if of_its_own else "data", data.held_out),
+        ):
+            for before, store in zip(known.get(name, []), stores, strict=False):
+                if not _is_same(before, store):
+                    raise DataError(
+                        f"stages.{stage.name}.{key}: {store.manifest['source']} has changed since this stage began "
+                        f"(it was {before['store']}, it is {store.folder}). Put the documents back to continue, "
+                        f"or begin the stage anew with `--restart {stage.name}`."
+                    )
 
     def begins_imported(self, stage: Stage, run: StageRun) -> str | None:
         """The folder that `bigtrain import` has taken a stage's first checkpoint from, until the stage has begun here.
@@ -242,3 +250,11 @@ class History:
 def _name_before(aside: str) -> str:
     """That a folder had before it was set aside."""
     return re.sub(r"^.*?(step-\d+).*$", r"\1", aside)
+
+
+def _is_same(before: dict[str, Any], store: Store) -> bool:
+    """Whether a store holds what run.json knows of it, also when it was made in another way."""
+    if "content" not in before:  # of an earlier version
+        manifest = Path(before["store"]) / "manifest.json"
+        before = before | ({"content": content_of(json.loads(manifest.read_text()))} if manifest.is_file() else {})
+    return before["fingerprint"] == store.manifest["fingerprint"] or before.get("content") == store.content

@@ -140,8 +140,15 @@ class RunFolder:
         return without_secrets(load_config(self.path / "config.yaml"))
 
     def is_finished(self, config: Run) -> bool:
-        """Whether every stage is trained to its end, and its last checkpoint and the export it asks for are there."""
-        return all(self._stage_is_finished(stage) for stage in config.stages)
+        """Whether every stage is trained to its end, and its last checkpoint and the export it asks for are there.
+
+        Where its data lies elsewhere now, it is not known: the data must be looked at.
+        """
+        before = self.path / "config.yaml"
+        changed = differences(load_config(before), config, "execution") if before.is_file() else []
+        return not any(key.endswith(".source") for key, _, _ in changed) and all(
+            self._stage_is_finished(stage) for stage in config.stages
+        )
 
     def _stage_is_finished(self, stage: Stage) -> bool:
         facts = self.facts().get("stages", {}).get(stage.name, {})

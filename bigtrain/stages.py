@@ -420,4 +420,7 @@ def compiling(stage: str) -> Iterator[None]:
 
 def _lineage(stores: list[Store]) -> list[dict[str, Any]]:
     """What of a store is worth remembering when it is gone."""
-    return [{"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], **counts(s)} for s in stores]
+    return [
+        {"store": str(s.folder), "fingerprint": s.manifest["fingerprint"], "content": s.content, **counts(s)}
+        for s in stores
+    ]

@@ -123,8 +123,15 @@ def _compare(old: Any, new: Any, at: KeyPath, mark: str, found: list[tuple[str, 
                     found.append((_dotted((*path, stage.name)), A_STAGE, ABSENT))
         elif type(a) is type(b) and isinstance(a, Section):
             _compare(a, b, path, mark, found)
+        elif _are_sections(a) and _are_sections(b) and len(a) == len(b):
+            for i, pair in enumerate(zip(a, b, strict=True)):
+                _compare(*pair, (*path, i), mark, found)
         elif a != b and mark_of(info) == mark:
             found.extend((_dotted(place), old_value, new_value) for place, old_value, new_value in _parts(a, b, path))
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(item, Section) for item in value)
 
 
 def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:

@@ -404,6 +404,8 @@ def _sources(stage: Stage, at: KeyPath) -> Broken:
     for place, source in _all_sources(stage, at):
         if (wrong := wrong_with(source)) is not None:
             yield (*place, "source"), wrong
+        elif source.field is not None and kind_of(source) not in ("files", "url"):
+            yield (*place, "field"), f"is for files of JSON, and {source.source} is none; remove it."
         elif kind_of(source) != "hub":
             given = [name for name in ("config", "revision") if getattr(source, name) is not None]
             yield from (((*place, name), _for_the_hub(name, source)) for name in given)

@@ -118,13 +118,14 @@ class StageParallel(Section):
 
 
 class Source(Section):
-    source: PathText = mathematics(
-        "Where documents come from. A file, a glob, a folder (every file below it) or any URL of fsspec, like "
-        "s3://bucket/*.parquet: .jsonl, .json, .csv, .tsv, .parquet and .arrow files hold rows, any other file is one "
-        "document; .gz, .bz2, .xz and .zst are decompressed. Or a folder of datasets' `save_to_disk`; a dataset of the "
-        "Hub, owner/name with its `split`; module:name of a function that yields rows, of a module that is "
-        "installed, on PYTHONPATH or, looked for there last, in the working folder; `stdlib` (the source of Python's "
-        "standard library) or `stdlib-functions` (its functions as prompt and completion)."
+    source: PathText = execution(
+        "Where documents come from; a run goes on wherever the same content lies. A file, a glob, a folder (every file "
+        "below it) or any URL of fsspec, like s3://bucket/*.parquet: .json, .jsonl (.jsonlines, .ndjson, .jl), .csv, "
+        ".tsv, .parquet, .arrow and .feather files hold rows, any other file is one document; .gz, .bz2, .xz and .zst "
+        "are decompressed; a file that several links lead to counts once. Or a folder of datasets' `save_to_disk`; a "
+        "dataset of the Hub, owner/name with its `split`; module:name of a function that yields rows, of a module that "
+        "is installed, on PYTHONPATH or, looked for there last, in the working folder; `stdlib` (the source of "
+        "Python's standard library) or `stdlib-functions` (its functions as prompt and completion)."
     )
     config: str | None = mathematics("Configuration (subset) of a Hub dataset; null: its only or default one.", None)
     split: str | None = mathematics(
@@ -133,6 +134,11 @@ class Source(Section):
         None,
     )
     revision: str | None = mathematics("Branch, tag or commit of a Hub dataset; null: main.", None)
+    field: str | None = mathematics(
+        'Of JSON files that are one object, like {"data": [...]}: the name of the list that holds the rows; null: the '
+        "file is a list of rows, or rows one after another.",
+        None,
+    )
     columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
     on_error: Literal["error", "skip"] = mathematics(
         "What a row does that cannot be used (broken, not UTF-8, without its columns, too long). error: it ends the "
@@ -352,6 +358,11 @@ class Stage(Section):
     parallel: StageParallel = execution("What this stage does differently from `parallel`.", StageParallel())
     export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the run's end.", True)
     prompts: list[str] = reporting("Prompts that the exported model answers at the run's end, to be read.", [])
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that the stage reads."""
+        return [*self.data, *((self.evaluate.data if self.evaluate else None) or [])]
 
     def sequences(self, samples: int) -> int:
         """That the whole stage trains on, where one epoch has `samples`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ STANDARD_LIBRARY = ("stdlib", "stdlib-functions")
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ROWS = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", re.ASCII)
+JSON = (".json", ".jsonl", ".jsonlines", ".ndjson", ".jl")
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` of datasets writes
 # Named by themselves or in a glob they are a mistake; below a folder their bytes will tell.
 NO_TEXT = {
@@ -58,6 +60,48 @@ def parse_split(split: str | None) -> tuple[str | None, int, int | None]:
     return match[1], start, stop
 
 
+def local_files(source: str) -> Iterator[str]:
+    """The files of a path, of a glob, or all below a folder, in no order; hidden ones only where they are named.
+
+    Folders that links lead to are looked into; below a `**` each real folder once, so that a link to its own folder, or
+    to one above, repeats nothing. Raises OSError for a folder that cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        return iter([source])
+    names = _matches(f"{glob.escape(source)}/**" if path.is_dir() else source)
+    return filter(os.path.isfile, names)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What `glob.iglob(recursive=True)` finds, but for folders twice."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)  # noqa: PTH207 - Path.glob refuses absolute patterns
+        return
+    at = parts.index("**")
+    before, after = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    tops = glob.iglob(before) if before else ["/" if pattern.startswith("/") else ""]  # noqa: PTH207
+    for top in filter(os.path.isdir, tops) if before else tops:
+        for folder in _folders(top):
+            yield from _matches(os.path.join(glob.escape(folder), after))  # noqa: PTH118
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and those below it, each real one once: by its own name if that is below, else by a link's."""
+    seen, folders, links = set(), [top], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        yield folder
+        with os.scandir(folder or ".") as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir() and not entry.name.startswith("."):
+                    (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))  # noqa: PTH118
+
+
 def wrong_with(source: Source) -> str | None:
     """What keeps a source from being read here, in a sentence; None if nothing is known to."""
     kind, name = kind_of(source), source.source
@@ -73,11 +117,13 @@ def wrong_with(source: Source) -> str | None:
             return f"{suffix} files are no text; convert them to .txt, .jsonl or .parquet.{within}"
     if path.is_file():
         return None
-    if path.is_dir():
-        return None if any(p.is_file() for p in path.rglob("*")) else f"the folder {name} holds no files."
-    if glob.has_magic(name):
-        found = glob.iglob(name, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-        return None if any(map(os.path.isfile, found)) else f"no file matches {name} (looked in {path.cwd()})."
+    if path.is_dir() or glob.has_magic(name):
+        try:
+            if any(True for _ in local_files(name)):
+                return None
+        except OSError as error:
+            return f"{error.filename} cannot be read: {error.strerror}."
+        return f"the folder {name} holds no files." if path.is_dir() else f"no file matches {name} in {path.cwd()}."
     return f"there is no file or folder {name!r} (looked in {path.cwd()}).{_other_reading(name)}"
 
 

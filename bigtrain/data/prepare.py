@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
-from bigtrain.data.cleaning import Decisions, decide, kept
+from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
 from bigtrain.data.files import Row, Unusable
+from bigtrain.data.fingerprints import CHANGED, fingerprint
 from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
-from bigtrain.data.sources import COLUMNS, Columns, documents, fingerprint, is_held_out, refused, size_of
+from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
+from bigtrain.data.tally import Tally
 from bigtrain.data.tokenizer import load_tokenizer, num_ids, tokenizer_fingerprint, train_tokenizer
-from bigtrain.data.writing import Answer, Encoded, Layout, assemble, count_answers, gather, token_dtype
+from bigtrain.data.writing import Answer, Answered, Encoded, Layout, assemble, count_answers, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
@@ -65,21 +66,37 @@ class StageData:
 class Part:
     """Some of the documents of a source: one side of a split by the hash of their keys.
 
-    cleaning: decides which of them stay; number: of the source among those that it is about.
+    stores: the folder of what is made of documents. cleaning: decides which of them stay; number: of the source among
+    those that it is about.
     """
 
     source: Source
+    stores: Path
     fraction: float = 0.0
     held_out: bool = False
     cleaning: Decisions | None = None
     number: int = 0
 
-    def documents(self, columns: Columns, dropped: Counter[str] | None = None) -> Iterator[Row]:
-        """Those that stay, as they stand in the source."""
-        rows = documents(self.source, columns, dropped)
+    def documents(self, columns: Columns, tally: Tally | None = None) -> Iterator[Row]:
+        """Those that stay, as they stand in the source. tally: counts what becomes of the others."""
+        tally = Tally() if tally is None else tally
+        rows = documents(self.source, columns, tally)
         if self.cleaning is not None:
             rows = kept(rows, self.cleaning, self.number)
-        return (row for row in rows if is_held_out(row["key"], self.fraction) == self.held_out)
+            self._count_cleaned(self.cleaning, tally)
+        for row in rows:
+            if is_held_out(row["key"], self.fraction) == self.held_out:
+                yield row
+            else:
+                tally.other_side += 1
+
+    def _count_cleaned(self, cleaning: Decisions, tally: Tally) -> None:
+        for reason, number in cleaning.dropped_for(self.number).items():
+            if reason == HELD_OUT:
+                tally.other_side += number
+            else:
+                tally.dropped[f"{reason} (clean)"] += number
+                tally.example(f"{reason} (clean)", str(cleaning.folder / "report.json"))
 
     def cleaned(self, row: Row) -> Row:
         """One of the documents as it is tokenized; apart from `documents`, so that processes share this work."""
@@ -92,11 +109,10 @@ class Part:
         return None if whole is None else round(whole * share)
 
     def facts(self, columns: Columns) -> dict[str, Any]:
-        """What decides which documents these are, in words; `source_fingerprint` stands for their content."""
+        """What decides which documents these are; `source_fingerprint` stands for their content, wherever it lies."""
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
-            "source": masked(self.source.source),
-            "source_fingerprint": fingerprint(self.source),
+            "source_fingerprint": fingerprint(self.source, self.stores),
             "columns": {ours: self.source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")},
             "held_out": self.fraction,
             "documents_are": side,
@@ -107,16 +123,18 @@ class Part:
 def training_parts(run: Run, stage: Stage, columns: Columns, make: bool = True) -> list[Part]:
     """The training documents of a stage. Without `make`, the decisions of its `clean` may be missing."""
     cleaning = decide(run.output, stage, columns, make)
-    return [Part(source, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)]
+    stores = Path(run.output) / "stores"
+    return [Part(source, stores, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)]
 
 
-def held_out_parts(stage: Stage) -> list[Part]:
+def held_out_parts(run: Run, stage: Stage) -> list[Part]:
     """The documents that a stage evaluates on; none without `evaluate`."""
+    stores = Path(run.output) / "stores"
     if stage.evaluate is None:
         return []
     if stage.evaluate.data is not None:
-        return [Part(source) for source in stage.evaluate.data]
-    return [Part(source, stage.held_out, held_out=True) for source in stage.data]
+        return [Part(source, stores) for source in stage.evaluate.data]
+    return [Part(source, stores, stage.held_out, held_out=True) for source in stage.data]
 
 
 def prepare_tokenizer(run: Run) -> str:
@@ -182,36 +200,41 @@ def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream:
     sources that cannot be read or hold too little, and for a disk without room.
     """
     train = training_parts(run, stage, task.columns)
-    evaluation = held_out_parts(stage)
+    evaluation = held_out_parts(run, stage)
     weights = [source.weight for source in stage.data if source.weight is not None]
-    stores = [_store(run, stage, part, task, tokenizer, stream or Stream()) for part in (*train, *evaluation)]
-    for store, part in zip(stores, train, strict=False):
+    made = [_store(run, stage, part, task, tokenizer, stream or Stream()) for part in (*train, *evaluation)]
+    for store, part in zip(made, train, strict=False):
         _check_answers(store, stage, part, task, tokenizer)
-    return StageData(stores[: len(train)], weights or None, held_out=stores[len(train) :], cleaning=train[0].cleaning)
+    return StageData(made[: len(train)], weights or None, held_out=made[len(train) :], cleaning=train[0].cleaning)
 
 
 def counts(store: Store) -> dict[str, Any]:
     """What of a store's manifest is worth telling."""
-    names = ("source", "documents_are", "documents", "tokens", "targets", "dropped", "cut", "fill")
-    return {"sequences": store.samples} | {name: store.manifest[name] for name in names if name in store.manifest}
+    names = ("source", "documents_are", "documents", "tokens", "targets", "fill")
+    about_rows = ("rows", "other_side", "used", "dropped", "parts", "examples", "cut", "cut_tokens")
+    facts = {name: store.manifest[name] for name in (*names, *about_rows) if name in store.manifest}
+    return {"sequences": store.samples} | facts | {"left_over": store.left_over}
 
 
 def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any, stream: Stream) -> Store:
     layout = Layout(task.layout)
     if task.layout == "bins":
         layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer))
-    facts = part.facts(task.columns) | {
+    what = part.facts(task.columns) | {
         "encoding": task.encoding,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "seed": run.seed,
     }
-    ingredients = facts | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
+    ingredients = what | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
     folder = _folder(run, layout.name, ingredients)
     if not is_made(folder):
-        _make(folder, part, task, tokenizer, layout, facts | {"fingerprint": _hash(ingredients)}, stream)
+        facts = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
+        _make(folder, part, task, tokenizer, layout, facts, stream)
     if (shards := _shards_of(folder)).exists():
         remove(shards)
-    return open_store(folder, stage.sequence_length, isolated=not stage.documents_may_read_each_other)
+    store = open_store(folder, stage.sequence_length, isolated=not stage.documents_may_read_each_other)
+    store.manifest["source"] = masked(part.source.source)  # the same data may have been elsewhere when it was made
+    return store
 
 
 def _check_answers(store: Store, stage: Stage, part: Part, task: Encoder, tokenizer: Any) -> None:
@@ -254,25 +277,31 @@ def _make(
         stream,
     ).make()
     if made is not None:
-        shards, dropped = made
+        shards, tally = made
 
         def build(empty: Path) -> None:
-            assemble(empty, shards, layout, dtype=dtype, seed=facts["seed"], facts=facts, dropped=dropped)
+            if fingerprint(part.source, part.stores) != facts["source_fingerprint"]:
+                remove(_shards_of(folder))  # they may hold what was there for a while
+                raise DataError(f"{part.source.source}: {CHANGED}")
+            assemble(empty, shards, layout, dtype=dtype, seed=facts["seed"], facts=facts, unencoded=tally)
 
         make_once(folder, build)
 
 
-def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any) -> Iterator[Answer]:
-    """What the encoder makes of each row. Raises DataError for one that it refuses, with `on_error: error`."""
+def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any) -> Iterator[Answered]:
+    """Where each row stands, and what the encoder makes of it.
+
+    Raises DataError for one that it refuses, with `on_error: error`.
+    """
     for batch in batched(map(part.cleaned, rows), BATCH_BYTES):
         try:
             answers = task.encode(batch, tokenizer)
         except DataError as error:
             raise DataError(f"{part.source.source}: {error}") from error
-        for answer in answers:
+        for row, answer in zip(batch, answers, strict=True):
             if isinstance(answer, Unusable) and part.source.on_error == "error":
                 raise refused(answer) from answer
-            yield answer
+            yield row["where"], answer
 
 
 def _shards_of(folder: Path) -> Path:

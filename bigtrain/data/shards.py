@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import xxhash
 
 from bigtrain.data.files import ABOUT, Row
+from bigtrain.data.tally import Tally
 from bigtrain.data.writing import Encoded, write_shard
 from bigtrain.disk import check_free, publish
 from bigtrain.errors import DataError
@@ -42,14 +44,14 @@ class Shards:
     """One process's part in making the shards of a store.
 
     folder: where they lie. facts: what of the store's manifest names the documents, for messages.
-    read: all rows once more, counting in its argument what the source leaves out. encode: rows as arrays.
+    read: all rows once more; its argument counts those that the source leaves out. encode: rows as arrays.
     is_over: whether the store has been made of the shards meanwhile.
     expected_bytes: of text, as far as it is known.
     """
 
     folder: Path
     facts: Facts
-    read: Callable[[Counter[str]], Iterator[Row]]
+    read: Callable[[Tally], Iterator[Row]]
     encode: Callable[[list[Row]], Encoded]
     is_over: Callable[[], bool]
     expected_bytes: int | None
@@ -58,8 +60,8 @@ class Shards:
     _held: dict[int, filelock.BaseFileLock] = field(default_factory=dict)
     _has_room: bool = False
 
-    def make(self) -> tuple[list[Path], Counter[str]] | None:
-        """Return when all shards are made, by whomever: (their folders in order, what the source has left out).
+    def make(self) -> tuple[list[Path], Tally] | None:
+        """Return when all shards are made, by whomever: (their folders in order, the rows that are in none).
 
         None once the store is made of them. Raises DataError for a disk without room for them, and for a source that
         gives other documents each time it is read.
@@ -72,18 +74,18 @@ class Shards:
         self._begun = self._told = time.monotonic()
         self._before = self._totals()
         while True:
-            dropped: Counter[str] = Counter()
-            blocks = self._read_through(dropped)
+            tally = Tally()
+            blocks = self._read_through(tally)
             if blocks is None or not self._wait(blocks):
                 return None
             if all(number in self._done for number in range(blocks)):
-                return [self._shard(number) for number in range(blocks)], dropped
+                return [self._shard(number) for number in range(blocks)], tally
 
-    def _read_through(self, dropped: Counter[str]) -> int | None:
+    def _read_through(self, tally: Tally) -> int | None:
         """Make what nobody else makes; returns the number of blocks, or None if the store is there."""
         first = number = 0
-        for block in batched(self.read(dropped), self._block_bytes()):
-            facts = {"first": first, "rows": len(block), "text_bytes": sum(map(text_bytes, block))}
+        for block in batched(self.read(tally), self._block_bytes()):
+            facts = {"first": first, "rows": len(block), **_measured(block)}
             if not self._is_done(number) and (lock := self._claim(number)):
                 try:
                     if self.is_over():
@@ -169,7 +171,7 @@ class Shards:
         try:
             check_free(self.folder, 2 * ratio * self.expected_bytes - made, what)
         except DataError:
-            text = sum(text_bytes(row) for row in self.read(Counter()))
+            text = sum(text_bytes(row) for row in self.read(Tally()))
             check_free(self.folder, 2 * ratio * text - made, what)
 
     def _totals(self) -> Counter[str]:
@@ -218,6 +220,16 @@ def text_of(row: Row) -> str:
     if "messages" in row:
         return "\n".join(message["content"] for message in row["messages"])
     return "".join(value for name, value in row.items() if name not in ABOUT)
+
+
+def _measured(block: list[Row]) -> Facts:
+    """Bytes of text of some rows, and a hash that tells them from others."""
+    size, digest = 0, xxhash.xxh3_64()
+    for row in block:
+        text = text_of(row).encode()
+        size += len(text)
+        digest.update(text)
+    return {"text_bytes": size, "content": digest.hexdigest()}
 
 
 def text_bytes(row: Row) -> int:

@@ -8,8 +8,8 @@ import importlib
 import itertools
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,19 @@ from bigtrain.config.schema import Source
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, one_shape, turns
-from bigtrain.data.files import Located, Row, Unusable, find, rows_of
+from bigtrain.data.files import Located, Row, Unusable, find, one_line
+from bigtrain.data.formats import rows_of
+from bigtrain.data.tally import Tally
 from bigtrain.errors import DataError, shorten
-from bigtrain.masking import masked_values
 
 Columns = tuple[tuple[str, ...], ...]
 
-VERSION = 2  # of how rows are read; part of every fingerprint
 # What each task reads: the first set of columns that a row has all of.
 COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": SHAPES}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
-# What of a source, beside its content and columns, decides which rows it gives.
-CHOICES = {"source", "config", "split", "revision", "on_error", "max_characters"}
 
 
-def documents(source: Source, columns: Columns, dropped: Counter[str] | None = None) -> Iterator[Row]:
+def documents(source: Source, columns: Columns, tally: Tally | None = None) -> Iterator[Row]:
     """The rows of a source, in the same order every time: `key`, `where` (file and line, or file and row, for messages)
     and the first of the sets of columns that the row has, conversations as `one_shape` gives them.
 
@@ -40,7 +38,7 @@ def documents(source: Source, columns: Columns, dropped: Counter[str] | None = N
     The key decides on which side of a split a document falls (`is_held_out`); without a `key` column it is a
     hash of the row's texts, so that exact duplicates share it. Files are read in the order of their paths.
 
-    dropped: counts the rows that `on_error: skip` leaves out, by reason, as far as the rows have been read.
+    tally: counts all rows and those that `on_error: skip` leaves out, as far as they have been read.
 
     Raises DataError for a source that is missing, empty or unreadable, and with `on_error: error` for a row that is
     broken or too long, lacks a column or holds no text there.
@@ -53,15 +51,16 @@ def documents(source: Source, columns: Columns, dropped: Counter[str] | None = N
                 f"the nearest of its columns is `{_nearest(ours, theirs)}`."
             )
     first_wrong, used = None, False
-    for where, row in _rows(source):
+    tally = Tally() if tally is None else tally
+    for where, row in _rows(source, frozenset(theirs.values())):
+        tally.rows += 1
         try:
             document = _document(row, columns, theirs, where, source.max_characters)
         except DataError as error:
             if source.on_error == "error":
                 raise refused(error) from error
             first_wrong = first_wrong or error
-            if dropped is not None:
-                dropped[error.reason if isinstance(error, Unusable) else "without usable turns"] += 1
+            tally.drop(error.reason if isinstance(error, Unusable) else "without usable turns", where)
             continue
         used = True
         yield document
@@ -74,15 +73,15 @@ def documents(source: Source, columns: Columns, dropped: Counter[str] | None = N
 def _document(row: Row | Unusable, columns: Columns, theirs: dict[str, str], where: str, longest: int) -> Row:
     if isinstance(row, Unusable):
         raise row
-    chosen = next((names for names in columns if all(theirs[name] in row for name in names)), columns[-1])
+    there = {name for name, value in row.items() if value is not None}  # a column of a table is in all of its rows
+    chosen = next((names for names in columns if all(theirs[name] in there for name in names)), columns[-1])
     texts = {ours: _value(row, ours, theirs[ours], where) for ours in chosen}
     if (length := _length(texts)) > longest:
         raise Unusable(
             "longer than max_characters",
             f"{where}: is {length:,} characters long, more than max_characters ({longest:,}); split it or raise it.",
         )
-    key = row.get(theirs["key"])
-    key = content_key(texts) if key is None else str(key)
+    key = content_key(texts) if row.get(theirs["key"]) is None else _key(row, theirs["key"], where)
     return {"key": key, "where": where, **one_shape(texts, where)}
 
 
@@ -91,37 +90,18 @@ def refused(error: DataError) -> DataError:
     return DataError(f"{error} `on_error: skip` leaves such rows out.")
 
 
+def _key(row: Row, theirs: str, where: str) -> str:
+    if isinstance(row[theirs], Unusable):
+        raise row[theirs]
+    return _whole(str(row[theirs]), theirs, where)
+
+
 def _length(value: Any) -> int:
     """Characters of all texts in a value."""
     if isinstance(value, str):
         return len(value)
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return sum(map(_length, held))
-
-
-def fingerprint(source: Source) -> str:
-    """A hash that changes with the rows that the source gives.
-
-    Of files it sees names, sizes and modification times (of URLs what the file system tells of them), of the Hub the
-    commit, of `module:name` the code of the module. What such a function reads by itself is not seen.
-    """
-    facts: list[Any]
-    kind = kind_of(source)
-    if kind == "stdlib":
-        facts = [stdlib.VERSION, sys.version, [f.facts() for file in stdlib.files() for f in find(str(file))]]
-    elif kind == "function":
-        _load(source.source)
-        file = getattr(sys.modules[source.source.partition(":")[0]], "__file__", None)
-        facts = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None]
-    elif kind == "hub":
-        from bigtrain.data.tables import hub_commit
-
-        facts = [hub_commit(source)]
-    else:
-        facts = [file.facts() for file in find(source.source)]
-    return hashlib.sha256(
-        json.dumps([VERSION, masked_values(source.model_dump(include=CHOICES)), facts], sort_keys=True).encode()
-    ).hexdigest()
 
 
 def size_of(source: Source) -> int | None:
@@ -146,15 +126,15 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _rows(source: Source) -> Iterator[Located]:
+def _rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
     name, start, stop = parse_split(source.split)
     kind = kind_of(source)
     if kind not in ("hub", "saved") and name not in (None, "train"):
         raise DataError(f"{source.source}: is one split, `train`; there is no {name}.")
-    return itertools.islice(_all_rows(source, kind), start, stop)
+    return itertools.islice(_all_rows(source, kind, columns), start, stop)
 
 
-def _all_rows(source: Source, kind: Kind) -> Iterator[Located]:
+def _all_rows(source: Source, kind: Kind, columns: Collection[str]) -> Iterator[Located]:
     if kind == "stdlib":
         return ((f"{source.source}: {row['key']}", row) for row in STDLIB[source.source]())
     if kind == "function":
@@ -162,63 +142,82 @@ def _all_rows(source: Source, kind: Kind) -> Iterator[Located]:
     if kind in ("hub", "saved"):
         from bigtrain.data.tables import hub_rows, saved_rows
 
-        return hub_rows(source) if kind == "hub" else saved_rows(source)
+        return hub_rows(source) if kind == "hub" else saved_rows(source, columns)
     files = find(source.source)
-    return itertools.chain.from_iterable(rows_of(file, source.max_characters) for file in files)
+    return itertools.chain.from_iterable(rows_of(file, source.max_characters, columns, source.field) for file in files)
 
 
 def _value(row: dict[str, Any], ours: str, theirs: str, where: str) -> Any:
+    if isinstance(row.get(theirs), Unusable):
+        raise row[theirs]
     if ours in LISTS or (ours in ("prompt", "completion") and isinstance(row.get(theirs), list)):
         return turns(row[theirs], f"{where}: column `{theirs}`")
-    if ours == "input" and row[theirs] is None:  # an instruction may have none
-        return ""
     return _text(row, ours, theirs, where)
 
 
 def _text(row: dict[str, Any], ours: str, theirs: str, where: str) -> str:
-    if theirs not in row:
-        nearest = _nearest(theirs, row)
-        raise Unusable(
-            "without a column that the task reads",
-            f"{where}: no column `{theirs}`; there are {shorten([_shown(name) for name in row]) or 'none'}. "
-            f"The nearest is {_shown(nearest)}: if it is meant, write `columns: {{{ours}: {_shown(nearest)[1:-1]}}}`.",
-        )
+    if row.get(theirs) is None:
+        raise Unusable("without a column that the task reads", f"{where}: {_missing(row, ours, theirs)}")
     value = row[theirs]
     if not isinstance(value, str):
         raise Unusable(
             "with a column that is no text", f"{where}: column `{theirs}` holds {type(value).__name__} instead of text."
         )
+    return _whole(value, theirs, where)
+
+
+def _whole(text: str, theirs: str, where: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        text = f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text."
-        raise Unusable("with half of a surrogate pair", text) from error
-    return value
+        wrong = f"{where}: column `{theirs}` holds half of a surrogate pair, which is no text."
+        raise Unusable("with half of a surrogate pair", wrong) from error
+    return text
 
 
-def _shown(name: str) -> str:
+def _missing(row: Row, ours: str, theirs: str) -> str:
+    if theirs in row:
+        return f"column `{theirs}` is null."
+    nearest = _nearest(theirs, row)
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    wrapped = f" If the rows are the list in {_shown(lists[0])}, write `field: {lists[0]}`." if lists else ""
+    meant = _shown(nearest)
+    return (
+        f"no column `{theirs}`; there are {shorten([_shown(name) for name in row]) or 'none'}. "
+        f"The nearest is {meant}: if it is meant, write `columns: {{{ours}: {meant[1:-1]}}}`.{wrapped}"
+    )
+
+
+def _shown(name: Any) -> str:
     """A column's name in a message; of a CSV file without a header it may be a whole text."""
-    line = " ".join(name.split())
+    line = " ".join(str(name).encode(errors="backslashreplace").decode().split())
     return f"`{line if len(line) <= 60 else line[:60] + '...'}`"
 
 
 def _nearest(name: str, names: Any) -> str:
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), "")
+    return next(iter(difflib.get_close_matches(name, list(map(str, names)), n=1, cutoff=0.0)), "")
 
 
-def _load(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
-    """The function that `module:name` names: of a module that is installed, on PYTHONPATH, or in the working folder."""
+def load_function(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
+    """The function that `module:name` names: of a module that is installed, on PYTHONPATH, or in the working folder.
+
+    Raises DataError if there is none.
+    """
     module_name, _, name = source.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last: none of its files takes the place of a library
     try:
         module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
     except ImportError as error:
         raise DataError(
             f"{source}: {module_name} cannot be imported: {error}. It was looked for among the installed modules, on "
             f"PYTHONPATH and in {here}."
         ) from error
+    except BaseException as error:
+        raise DataError(f"{source}: {module_name} cannot be imported: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         file = getattr(module, "__file__", None) or "built into Python"
@@ -230,7 +229,21 @@ def _load(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
 
 
 def _function_rows(source: str) -> Iterator[Located]:
-    for number, row in enumerate(_load(source)()):
-        where = f"{source}: row {number}"
-        wrong = None if isinstance(row, dict) else f"{where} is {type(row).__name__} instead of a dict."
-        yield where, row if wrong is None else Unusable("not a dict", wrong)
+    function, number = load_function(source), 0
+    try:
+        for row in function():
+            where = f"{source}: row {number}"
+            wrong = None if isinstance(row, dict) else f"{where} is {type(row).__name__} instead of a dict."
+            yield where, row if wrong is None else Unusable("not a dict", wrong)
+            number += 1
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # also what would end the process without a word, like SystemExit
+        raise DataError(f"{source}: gives no row {number}: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """What a user's code has raised, and where, in a line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = f": {one_line(error)}" if str(error) else ""
+    return f"{type(error).__name__}{said} ({place.filename}, line {place.lineno})."

@@ -4,6 +4,7 @@
     documents.bin  where each document starts in it, and the end of the last (int64, one more than documents)
     trained.bin    one byte per token, 0 where nothing is to be learned; absent where everything is
     bins.bin       bins only: where each bin starts in documents.bin, and the end of the last (int64)
+    checksums.bin  XXH3 of each 64 KiB of the files above, in the order of their names (uint64)
     manifest.json  what made the store, counts, size and sha256 of each file, and its own sha256; written last
 
 `windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, whatever their
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.batches import IGNORE
+from bigtrain.data.columns import CHECKSUMS, MADE_AGAIN, Column, columns
 from bigtrain.disk import file_within
 from bigtrain.errors import DataError
 
-FORMAT = 2
-MADE_AGAIN = "Remove the folder; it will be made again."
+FORMAT = 3
 
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 def open_store(folder: Path, sequence_length: int, isolated: bool = True) -> Store:
-    """Map a store: its manifest and the sizes of its files are checked, what is in the files by `verify_store`.
+    """Map a store: its manifest and the sizes of its files are checked, what is in the files when it is read.
     Without `isolated` the documents of a sample share one run of positions.
 
     Raises DataError if it is not complete, of another format or without a sample.
@@ -52,30 +52,22 @@ def open_store(folder: Path, sequence_length: int, isolated: bool = True) -> Sto
 
 def verify_store(folder: Path) -> int:
     """Read a store's files to the end; returns their bytes. Raises DataError that names a file with a changed byte."""
-    size = 0
-    for name, facts in _checked_manifest(folder)["files"].items():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                raise DataError(f"{folder / name} is not what was written: its checksum differs. {MADE_AGAIN}")
-        size += facts["bytes"]
-    return size
+    manifest = _checked_manifest(folder)
+    for column in columns(folder, manifest, _dtypes(manifest)).values():
+        column.check()
+    return sum(facts["bytes"] for facts in _files(manifest).values())
+
+
+def content_of(manifest: dict[str, Any]) -> str:
+    """A hash of the arrays of a store, from its manifest."""
+    arrays = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
 def seal(manifest: dict[str, Any]) -> str:
     """A store's manifest as text, with a checksum of itself."""
     checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps(manifest | {"sha256": checksum}, indent=2) + "\n"
-
-
-def map_file(path: Path, dtype: str, anywhere: bool = False) -> NDArray[Any]:
-    """A file as an array that is read when it is looked at; `anywhere`: not from its begin to its end."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=dtype)
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if anywhere:
-        content.madvise(mmap.MADV_RANDOM)  # else each look at a cold place reads megabytes ahead
-    return np.frombuffer(content, dtype=dtype)
 
 
 class Borders(NamedTuple):
@@ -100,9 +92,10 @@ class Store(ABC):
         self.folder = folder
         self.manifest = manifest
         self.sequence_length = sequence_length
-        self._tokens = self._map("tokens.bin", manifest["dtype"])
-        self._documents = self._map("documents.bin", "int64")
-        self._trained = self._map("trained.bin", "bool") if "trained.bin" in manifest["files"] else None
+        self._columns = columns(folder, manifest, _dtypes(manifest))
+        self._tokens = self._columns["tokens.bin"]
+        self._documents = self._columns["documents.bin"]
+        self._trained: Column | None = self._columns.get("trained.bin")
 
     @abstractmethod
     def sample(self, i: int) -> Sample:
@@ -115,6 +108,16 @@ class Store(ABC):
     @abstractmethod
     def borders(self, i: int) -> Borders:
         """Which documents stand where in sample i. Raises IndexError."""
+
+    @property
+    def content(self) -> str:
+        """A hash of the tokens, masks and their order, whatever the store was made from."""
+        return content_of(self.manifest)
+
+    @property
+    @abstractmethod
+    def left_over(self) -> int:
+        """Tokens that no sample takes."""
 
     def document(self, number: int) -> NDArray[np.int64]:
         """The tokens of a document."""
@@ -132,9 +135,6 @@ class Store(ABC):
     def _positions(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         return _positions(starts[starts < length] if self.isolated else starts[:0], length)
 
-    def _map(self, name: str, dtype: str) -> NDArray[Any]:
-        return map_file(self.folder / name, dtype, anywhere=True)
-
 
 class Windows(Store):
     """Samples of a fixed length, cut from the documents regardless of their borders."""
@@ -142,6 +142,10 @@ class Windows(Store):
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         super().__init__(folder, manifest, sequence_length)
         self.samples = (len(self._tokens) - 1) // sequence_length
+
+    @property
+    def left_over(self) -> int:
+        return len(self._tokens) - 1 - self.samples * self.sequence_length
 
     def sample(self, i: int) -> Sample:
         self._check(i)
@@ -151,20 +155,18 @@ class Windows(Store):
         targets = tokens[1:].copy()
         if self._trained is not None:
             targets[~self._trained[first + 1 : first + length + 1]] = IGNORE
-        borders = self._documents[
-            np.searchsorted(self._documents, first, "right") : np.searchsorted(self._documents, first + length, "right")
-        ]
-        starts = borders - first  # of documents that begin inside, in 1..length
+        begins, ends = (self._documents.count_until(place) for place in (first, first + length))
+        starts = self._documents[begins:ends] - first  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
         return tokens[:-1], targets, self._positions(starts, length)
 
     def borders(self, i: int) -> Borders:
         self._check(i)
         first, length = i * self.sequence_length, self.sequence_length
-        begins, ends = np.searchsorted(self._documents, (first, first + length), "right")
+        begins, ends = (self._documents.count_until(place) for place in (first, first + length))
         inside = self._documents[begins:ends] - first
         at = np.concatenate(([0], inside[inside < length], [length]))
-        return Borders(int(begins) - 1, bool(self._documents[begins - 1] == first), at)
+        return Borders(begins - 1, bool(self._documents[begins - 1 : begins][0] == first), at)
 
 
 class Bins(Store):
@@ -174,13 +176,18 @@ class Bins(Store):
         super().__init__(folder, manifest, sequence_length)
         if manifest["sequence_length"] != sequence_length:
             raise DataError(f"{folder}: packed for sequences of {manifest['sequence_length']}, not {sequence_length}.")
-        self._bins = self._map("bins.bin", "int64")
+        self._bins = self._columns["bins.bin"]
         self.samples = len(self._bins) - 1
+
+    @property
+    def left_over(self) -> int:
+        return 0
 
     def sample(self, i: int) -> Sample:
         self._check(i)
         length = self.sequence_length
-        borders = self._documents[self._bins[i] : self._bins[i + 1] + 1]
+        begin, end = self._bins[i : i + 2]
+        borders = self._documents[begin : end + 1]
         first, last = borders[0], borders[-1]
         tokens = self._tokens[first:last]
         targets = tokens.astype(np.int64)
@@ -199,8 +206,8 @@ class Bins(Store):
 
     def borders(self, i: int) -> Borders:
         self._check(i)
-        documents = self._documents[self._bins[i] : self._bins[i + 1] + 1]
-        return Borders(int(self._bins[i]), True, _without_last(documents))
+        begin, end = self._bins[i : i + 2]
+        return Borders(int(begin), True, _without_last(self._documents[begin : end + 1]))
 
 
 def _without_last(borders: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -214,6 +221,14 @@ def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     steps[0] = 0
     steps[starts] = 1 - np.diff(starts, prepend=0)
     return steps.cumsum()
+
+
+def _dtypes(manifest: dict[str, Any]) -> dict[str, str]:
+    return {"tokens.bin": manifest["dtype"], "documents.bin": "int64", "trained.bin": "bool", "bins.bin": "int64"}
+
+
+def _files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return manifest["files"] | {CHECKSUMS: manifest["checksums"]}
 
 
 def _checked_manifest(folder: Path) -> dict[str, Any]:
@@ -231,8 +246,9 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
     if text != seal({name: value for name, value in manifest.items() if name != "sha256"}):
         raise DataError(f"{path} is not what was written: its checksum differs. {MADE_AGAIN}")
     try:
-        files = {name: (file_within(folder, name), facts) for name, facts in manifest["files"].items()}
-        if missing := [name for name, facts in manifest["files"].items() if not isinstance(facts["sha256"], str)]:
+        stored = _files(manifest)
+        files = {name: (file_within(folder, name), facts) for name, facts in stored.items()}
+        if missing := [name for name, facts in stored.items() if not isinstance(facts["sha256"], str)]:
             raise ValueError(f"{missing[0]} has no checksum")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -1,40 +1,73 @@
-"""What datasets reads, streaming: parquet and arrow files, folders of its `save_to_disk`, datasets of the Hub."""
+"""Tables as rows: parquet, arrow and feather files by pyarrow; folders of `save_to_disk` and the Hub by datasets.
+
+Of a file and of a saved folder only the columns that are read are opened: what the others hold does not matter.
+"""
 
 from __future__ import annotations
 
-import glob
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bigtrain.config.schema import Source
 from bigtrain.config.sources import parse_split
-from bigtrain.data.files import Located, one_line
+from bigtrain.data.files import File, Located, Row, Unusable, one_line, opened
 from bigtrain.errors import DataError, shorten
 
-AT_ONCE = 100  # rows, made into Python's objects together
+AT_ONCE = 1000  # rows, made into Python's objects together
 # What pyarrow and datasets raise; MemoryError for the sizes that a damaged file claims.
 UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, LookupError, StopIteration, MemoryError)
 
 
-def table_rows(kind: str, name: str) -> Iterator[Located]:
-    """The rows of a parquet or arrow file, a path or a URL; memory holds a row group or a record batch."""
-    import datasets
-
-    url = name if "://" in name else os.path.abspath(name)  # noqa: PTH100 - resolves no links
+def table_rows(file: File, columns: Collection[str]) -> Iterator[Located]:
+    """The rows of a parquet, arrow or feather file; memory holds a row group or a record batch of the columns."""
+    kind = file.kind.removeprefix(".")
+    if file.compression is not None:
+        raise DataError(f"{file.name}: {kind} files compress their columns themselves; decompress it to {file.stem}.")
+    number = 0
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # datasets leaves a lock file there even when it streams
-            table = datasets.load_dataset(
-                kind, data_files=[glob.escape(url)], split="train", streaming=True, cache_dir=scratch
-            )
+        with opened(file) as stream:
+            names, batches = (_parquet if kind == "parquet" else _arrow)(stream, columns)
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise DataError(f"{file.name}: has two columns `{twice[0]}`.")
+            for batch in batches:
+                yield from _batch_rows(batch, file.name, number, names)
+                number += batch.num_rows
     except UNREADABLE as error:
-        raise DataError(f"{name}: cannot be read as {kind}: {one_line(error)}") from error
-    yield from _rows(table, name)
+        raise _unreadable(f"{file.name}: cannot be read as {kind}", number, error) from error
 
 
-def saved_rows(source: Source) -> Iterator[Located]:
+def _parquet(stream: IO[bytes], columns: Collection[str]) -> tuple[list[str], Iterator[Any]]:
+    """(names of all columns, batches of those that are read)."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream)
+    names = file.schema_arrow.names
+    return names, file.iter_batches(AT_ONCE, columns=[name for name in names if name in columns])
+
+
+def _arrow(stream: IO[bytes], columns: Collection[str]) -> tuple[list[str], Iterator[Any]]:
+    """The same of Arrow's file and stream formats and of Feather, whose second version is Arrow's file format."""
+    import pyarrow
+    from pyarrow import feather, ipc
+
+    head = stream.read(6)
+    stream.seek(0)
+    if head.startswith(b"FEA1"):
+        table = feather.read_table(stream)
+        return table.column_names, iter(table.select([c for c in table.column_names if c in columns]).to_batches())
+    opening = ipc.open_file if head == b"ARROW1" else ipc.open_stream
+    names = opening(stream).schema.names
+    stream.seek(0)
+    chosen = [i for i, name in enumerate(names) if name in columns]
+    # An empty list would mean all of them.
+    reader = opening(stream, options=ipc.IpcReadOptions(included_fields=chosen or [0]))
+    if isinstance(reader, pyarrow.RecordBatchFileReader):
+        return names, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    return names, iter(reader)
+
+
+def saved_rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
     """The rows of a folder of `save_to_disk`, from where it lies; of one with several splits, those of `split`."""
     import datasets
 
@@ -47,7 +80,16 @@ def saved_rows(source: Source) -> Iterator[Located]:
         table = table[_choose(folder, split, list(table))]
     elif split not in (None, "train", str(table.split)):
         raise DataError(f"{folder}: is one split, {table.split or 'train'}; there is no {split}. Remove `split`.")
-    yield from _rows(table.with_format(None), f"{folder} ({source.split})" if source.split else folder)
+    name, number = f"{folder} ({source.split})" if source.split else folder, 0
+    names = table.column_names
+    chosen = table.select_columns([c for c in names if c in columns] or names[:1]).with_format("arrow")
+    try:
+        for part in chosen.iter(batch_size=AT_ONCE):
+            for batch in part.to_batches():
+                yield from _batch_rows(batch, name, number, names)
+                number += batch.num_rows
+    except UNREADABLE as error:
+        raise _unreadable(f"{name}: cannot be read", number, error) from error
 
 
 def hub_rows(source: Source) -> Iterator[Located]:
@@ -103,6 +145,35 @@ def _choose(folder: str, split: str | None, names: list[str]) -> str:
     raise DataError(f"{folder}: its splits are {shorten(names)}; {asked}.")
 
 
+def _batch_rows(batch: Any, name: str, first: int, names: Sequence[str]) -> Iterator[Located]:
+    """The rows of a record batch, None in the columns `names` that it lacks."""
+    import pyarrow
+
+    unread = dict.fromkeys(names)
+    for start in range(0, batch.num_rows, AT_ONCE):
+        part = batch.slice(start, AT_ONCE)
+        try:
+            part.validate(full=True)  # places outside its buffers would be read as they are
+            rows = part.to_pylist()
+        except (pyarrow.ArrowInvalid, ValueError, OverflowError):
+            rows = [_row(part.slice(i, 1), f"{name}, row {first + start + i}") for i in range(part.num_rows)]
+        for number, row in enumerate(rows, first + start):
+            yield f"{name}, row {number}", row if isinstance(row, Unusable) else unread | row
+
+
+def _row(part: Any, where: str) -> Row | Unusable:
+    """The only row of a part of a record batch."""
+    import pyarrow
+
+    try:
+        part.validate(full=True)
+        return part.to_pylist()[0]
+    except (pyarrow.ArrowInvalid, ValueError, OverflowError) as error:
+        if "UTF8" in str(error):
+            return Unusable("not UTF-8", f"{where}: is not UTF-8 text.")
+        return Unusable("with a value that cannot be read", f"{where}: cannot be read: {one_line(error)}.")
+
+
 def _rows(table: Any, name: str) -> Iterator[Located]:
     number = 0
     try:
@@ -111,5 +182,8 @@ def _rows(table: Any, name: str) -> Iterator[Located]:
                 yield f"{name}, row {number}", dict(zip(batch, values, strict=True))
                 number += 1
     except UNREADABLE as error:
-        after = f"after row {number - 1}" if number else "from its first row on"
-        raise DataError(f"{name}: cannot be read {after}: {one_line(error)}") from error
+        raise _unreadable(f"{name}: cannot be read", number, error) from error
+
+
+def _unreadable(what: str, rows: int, error: BaseException) -> DataError:
+    return DataError(f"{what}{f' after row {rows - 1}' if rows else ''}: {one_line(error)}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtrain.data.columns import Writer, map_file
 from bigtrain.data.files import Unusable
 from bigtrain.data.order import make_key, permute
-from bigtrain.data.store import FORMAT, map_file, seal
+from bigtrain.data.store import FORMAT, seal
+from bigtrain.data.tally import Tally
 from bigtrain.disk import check_free
 from bigtrain.errors import DataError
 from bigtrain.masking import masked_values
@@ -25,8 +25,10 @@ ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
 Document = tuple[Sequence[int], Sequence[bool] | None]  # ids; which of them are trained, None for all
 Answer = list[Document] | Unusable  # what an encoder makes of a row
+Answered = tuple[str, Answer]  # where the row stands, for messages; what was made of it
 Indices = NDArray[np.int64]
-COUNTS = ("documents", "tokens", "targets", "cut", "answers", "cut_answers")
+COUNTS = ("documents", "tokens", "targets", "cut", "cut_tokens", "answers", "cut_answers")
+CUT = "cut to sequence_length"  # of documents that are longer
 
 
 @dataclass
@@ -43,13 +45,15 @@ class Encoded:
     """Documents in the order they came, cut to what a sample takes; those with nothing to learn are left out.
 
     tokens: all ids, one document after the other. trained: bool of the same shape, None if everything is.
-    lengths: tokens of each document. counts: COUNTS, and what was left out by reason in `dropped`.
+    lengths: tokens of each document. counts: COUNTS. tally: of the rows; `rows` is 0, as whoever reads
+    them counts them.
     """
 
     tokens: NDArray[Any]
     trained: NDArray[np.bool_] | None
     lengths: Indices
-    counts: dict[str, Any]
+    counts: dict[str, int]
+    tally: Tally
 
     @property
     def bytes(self) -> int:
@@ -61,37 +65,42 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
 
 
-def gather(rows: Iterable[Answer], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
+def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
     """The documents of rows as arrays, for one shard."""
     limit = layout.sequence_length
     kept: list[Sequence[int]] = []
     masks: list[Sequence[bool] | None] = []
-    dropped: Counter[str] = Counter()
-    cut = targets = answers = cut_answers = 0
-
-    def documents() -> Iterator[Document]:
-        for answer in rows:
-            if isinstance(answer, Unusable):
-                dropped[answer.reason] += 1
+    tally = Tally()
+    targets = cut = cut_tokens = answers = cut_answers = 0
+    for where, answer in rows:
+        if isinstance(answer, Unusable):
+            tally.drop(answer.reason, where)
+            continue
+        before, lost = len(kept), list[str]()
+        for ids, mask in answer:
+            size = len(ids) if limit is None else min(len(ids), limit + 1)
+            learned = size - 1 if mask is None else int(sum(mask[1:size]))
+            if mask is not None:
+                answers += count_answers(mask)
+                cut_answers += count_answers(mask, size)
+            if len(ids) < (1 if limit is None else 2):
+                lost.append("empty")
+            elif limit is not None and learned == 0:
+                lost.append("without a trained target within sequence_length")
             else:
-                yield from answer or [([], None)]
-
-    for ids, mask in documents():
-        if len(ids) < (1 if limit is None else 2):
-            dropped["empty"] += 1
-            continue
-        size = len(ids) if limit is None else min(len(ids), limit + 1)
-        learned = size - 1 if mask is None else int(sum(mask[1:size]))
-        if mask is not None:
-            answers += count_answers(mask)
-            cut_answers += count_answers(mask, size)
-        if limit is not None and learned == 0:
-            dropped["without a trained target within sequence_length"] += 1
-            continue
-        cut += size < len(ids)
-        targets += learned
-        kept.append(ids[:size] if size < len(ids) else ids)
-        masks.append(None if mask is None else mask[:size])
+                targets += learned
+                kept.append(ids[:size] if size < len(ids) else ids)
+                masks.append(None if mask is None else mask[:size])
+                if size < len(ids):
+                    cut, cut_tokens = cut + 1, cut_tokens + len(ids) - size
+                    tally.example(CUT, where)
+        if len(kept) == before:
+            tally.drop(lost[0] if lost else "empty", where)
+        else:
+            tally.used += 1
+            tally.parts.update(lost)
+            for reason in lost:
+                tally.example(reason, where)
     lengths = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept))
     tokens = np.empty(int(lengths.sum()), dtype=dtype)
     trained = np.ones(len(tokens), dtype=bool)
@@ -99,9 +108,9 @@ def gather(rows: Iterable[Answer], layout: Layout, dtype: np.dtype[Any]) -> Enco
         tokens[end - len(ids) : end] = ids
         if mask is not None:
             trained[end - len(ids) : end] = mask
-    numbers = (len(lengths), len(tokens), targets, cut, answers, cut_answers)
-    counts = dict(zip(COUNTS, numbers, strict=True)) | {"dropped": dict(dropped)}
-    return Encoded(tokens, None if trained.all() else trained, lengths, counts)
+    numbers = (len(lengths), len(tokens), targets, cut, cut_tokens, answers, cut_answers)
+    counts = dict(zip(COUNTS, numbers, strict=True))
+    return Encoded(tokens, None if trained.all() else trained, lengths, counts, tally)
 
 
 def count_answers(mask: Sequence[bool], first: int = 0) -> int:
@@ -116,7 +125,7 @@ def write_shard(folder: Path, encoded: Encoded, facts: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array is not None:
             (folder / name).write_bytes(array.data)
-    manifest = facts | encoded.counts | {"trained": encoded.trained is None}
+    manifest = facts | encoded.counts | {"tally": encoded.tally.facts(), "trained": encoded.trained is None}
     (folder / "manifest.json").write_text(json.dumps(masked_values(manifest), indent=2) + "\n")
 
 
@@ -133,7 +142,7 @@ def write_store(
     dtype = token_dtype(vocabulary_size)
     shard = folder.with_name(folder.name + ".shard")
     shard.mkdir()
-    write_shard(shard, gather(([document] for document in documents), layout, dtype), {})
+    write_shard(shard, gather(((f"document {i}", [one]) for i, one in enumerate(documents)), layout, dtype), {})
     assemble(folder, [shard], layout, dtype=dtype, seed=seed, facts=facts)
     for path in shard.iterdir():
         path.unlink()
@@ -148,21 +157,25 @@ def assemble(
     dtype: np.dtype[Any],
     seed: int,
     facts: dict[str, Any],
-    dropped: Counter[str] | None = None,
+    unencoded: Tally | None = None,
 ) -> None:
     """Fill an empty folder with the store of all shards' documents, shuffled. How the documents are spread over shards
     makes no difference. Memory holds O(1) per document and ASSEMBLY_BYTES of tokens.
 
     facts: what shaped the documents, for the manifest; `source` and `documents_are` name them in messages.
-    dropped: what never came into a shard, by reason. Raises DataError if no document is left, or no room on the disk.
+    unencoded: of the rows that never came into a shard, and how many rows there are; None: all are in the shards.
+    Raises DataError if no document is left, or no room on the disk.
     """
     manifests = [json.loads((shard / "manifest.json").read_text()) for shard in shards]
-    all_dropped = sum((Counter(manifest["dropped"]) for manifest in manifests), Counter(dropped))
-    counts: dict[str, Any] = {name: sum(manifest[name] for manifest in manifests) for name in COUNTS}
-    counts["dropped"] = dict(all_dropped)
+    tally = Tally.total([unencoded or Tally(), *(Tally.of(manifest["tally"]) for manifest in manifests)])
+    if unencoded is None:
+        tally.rows = tally.counted
+    assert tally.rows == tally.counted, f"{tally.rows} rows were read, and {tally.counted} are counted: {tally}"
+    counts: dict[str, Any] = {name: sum(manifest[name] for manifest in manifests) for name in COUNTS} | tally.facts()
     whose = f"{facts['source']} ({facts['documents_are']})"
     if not counts["documents"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in all_dropped.items()) or "there were none"
+        told = (f"{count} {reason} (like {tally.examples[reason]})" for reason, count in tally.dropped.items())
+        reasons = ", ".join(told) or "there were none"
         hint = " Raise held_out, or give more documents." if facts["documents_are"] == "held-out side" else ""
         raise DataError(f"{whose}: no document is left: {reasons}.{hint}")
     everything = all(manifest["trained"] for manifest in manifests)
@@ -171,20 +184,20 @@ def assemble(
 
     lengths = np.concatenate([map_file(shard / "lengths.bin", "int64") for shard in shards])
     order = permute(np.arange(len(lengths)), len(lengths), make_key(seed, "documents"))
-    files = {}
+    writer = Writer(folder)
     if layout.sequence_length is not None:
         order, bins = _packed(order, lengths, layout.sequence_length, seed)
-        files["bins.bin"] = _write(folder / "bins.bin", [bins])
+        writer.write("bins.bin", [bins])
         samples = len(bins) - 1
         counts |= {"samples": samples, "fill": int((lengths - 1).sum()) / (samples * layout.sequence_length)}
     borders = np.concatenate(([0], lengths[order].cumsum()))
-    files["documents.bin"] = _write(folder / "documents.bin", [borders])
+    writer.write("documents.bin", [borders])
     shuffled = _Shuffled(shards, [manifest["documents"] for manifest in manifests], lengths, order, borders)
-    files["tokens.bin"] = _write(folder / "tokens.bin", shuffled.pieces("tokens.bin", dtype))
+    writer.write("tokens.bin", shuffled.pieces("tokens.bin", dtype))
     if not everything:
-        files["trained.bin"] = _write(folder / "trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
+        writer.write("trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | facts
-    manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | {"files": dict(sorted(files.items()))}
+    manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | writer.close()
     (folder / "manifest.json").write_text(seal(masked_values(manifest)))
 
 
@@ -226,17 +239,6 @@ class _Shuffled:
                         piece[place : place + size] = source[stop - size : stop]
             yield piece
             first = last
-
-
-def _write(path: Path, pieces: Iterable[NDArray[Any]]) -> dict[str, Any]:
-    """Write arrays one after the other; what the manifest says about the file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece.data)
-            digest.update(piece.data)
-            size += piece.nbytes
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _packed(order: Indices, lengths: Indices, sequence_length: int, seed: int) -> tuple[Indices, Indices]:

@@ -88,14 +88,15 @@ def evaluate(
             stores = recorded or prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
             limit = stage.evaluate.sequences if sequences is None else sequences
             micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
-            return _evaluated(opened, stage, stores, limit, micro, world, "its held-out documents", file, out)
+            on = "its held-out documents"
+            return _evaluated(opened, place.run, stage, stores, limit, micro, world, on, file, out)
         with scratch("evaluate-") as folder:
             run = _run_over(data, _length(opened, sequence_length), world.size, folder)
             stage = run.stages[0]
             stores = prepare_stage(run, stage, TASKS[stage.task](), opened.tokenizer).held_out
             micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)
             names = ", ".join(source.source for source in data)
-            return _evaluated(opened, stage, stores, sequences, micro, world, names, file, out)
+            return _evaluated(opened, run, stage, stores, sequences, micro, world, names, file, out)
 
 
 def _recorded(place: RunPlace, stage: Stage) -> list[Store]:
@@ -121,6 +122,7 @@ def _check_readable(stage: Stage) -> None:
 
 def _evaluated(
     opened: Opened,
+    run: Run,
     stage: Stage,
     stores: list[Store],
     sequences: int | None,
@@ -139,7 +141,7 @@ def _evaluated(
         each = sums_by_document(opened.model, task, stores, batches, micro, world)
         sums = {name: float(values.sum()) for name, values in each.items()}
         if out is not None:
-            write_documents(out, held_out_parts(stage), stores, task, opened.tokenizer, each)
+            write_documents(out, held_out_parts(run, stage), stores, task, opened.tokenizer, each)
     if not sums["targets"]:
         raise ConfigError(f"{on}: nothing in the first {sequences} sequences is to be predicted; take more.")
     loss = sums["loss"] / sums["targets"]

@@ -218,11 +218,15 @@ def _sequences(run: Run, stage: Stage) -> int | None:
 
 def _samples(run: Run, stage: Stage) -> list[int] | None:
     """Samples of each of the stage's stores, if all are there."""
+    from bigtrain.data.fingerprints import is_known
     from bigtrain.data.prepare import training_parts
     from bigtrain.data.store import open_store
     from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
     from bigtrain.tasks import TASKS
 
+    stores, first = Path(run.output) / "stores", run.stages[0]
+    if not all(is_known(source, stores) for source in (*first.sources, *stage.sources)):  # reading them takes time
+        return None
     where = _tokenizer_folder(run)
     if where is None:
         return None

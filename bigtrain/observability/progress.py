@@ -198,9 +198,21 @@ def contents(facts: Mapping[str, Any]) -> str:
 
 
 def dropped(facts: Mapping[str, Any]) -> str:
-    """How many documents a token store has left out or cut, and why, from its facts; empty if none."""
-    lost = [f"{number:,} {reason}" for reason, number in facts["dropped"].items()]
-    return ", ".join([*lost, f"{facts['cut']:,} cut to sequence_length"] if facts["cut"] else lost)
+    """What of its rows and tokens a token store has left out or cut, why, and where the first of each stands, from its
+    facts; empty if nothing."""
+
+    def told(number: int, what: str, reason: str) -> str:
+        where = facts["examples"].get(reason)
+        return f"{number:,} {what}" + (f" (first: {where})" if where else "")
+
+    lost = [told(number, reason, reason) for reason, number in facts["dropped"].items()]
+    lost += [told(number, f"parts of used rows {reason}", reason) for reason, number in facts["parts"].items()]
+    if facts["cut"]:
+        what = "cut to sequence_length"
+        lost.append(told(facts["cut"], what, what) + f", {count(facts['cut_tokens'])} tokens")
+    if facts["left_over"]:
+        lost.append(f"{facts['left_over']:,} tokens behind the last whole sequence")
+    return ", ".join(lost)
 
 
 def perplexity(loss: float) -> str:

@@ -8,12 +8,16 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.config import load_config
-from bigtrain.errors import CheckpointError
+from bigtrain.data.prepare import StageData
+from bigtrain.data.store import open_store
+from bigtrain.data.writing import Layout, write_store
+from bigtrain.errors import CheckpointError, DataError
 from bigtrain.history import History
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.world import World
 from bigtrain.run_folder import RunFolder
+from bigtrain.stages import _lineage
 from tests.support import small_config
 
 
@@ -74,3 +78,37 @@ def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history):
         found.is_over(stage)
     assert not found.is_over(config.stages[1].model_copy(update={"name": "other"}))
     folder.leave()
+
+
+def store(folder, *documents):
+    folder.mkdir(parents=True)
+    facts = {"source": "a.jsonl", "documents_are": "all", "fingerprint": str(folder)}
+    write_store(folder, [(ids, None) for ids in documents], Layout("windows"), vocabulary_size=99, seed=0, facts=facts)
+    return open_store(folder, 2)
+
+
+@pytest.mark.parametrize(("changed", "key"), [("train", "data"), ("held_out", "evaluate.data")])
+def test_other_documents_are_noticed(history, tmp_path, changed, key):
+    """Of training and of evaluations; the same ones in a store that was made in another way are the same."""
+    found, stage, _ = history
+    own = stage.evaluate.model_copy(update={"data": stage.data})
+    stage = stage.model_copy(update={"evaluate": own, "held_out": 0.0})
+    begun = {name: store(tmp_path / f"first-{name}", [1, 2, 3, 4], [5]) for name in ("train", "held_out")}
+    found._folder.begin(found._config, None, world_size=1)
+    found._folder.record("pretrain", data=_lineage([begun["train"]]), held_out=_lineage([begun["held_out"]]))
+    again = {name: [store(tmp_path / f"again-{name}", [1, 2, 3, 4], [5])] for name in begun}
+    found.check_same_data(stage, StageData(weights=None, **again))
+    other = again | {changed: [store(tmp_path / "other", [1, 2, 3, 4], [6])]}
+    with pytest.raises(DataError, match=rf"stages\.pretrain\.{key}: a\.jsonl has changed .*--restart pretrain"):
+        found.check_same_data(stage, StageData(weights=None, **other))
+
+
+def test_stores_of_an_earlier_version_are_compared_by_what_they_hold(history, tmp_path):
+    found, stage, _ = history
+    begun = store(tmp_path / "first", [1, 2, 3, 4])
+    found._folder.begin(found._config, None, world_size=1)
+    known = [{name: value for name, value in _lineage([begun])[0].items() if name != "content"}]
+    found._folder.record("pretrain", data=known)
+    found.check_same_data(stage, StageData([store(tmp_path / "same", [1, 2, 3, 4])], None, []))
+    with pytest.raises(DataError, match="has changed"):
+        found.check_same_data(stage, StageData([store(tmp_path / "other", [1, 2, 3, 5])], None, []))

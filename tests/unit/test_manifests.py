@@ -12,7 +12,7 @@ import torch.distributed as dist
 from bigtrain.checkpoint import Checkpoint, Retention, save
 from bigtrain.checkpoint.format import MANIFEST, _json, _sealed
 from bigtrain.config import load_config
-from bigtrain.data.store import open_store, seal
+from bigtrain.data.store import FORMAT, open_store, seal
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.run_folder import RunFolder
 from bigtrain.state import Box
@@ -140,8 +140,8 @@ def store(folder):
     for name, dtype in (("tokens.bin", np.uint16), ("documents.bin", np.int64)):
         (folder / name).write_bytes(np.arange(9, dtype=dtype).tobytes())
     files = {path.name: {"bytes": path.stat().st_size, "sha256": "0" * 64} for path in folder.glob("*.bin")}
-    facts = {"format": 2, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all", "tokens": 9}
-    return facts | {"files": files}
+    facts = {"format": FORMAT, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all", "tokens": 9}
+    return facts | {"files": files, "checksums": {"bytes": 0, "sha256": "0" * 64}}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,7 @@ def store(folder):
         (("files", "tokens.bin", "sha256"), ..., "it has no 'sha256'"),
         (("files", "tokens.bin", "sha256"), None, r"tokens\.bin has no checksum"),
         (("files",), ..., "it has no 'files'"),
+        (("checksums", "sha256"), ..., "it has no 'sha256'"),
     ],
 )
 def test_a_stores_manifest(tmp_path, at, new, told):

@@ -181,7 +181,7 @@ def test_another_mathematics_is_refused_with_the_choice(run):
     [
         ("model.from_config.hidden_size=64", "model.from_config.hidden_size: 32 in the run, 64 now"),
         ("tokenizer.train.vocab_size=500", "tokenizer.train.vocab_size: 400 in the run, 500 now"),
-        ("stages.pretrain.data.0.source=stdlib", "stages.pretrain.data.0.source: "),
+        ("stages.pretrain.data.0.split=train", "stages.pretrain.data.0.split: None in the run, 'train' now"),
         ("stages.pretrain.global_batch_size=7", "stages.pretrain.global_batch_size: 5 in the run, 7 now"),
         ("stages.pretrain.schedule.name=linear", "stages.pretrain.schedule.name: 'cosine' in the run, 'linear' now"),
     ],
@@ -198,6 +198,13 @@ def test_what_differs_is_named_and_each_choice_is_told_with_what_it_means(run, o
     restart = "`--restart pretrain`: pretrain, and finetune, which starts from it, is trained from its first step"
     assert (restart in text) == override.startswith("stages.")
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
+def test_data_may_lie_elsewhere_and_is_then_looked_at(run):
+    config, folder = run
+    moved = config("stages.pretrain.data.0.source=stdlib")
+    folder.check(moved)
+    assert folder.is_finished(config()) and not folder.is_finished(moved)
 
 
 def test_restart_sets_the_stage_and_its_dependents_aside(run):

@@ -6,14 +6,17 @@ import ast
 import gzip
 import json
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bigtrain.config.schema import Source
-from bigtrain.data import stdlib
-from bigtrain.data.sources import documents, fingerprint, is_held_out
+from bigtrain.data import fingerprints, stdlib
+from bigtrain.data.fingerprints import fingerprint, is_known
+from bigtrain.data.sources import documents, is_held_out
 from bigtrain.errors import DataError
 
 
@@ -70,7 +73,7 @@ def test_rows_of_json_files(tmp_path: Path) -> None:
 def test_columns_are_mapped_and_others_left_out(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"question": "q", "answer": "a", "id": 7, "more": "m"})
     assert read(file, "prompt", "completion", prompt="question", completion="answer", key="id") == [
-        {"key": "7", "prompt": "q", "completion": "a"}
+        {"key": "7", "where": f"{file}:1", "prompt": "q", "completion": "a"}
     ]
 
 
@@ -124,7 +127,7 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
         read("stdlib", "prompt", "completion")
 
 
-@pytest.mark.parametrize("value", [None, 3, ["x"]])
+@pytest.mark.parametrize("value", [True, 3, ["x"]])
 def test_a_column_that_is_no_text(tmp_path: Path, value: object) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"text": "x"}, {"text": value})
     with pytest.raises(DataError, match=r"a\.jsonl:2: column `text` holds \w+ instead of text"):
@@ -138,10 +141,10 @@ def test_a_column_that_is_no_text(tmp_path: Path, value: object) -> None:
         ('{"text": "a"} {"text": "b"}\n', ":1: is not JSON: Extra data, in column 15"),
         ('["text"]\n', ", row 0: is a JSON str, a row must be an object"),
         ("[1, 2", ", row 0: is a JSON int"),
-        ('[{"text": "a"}, {"text": ', ", row 1: is not JSON: .*EOF.* What follows it cannot be read"),
+        ('[{"text": "a"}, {"text": ', ", row 1: is not JSON: the file ends in it. What follows it cannot be read"),
         ("7\n", ":1: is a JSON int, a row must be an object"),
         ("[" * 500, ", row 0: is not JSON"),
-        ('{"a": ' * 100_000, ":1: is not JSON that can be read: maximum recursion"),
+        ('{"a": ' * 100_000, ":1: is not JSON: Expecting a name and a value"),
         ('{"text": "\\ud800"}\n', ":1: column `text` holds half of a surrogate pair"),
     ],
 )
@@ -172,6 +175,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def bad():\n    yield 'text'\n"
         "def half():\n    yield {'text': '\\ud800'}\n"
         "def none():\n    return iter(())\n"
+        "def nothing():\n    pass\n"
+        "def leaves():\n    yield {'text': 'a'}\n    raise SystemExit(0)\n"
+        "def breaks():\n    yield {'text': 'a'}\n    yield {'text': 1 / 0}\n"
+        "class Own(BaseException):\n    pass\n"
+        "def ends():\n    raise Own('mine')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
@@ -181,7 +189,8 @@ def test_a_function_yields_rows(module: str) -> None:
     rows = read(f"{module}:rows")
     assert [row["text"] for row in rows] == ["a", "b"]
     assert rows[1]["key"] == "5"
-    assert set(rows[0]) == {"key", "text"}
+    assert set(rows[0]) == {"key", "where", "text"}
+    assert rows[1]["where"] == f"{module}:rows: row 1"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +201,10 @@ def test_a_function_yields_rows(module: str) -> None:
         ("bad", "row 0 is str instead of a dict"),
         ("half", "surrogate"),
         ("none", "holds no documents"),
+        ("nothing", r":nothing: gives no row 0: TypeError: 'NoneType' object is not iterable"),
+        ("leaves", r":leaves: gives no row 1: SystemExit: 0 \(.*\.py, line 15\)"),
+        ("breaks", r":breaks: gives no row 1: ZeroDivisionError: division by zero \(.*\.py, line 18\)"),
+        ("ends", r":ends: gives no row 0: Own: mine \(.*\.py, line 22\)"),
     ],
 )
 def test_a_function_that_is_wrong(module: str, name: str, message: str) -> None:
@@ -204,25 +217,73 @@ def test_a_module_that_is_not_there() -> None:
         texts("no_such_module:rows")
 
 
+@pytest.mark.parametrize("content", ["raise SystemExit(3)", "1 / 0", "def"])
+def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    name = f"broken_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DataError, match=rf"{name}:rows: {name} cannot be imported: (Syst|Zero|Syntax)"):
+        texts(f"{name}:rows")
+
+
 # Fingerprints.
 
 
-def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
+def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    """And neither names, folders, links nor times."""
+    folder, stores = tmp_path / "data", tmp_path / "stores"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+
+    def of(source: Path, **fields: Any) -> str:
+        plain = fingerprint(Source(source=str(source), **fields))
+        assert fingerprint(Source(source=str(source), **fields), stores) == plain
+        return plain
+
+    first = of(folder)
+    os.utime(folder / "a.txt", ns=(0, 10**18))
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "a.txt").rename(tmp_path / "copy" / "aa.txt")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "copy" / "again.txt").symlink_to("aa.txt")
+    assert first == of(folder) == of(tmp_path / "copy") == of(tmp_path / "link") == of(folder / "*.txt")
+
+    seen = [first]
+    (tmp_path / "copy" / "aa.txt").rename(tmp_path / "copy" / "c.txt")  # another order
+    seen.append(of(tmp_path / "copy"))
+    (folder / "b.txt").write_text("owt")
+    os.utime(folder / "b.txt", ns=(0, 10**18))
+    seen.append(of(folder))
+    stat = (folder / "b.txt").stat()
+    (folder / "b.txt").write_text("tow")  # of the same size, and with the old time put back
+    os.utime(folder / "b.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    seen.append(of(folder))
+    (folder / "b.txt").rename(folder / "b.csv")  # read in another way
+    seen.append(of(folder))
+    (folder / "c.txt").write_text("")
+    seen += [of(folder), of(folder, split="train[:1]"), of(folder, on_error="skip"), of(folder, max_characters=9)]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_file_is_read_once_for_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    hashed = fingerprints._hashed
+    monkeypatch.setattr(fingerprints, "_hashed", lambda file, known: read.append(file) or hashed(file, known))
+    monkeypatch.setattr(fingerprints, "YOUNG", {False: -1.0, True: -1.0})
+    file, stores = tmp_path / "a.txt", tmp_path / "stores"
     file.write_text("one")
+    source = Source(source=str(file))
+    assert not is_known(source, stores)
+    first = fingerprint(source, stores)
+    assert is_known(source, stores) and fingerprint(source, stores) == first and len(read) == 1
     os.utime(file, ns=(0, 10**18))
-    seen = [fingerprint(Source(source=str(tmp_path)))]
-    assert fingerprint(Source(source=str(tmp_path))) == seen[0]
-    os.utime(file, ns=(0, 2 * 10**18))
-    seen.append(fingerprint(Source(source=str(tmp_path))))
-    file.write_text("longer")
-    os.utime(file, ns=(0, 2 * 10**18))
-    seen.append(fingerprint(Source(source=str(tmp_path))))
-    file.rename(tmp_path / "b.txt")
-    seen.append(fingerprint(Source(source=str(tmp_path))))
-    (tmp_path / "c.txt").write_text("")
-    seen.append(fingerprint(Source(source=str(tmp_path))))
-    assert len(set(seen)) == 5
+    assert not is_known(source, stores) and fingerprint(source, stores) == first and len(read) == 2
+    (stores / "contents.json").write_text("{")  # a cut file costs nothing but another look
+    assert fingerprint(source, stores) == first and len(read) == 3 and is_known(source, stores)
+    monkeypatch.setattr(fingerprints, "YOUNG", {False: 1e6, True: 1e6})
+    file.write_text("two")
+    assert fingerprint(source, stores) != first and not is_known(source, stores)  # it may change at the same moment
 
 
 def test_fingerprint_follows_the_function(module: str, tmp_path: Path) -> None:

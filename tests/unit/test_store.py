@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +29,9 @@ from bigtrain.config.schema import (
 )
 from bigtrain.data import writing
 from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.columns import BLOCK, Column
 from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
-from bigtrain.data.store import Store, open_store, seal, verify_store
+from bigtrain.data.store import FORMAT, Store, open_store, seal, verify_store
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.writing import Document, Layout, assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
@@ -186,7 +189,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
         open_store(folder, 4)
     (folder / "tokens.bin").write_bytes(tokens)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match="has format 0, this bigtrain reads 2"):
+    with pytest.raises(DataError, match="has format 0, this bigtrain reads 3"):
         open_store(folder, 4)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
@@ -215,7 +218,9 @@ def test_shards_of_any_size_make_the_same_store(tmp_path_factory, lengths, lengt
         shards.append(root / f"shard-{len(shards)}")
         shards[-1].mkdir()
         write_shard(
-            shards[-1], gather([[document] for document in documents[begin:end]], chosen, np.dtype(np.uint16)), {}
+            shards[-1],
+            gather([(f"document {i}", [documents[i]]) for i in range(begin, end)], chosen, np.dtype(np.uint16)),
+            {},
         )
     (root / "whole").mkdir()
     (root / "pieced").mkdir()
@@ -242,6 +247,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(tmp_path: Path, layout: str)
     make_store(folder, documents, layout, 8)
     files = sorted(folder.iterdir())
     assert [file.name for file in files if file.name != "bins.bin"] == [
+        "checksums.bin",
         "documents.bin",
         "manifest.json",
         "tokens.bin",
@@ -257,6 +263,57 @@ def test_a_flipped_byte_is_found_and_its_file_named(tmp_path: Path, layout: str)
                     verify_store(folder)
         file.write_bytes(whole)
     verify_store(folder)
+
+
+def flip(file: Path, place: int) -> None:
+    whole = bytearray(file.read_bytes())
+    whole[place] ^= 16
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("layout", ["windows", "bins"])
+def test_a_flipped_byte_is_found_when_it_is_read(tmp_path: Path, layout: str) -> None:
+    """By each way of reading, before a sample shows it; the file, the block and the folder are named."""
+    folder, lengths = tmp_path / "s", [11, 2, 30, 7] * 3000
+    masks = [[i % 3 > 0 for i in range(n)] for n in lengths]
+    documents: list[Document] = [([i % 9000 for i in range(n)], mask) for n, mask in zip(lengths, masks, strict=True)]
+    make_store(folder, documents, layout, 32)
+    whole = open_store(folder, 32)
+    expected = [whole.sample(i) for i in range(whole.samples)]
+    for file in sorted(folder.glob("*.bin")):
+        original = file.read_bytes()
+        for place in {0, len(original) // 2, len(original) - 1}:
+            flip(file, place)
+            seen = 0
+            with pytest.raises(DataError) as error:
+                store = open_store(folder, 32)
+                for i in range(store.samples):
+                    for ours, theirs in zip(store.sample(i), expected[i], strict=True):
+                        np.testing.assert_array_equal(ours, theirs)
+                    seen += 1
+            assert f"{file}" in str(error.value) and "emove the folder" in str(error.value)
+            if file.name != "checksums.bin":
+                assert f"{file}: block {place // BLOCK} (" in str(error.value)
+                assert f"emove the folder {folder}; " in str(error.value)
+                assert seen or place < BLOCK or file.name != "tokens.bin"
+            for look in (lambda store: [store.borders(i) for i in range(store.samples)],
+                         lambda store: store.document_lengths(10**9)):  # fmt: skip
+                with suppress(DataError):
+                    assert repr(look(open_store(folder, 32))) == repr(look(whole))
+            file.write_bytes(original)
+
+
+def test_a_block_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s", [(list(range(5000)), None)] * 40, "windows", 64)
+    calls: list[int] = []
+    check = Column._check
+    monkeypatch.setattr(Column, "_check", lambda self, block: calls.append(block) or check(self, block))
+    for _ in range(2):
+        for i in range(store.samples):
+            store.sample(i)
+    assert len(calls) == sum(
+        -(-store.manifest["files"][f"{name}.bin"]["bytes"] // BLOCK) for name in ("tokens", "documents")
+    )
 
 
 def resident_bytes() -> int:
@@ -278,11 +335,20 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
     with (folder / "documents.bin").open("r+b") as file:
         file.seek(8 * documents)
         file.write(np.int64(tokens).tobytes())
-    manifest = {"format": 2, "layout": layout, "sequence_length": length, **FACTS, "pad_id": 0, "dtype": "uint16"}
+    sums = []
+    for name, size in sorted(sizes.items()):
+        sums.append(np.full(-(-size // BLOCK), xxhash.xxh3_64_intdigest(bytes(BLOCK)), "<u8"))
+        with (folder / name).open("rb") as file:
+            file.seek((len(sums[-1]) - 1) * BLOCK)
+            sums[-1][-1] = xxhash.xxh3_64_intdigest(file.read())
+    (folder / "checksums.bin").write_bytes(data := np.concatenate(sums).tobytes())
+    checksums = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"format": FORMAT, "layout": layout, "sequence_length": length, **FACTS, "pad_id": 0, "dtype": "uint16"}
     (folder / "manifest.json").write_text(
         seal(
             manifest
-            | {"tokens": tokens, "files": {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()}}
+            | {"tokens": tokens, "checksums": checksums}
+            | {"files": {name: {"bytes": size, "sha256": ""} for name, size in sorted(sizes.items())}}
         )
     )
     before = resident_bytes()
@@ -408,6 +474,9 @@ def test_changed_files_make_a_new_store(tmp_path: Path) -> None:
     assert prepare_folders(run) == first
     stat = file.stat()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    assert prepare_folders(run) == first
+    file.write_text("some wards " * 50)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert prepare_folders(run) != first
 
 

@@ -29,8 +29,9 @@ from bigtrain.config.schema import Clean, Stage
 from bigtrain.data.cleaning.drops import MUCH, overrides
 from bigtrain.data.cleaning.judge import Documents, Judge
 from bigtrain.data.cleaning.texts import TextSteps
-from bigtrain.data.sources import Columns, Row, fingerprint
-from bigtrain.data.store import MADE_AGAIN, map_file
+from bigtrain.data.columns import MADE_AGAIN, map_file
+from bigtrain.data.fingerprints import fingerprint
+from bigtrain.data.sources import Columns, Row
 from bigtrain.disk import make_once
 from bigtrain.errors import DataError
 from bigtrain.masking import masked_values
@@ -84,6 +85,11 @@ class Decisions:
             raise DataError(f"{file} has {size} bytes instead of {sum(counts)}. {MADE_AGAIN}")
         return map_file(file, "uint8")[begin : begin + counts[source]]
 
+    def dropped_for(self, source: int) -> dict[str, int]:
+        """How many documents of the stage's source of this number do not stay, by reason; held-out ones are one."""
+        numbers = np.bincount(self.dropped(source), minlength=len(self.manifest["reasons"]) + 1)[1:]
+        return {reason: int(n) for reason, n in zip(self.manifest["reasons"], numbers, strict=True) if n}
+
     def summary(self) -> dict[str, Any]:
         """The report without examples and sources, for an event."""
         report = self.report
@@ -107,6 +113,7 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
         return None
     train = [Documents(source, stage.held_out) for source in stage.data]
     held_out = _held_out(stage) if stage.clean.leakage else []
+    stores = Path(output) / "stores"
     facts = {
         "version": VERSION,
         "clean": stage.clean.model_dump(),
@@ -115,12 +122,12 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
             for field, name in LIBRARIES.items()
             if getattr(stage.clean, field) not in (None, False, [])
         },
-        "train": [_facts(part, columns) for part in train],
-        "held_out": [_facts(part, columns) for part in held_out],
+        "train": [_facts(part, columns, stores) for part in train],
+        "held_out": [_facts(part, columns, stores) for part in held_out],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     settings = stage.clean
-    folder = Path(output) / "stores" / f"clean-{digest[:16]}"
+    folder = stores / f"clean-{digest[:16]}"
 
     def build(empty: Path) -> None:
         with (empty / "dropped.jsonl").open("w", encoding="utf-8") as every_drop:
@@ -132,7 +139,8 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
             raise DataError(f"{warning}\n{_kept_for_reading(empty, folder)}")
         codes.tofile(empty / "dropped.bin")
         _write(empty / "boilerplate.json", [sorted(shared.hashes) for shared in judge.shared])
-        made = {"reasons": list(judge.codes), "documents": counts}
+        names = [part.source.source for part in train]
+        made = {"reasons": list(judge.codes), "documents": counts, "sources": names}
         _write(empty / "manifest.json", {"fingerprint": digest, **facts, **made})
 
     return Decisions(make_once(folder, build) if make else folder, settings, digest)
@@ -180,7 +188,7 @@ def kept(rows: Iterable[Row], decisions: Decisions, source: int) -> Iterator[Row
     missing: Any = object()
     for row, code in itertools.zip_longest(rows, decisions.dropped(source), fillvalue=missing):
         if row is missing or code is missing:
-            name = decisions.manifest["train"][source]["source"]
+            name = decisions.manifest["sources"][source]
             raise DataError(f"{name}: has changed while it was being read. Start again, once it stays as it is.")
         if code == 0:
             yield row
@@ -192,10 +200,11 @@ def _held_out(stage: Stage) -> list[Documents]:
     return [Documents(source, stage.held_out, held_out=True) for source in stage.data]
 
 
-def _facts(part: Documents, columns: Columns) -> dict[str, Any]:
+def _facts(part: Documents, columns: Columns, stores: Path) -> dict[str, Any]:
+    """What decides which documents these are; `source_fingerprint` stands for the source, but for its columns."""
     return {
-        **masked_values(part.source.model_dump(exclude={"weight"})),
-        "source_fingerprint": fingerprint(part.source),
+        "columns": part.source.columns,
+        "source_fingerprint": fingerprint(part.source, stores),
         "read_columns": columns,
         "fraction": part.fraction,
         "held_out": part.held_out,
