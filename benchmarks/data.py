@@ -1,6 +1,6 @@
 """The data's way against the usual ones: tokenizing, feeding, packing, seeking.
 
-    python benchmarks/data.py [--rounds 7] [--only tokenizing,feeding,packing,seeking]
+    python benchmarks/data.py [--rounds 7] [--only tokenizing,chats,feeding,packing,seeking]
 
 On the source of Python's standard library, on a CPU. The contestants of a comparison take turns in one run, so that
 whatever disturbs the machine disturbs all of them; a ratio is the median of the rounds' ratios with a 95 % confidence
@@ -9,6 +9,9 @@ interval (bootstrap). Ratios above 1 are in bigtrain's favour.
 tokenizing  `prepare_stage` (sources read, shards and the shuffled store written, synced to the disk) against
             `tokenizers`' encode_batch on texts that lie in memory, in one process with the same threads; and two
             processes of it against `datasets`' map(batched=True, num_proc=2) with the same tokenizer.
+chats       `ChatTemplate.documents` (text, answers and what is learned) against transformers' apply_chat_template
+            (text alone) on conversations of 4 to 16 turns and a system turn, with the templates of trl and a tokenizer
+            that is trained here; and all that finetuning does to them, ids included.
 feeding     `batches(step)` of 8 x 2048 tokens against a torch DataLoader over a tokenized `datasets` set with a
             collator that packs documents and restarts positions; one core each.
 packing     finetuning a small Llama on conversations that are packed into bins, against the same conversations one a
@@ -22,10 +25,13 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +42,11 @@ from torch.utils.data import DataLoader
 
 from bigtrain.config import Run, load_config
 from bigtrain.data.batches import IGNORE, Batches
-from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.chat import ChatTemplate
+from bigtrain.data.prepare import open_tokenizer, prepare_stage, prepare_tokenizer
 from bigtrain.data.sources import documents
 from bigtrain.data.store import FORMAT, Store, open_store, seal
+from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.writing import Layout, gather
 from bigtrain.tasks import TASKS
 from bigtrain.tasks.sft import Sft
@@ -182,6 +190,68 @@ def tokenizing(rounds: int, folder: Path) -> None:
     print(f"  prepare, two processes      {median([r / 1e6 for r in found['two']])} MB/s")
     print(f"  datasets.map, num_proc=2    {median([r / 1e6 for r in found['map']])} MB/s")
     print(f"    ratio                     {median(ratios(found['two'], found['map']))}   (bar: 1.3)")
+
+
+# Chats.
+
+FAMILIES = {  # templates of trl, with their tokens; the first two are those of begin and end
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    "qwen2_5": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+}
+
+
+def conversations(number: int) -> list[list[dict[str, str]]]:
+    """Of pieces of the standard library: a system turn, and 2 to 8 questions with answers of up to 900 characters."""
+    draws = random.Random(0)  # noqa: S311
+    texts = [row["text"] for row in itertools.islice(library(), 100) if len(row["text"]) > 1000]
+
+    def turn(role: str, least: int, most: int) -> dict[str, str]:
+        text, size = draws.choice(texts), draws.randrange(least, most)
+        start = draws.randrange(len(text) - size)
+        return {"role": role, "content": text[start : start + size].strip() or role}
+
+    return [
+        [turn("system", 20, 60)]
+        + [turn(*given) for _ in range(draws.randrange(2, 9)) for given in (("user", 40, 400), ("assistant", 100, 900))]
+        for _ in range(number)
+    ]
+
+
+def list_of(work: Callable[[Any], Any], given: list[Any]) -> list[Any]:
+    return [work(one) for one in given]
+
+
+def chats(rounds: int, folder: Path) -> None:
+    run = pretraining(str(folder / "runs"), folder)
+    write_texts(folder)
+    chosen = conversations(200)
+    templates = Path(str(distribution("trl").locate_file("trl/chat_templates")))
+    print(f"chats       {len(chosen)} conversations, {sum(map(len, chosen)) / len(chosen):.1f} turns on average")
+    for family, tokens in FAMILIES.items():
+        tokenizer = load_tokenizer(prepare_tokenizer(run), tokens)
+        tokenizer.bos_token, tokenizer.eos_token = tokens[:2]
+        tokenizer.chat_template = (templates / f"{family}.jinja").read_text(encoding="utf-8")
+        documents_of = ChatTemplate.of(tokenizer).documents
+        text_of = partial(tokenizer.apply_chat_template, tokenize=False)
+        rows = [{"key": "", "where": "", "messages": messages} for messages in chosen]
+
+        def rate(work: Callable[[], Any]) -> float:
+            return len(chosen) / seconds_of(work)
+
+        found = turns(
+            rounds,
+            {
+                "ours": partial(rate, partial(list_of, documents_of, chosen)),
+                "theirs": partial(rate, partial(list_of, text_of, chosen)),
+                "ids": partial(rate, partial(Sft().encode, rows, tokenizer)),
+            },
+        )
+        print(f"  {family:<10} documents       {median(found['ours'], 0)} /s")
+        print(f"  {family:<10} transformers    {median(found['theirs'], 0)} /s")
+        print(f"    ratio                     {median(ratios(found['ours'], found['theirs']))}   (bar: 0.8)")
+        print(f"  {family:<10} with ids        {median(found['ids'], 0)} /s")
 
 
 # Feeding.
@@ -345,7 +415,7 @@ def seeking(rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parts = {"tokenizing": tokenizing, "feeding": feeding, "packing": packing, "seeking": seeking}
+    parts = {"tokenizing": tokenizing, "chats": chats, "feeding": feeding, "packing": packing, "seeking": seeking}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(parts))

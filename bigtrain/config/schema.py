@@ -330,7 +330,13 @@ class Stage(Section):
         None,
     )
     sequence_length: int = mathematics(
-        "Tokens of a sequence. With sft, conversations are packed into it whole; a longer one is cut at its end.", ge=2
+        "Tokens of a sequence. With sft, conversations are packed into it whole; see long_conversations.", ge=2
+    )
+    long_conversations: Literal["cut", "split", "drop"] = mathematics(
+        "sft: what becomes of a conversation that is longer than sequence_length. cut: it loses its end. split: it "
+        "becomes several documents, each with the system turn and from a user's turn on; an answer is learned in one "
+        "of them, with half a sequence of its conversation before it, or all if that is less. drop: it is left out.",
+        "cut",
     )
     max_cut_answers: Share = mathematics(
         "sft: the part of a source's answers that may lose their end because their conversation is longer than "

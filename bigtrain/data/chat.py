@@ -7,26 +7,33 @@ more follow (it takes their reasoning out, say), a new document begins: each ans
 meet when it is asked.
 
 Where a template has generation marks, they narrow that down: only what they enclose is learned.
+
+To follow the rule to the letter, a conversation is rendered twice for each of its answers. That is done once for each
+kind of answer, and what comes before it is remembered (`_Kind`); the next conversations are rendered once.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import operator
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from bigtrain.data.conversations import Message, every_text
+from bigtrain.data.conversations import Message
+from bigtrain.data.marks import MARK, any_of, check_marks, marked, texts_of
+from bigtrain.data.templates import REASONING, Rendering, Span, Template
 from bigtrain.errors import DataError
 
-Span = tuple[int, int]
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION, ANSWER = (
     "\ue001",
     "\ue002",
 )  # contents whose place a template cannot hide: no text has them, nothing trims them
-MARK = "\U000fffff"  # around what only looks like a token of the template
-PRIVATE = re.compile("[\U000f0000-\U000fffff]")
+REMEMBERED = 100_000  # kinds of answers
+CALL: Message = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {QUESTION: ANSWER}}}
 
 
 @dataclass(frozen=True)
@@ -39,145 +46,343 @@ class Rendered:
     learned: tuple[Span, ...] = ()
 
 
+class _Answer(NamedTuple):
+    """An answer is `text[start:stop]`, after all before. learned: what of it is."""
+
+    text: str
+    start: int
+    stop: int
+    learned: tuple[Span, ...]
+
+    def follows(self, other: _Answer) -> bool:
+        """Whether all up to the other's end stands before it, word for word."""
+        if other.stop > self.start:
+            return False
+        return self.text is other.text or self.text.startswith(other.text[: other.stop])
+
+
+@dataclass
+class _Conversation:
+    """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. is_special: some text of
+    them is one that the template looks for. forms: those of the messages, numbered; seen: of those before each, a set
+    as bits."""
+
+    messages: list[Message]
+    plain: list[Message]
+    tools: Any
+    whole: Rendering
+    is_special: bool
+    forms: list[int]
+    seen: list[int]
+
+    def kind(self, number: int) -> Hashable:
+        """What decides how a template leads over to an answer, if no text does: all messages where it looks ahead, else
+        the two at hand, and which forms have come before."""
+        if self.whole.ahead:
+            return number, bool(self.tools), *self.forms
+        before = self.forms[number - 1] if number else None
+        return min(number, 2), bool(self.tools), before, self.forms[number], self.seen[number]
+
+
 class ChatTemplate:
     """The chat template of a tokenizer (a PreTrainedTokenizerFast).
 
     end: the token that ends an answer, which is learned with it: where generation must stop.
+    tokens: what is a token in the template's text, unless between two MARKs.
     """
 
     def __init__(self, tokenizer: Any):
-        """Raises DataError for a template that ends answers without a token: the model would never learn to stop."""
-        self._template = tokenizer.get_chat_template()
-        self._variables = dict(tokenizer.special_tokens_map)
-        self._has_marks = GENERATION.search(self._template) is not None
-        names = {str(token): token.special for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
-        self._token = _any_of(names)
+        """Raises DataError for a template that ends answers without a token: the model would never learn to stop; for
+        one that cannot be run, and for named templates of which none is the default."""
+        sources = _sources(tokenizer)
+        templates = {source: Template(source, dict(tokenizer.special_tokens_map)) for source in {*sources}}
+        self._plain, self._with_tools = (templates[source] for source in sources)
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
+        self._any_token = any_of(added)
+        turns: set[str] = set()
+        for template in templates.values():
+            turns |= self._probed(template)
+        self.tokens = frozenset(turns | {name for name, special in added.items() if special})
+        self._of_turns = any_of(turns)
+        self._of_template = any_of(self.tokens)
+        self._marked_or_not = re.compile(f"{MARK}(?:{self._of_template.pattern}){MARK}|({self._of_template.pattern})")
+        self._is_alone = not any(self.end in token for token in self.tokens - {self.end})
+        self._takes_text = {template: _takes_text(template) for template in templates.values()}
+        self._before: dict[Hashable, str | None] = {}  # kind of an answer -> what leads over to it; None: look at each
+        self._forms: dict[Hashable, int] = {}  # of messages
+        self._silent: dict[Hashable, bool] = {}  # role -> whether the template leaves out what it says
+
+    @staticmethod
+    def of(tokenizer: Any) -> ChatTemplate:
+        """That of a tokenizer, which remembers what it has met until the tokenizer changes."""
+        now = (len(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
+        state, template = _KNOWN.get(tokenizer, (None, None))
+        if template is None or state != now:
+            template = ChatTemplate(tokenizer)
+            _KNOWN[tokenizer] = now, template
+        return template
+
+    def documents(self, messages: list[Message], tools: Any = None) -> list[Rendered]:
+        """The documents of a conversation; none if nothing in it is to be learned.
+
+        Learned are the turns of the role `assistant` that say something and have no `train: False`.
+
+        A text that looks like a special token of the template, or like any other special token in what the assistant
+        does not say, is marked and stays text.
+
+        Raises DataError for a template that refuses the conversation, or leaves out of an answer what it says, or whose
+        answers cannot be told from the rest.
+        """
+        learned = self.answers(messages, tools)
+        if not learned:
+            return []
+        template = self._with_tools if tools else self._plain
+        conversation = self._conversation(messages[: learned[-1] + 1], tools, template)
+        chains: list[list[_Answer]] = []
+        for number in learned:
+            answer = self._answer(conversation, number, template)
+            if answer.learned and chains and answer.follows(chains[-1][-1]):
+                chains[-1].append(answer)
+            elif answer.learned:
+                chains.append([answer])
+        return [_document(chain) for chain in chains]
+
+    def answers(self, messages: list[Message], tools: Any = None) -> list[int]:
+        """Numbers of the messages that are learned."""
+        template = self._with_tools if tools else self._plain
+        return [i for i, message in enumerate(messages) if message.get("train", True) and _says(message, template)]
+
+    def unread(self, messages: list[Message], tools: Any = None) -> tuple[str, ...]:
+        """What of a conversation the template has no place for: `tools`, or the assistant's reasoning."""
+        template = self._with_tools if tools else self._plain
+        reasons = not all(message.keys().isdisjoint(REASONING) for message in messages)
+        return (("tools",) if tools and not template.takes_tools else ()) + (
+            ("reasoning_content",) if reasons and template.names.isdisjoint(REASONING) else ()
+        )
+
+    def _probed(self, template: Template) -> set[str]:
+        """The tokens that part turns; finds `end`."""
         question = [{"role": "user", "content": QUESTION}]
-        asked = self._text(question, ask=True)
-        answered = self._text([*question, {"role": "assistant", "content": ANSWER}])
-        end = self._token.search(answered.partition(ANSWER)[2])
+        asked = template.render(question, ask=True).text
+        answered = template.render([*question, {"role": "assistant", "content": ANSWER}]).text
+        end = self._any_token.search(answered.partition(ANSWER)[2])
         if end is None:
             raise DataError(
                 "the tokenizer's chat template ends answers without a special token, "
                 "so the model would never learn to stop."
             )
-        self.end = end[0]
-        turns = {*self._token.findall(asked), self.end}
-        self._of_turns = _any_of(turns)
-        self.tokens = frozenset(turns | {name for name, special in names.items() if special})
-        self._of_template = _any_of(self.tokens)
-        self._marked_or_not = re.compile(f"{MARK}(?:{self._of_template.pattern}){MARK}|({self._of_template.pattern})")
+        if template is self._plain:
+            self.end = end[0]
+        return {*self._any_token.findall(asked), end[0]}
 
-    def documents(self, messages: list[Message], read_only: int = 0) -> list[Rendered]:
-        """The documents of a conversation; none if nothing in it is to be learned.
+    def _conversation(self, messages: list[Message], tools: Any, template: Template) -> _Conversation:
+        plain = [self._for_template(message, template) for message in messages]
+        texts = "\0".join(texts_of(plain))
+        guarded = plain
+        if self._of_template.search(texts):
+            guarded = marked(plain, self._of_turns, self._of_template)
+        whole = template.render(guarded, tools=tools)
+        if guarded is not plain:
+            check_marks(whole.text, template.render(plain, tools=tools).text)
+        self._check_roles(plain, whole.text, template)
+        is_special = any(literal in texts for literal in template.literals)
+        numbers = self._forms
+        forms = [numbers.setdefault(_form(message), len(numbers)) for message in plain]
+        seen = [*itertools.accumulate((1 << form for form in forms), operator.or_, initial=0)]
+        return _Conversation(guarded, plain, tools, whole, is_special, forms, seen)
 
-        Learned are the turns of the role `assistant` that say something, from message `read_only` on.
+    def _answer(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
+        whole, kind = conversation.whole, conversation.kind(number)
+        before = self._before.get((template, kind))
+        answer = None
+        if before is not None and not conversation.is_special:
+            answer = self._within_whole(whole, number, before, template)
+        if answer is not None:
+            return self._checked(answer, conversation.messages[number])
+        answer = self._checked(self._alone(conversation, number, template), conversation.messages[number])
+        if (template, kind) not in self._before and len(self._before) < REMEMBERED:
+            self._before[template, kind] = self._lead(whole, number, answer, template)
+        return answer
 
-        A text that looks like a special token of the template, or like any other special token in what the assistant
-        does not say, is marked and stays text.
+    def _within_whole(self, whole: Rendering, number: int, before: str, template: Template) -> _Answer | None:
+        """An answer as it stands in the text of all messages, behind what leads over to it; None if it does not."""
+        begin, end = whole.turns.get(number), whole.turns.get(number + 1, len(whole.text))
+        if begin is None or not whole.text.startswith(before, begin):
+            return None
+        start = begin + len(before)
+        stop = self._end(whole.text, start, end)
+        if stop is None:
+            return None
+        answer = _learned(whole.text, start, stop, whole.generated if template.has_marks else None)
+        return None if answer.learned and answer.learned[-1][1] != stop else answer
 
-        Raises DataError for a template that refuses the conversation, or whose answers cannot be told from the rest.
-        """
-        guarded = self._guarded(messages)
-        found: list[Rendered] = []
-        for i, message in enumerate(guarded):
-            says = message["content"] or message.get("tool_calls") or message.get("reasoning_content")
-            if message["role"] != "assistant" or not says or i < read_only:
-                continue
-            text, marks = self._render(guarded[: i + 1])
-            if guarded is not messages:
-                _check_guard(text, self._text(messages[: i + 1]))
-            answer = self._answer(guarded[:i], text)
-            learned = _within(marks, answer) if self._has_marks else (answer,)
-            if not learned:
-                continue
-            if learned[-1][1] != answer[1]:
-                raise DataError(
-                    f"the generation marks of the chat template leave out {self.end!r}, which ends turn {i + 1}, "
-                    "so the model would never learn to stop. Put the token between the marks."
-                )
-            continues = bool(found) and text[: answer[0]].startswith(found[-1].text)
-            before = found.pop() if continues else Rendered()
-            found.append(Rendered(text[: answer[1]], (*before.answers, answer[0]), (*before.learned, *learned)))
-        return found
+    def _lead(self, whole: Rendering, number: int, answer: _Answer, template: Template) -> str | None:
+        """What leads over to an answer from where its turn begins, if the text of all messages has the answer too."""
+        begin = whole.turns.get(number, answer.start + 1)
+        if begin > answer.start or not whole.text.startswith(answer.text[: answer.stop]):
+            return None
+        before = answer.text[begin : answer.start]
+        same = self._within_whole(whole, number, before, template)
+        return before if same is not None and same[1:] == answer[1:] else None
 
-    def _answer(self, before: list[Message], text: str) -> Span:
-        """The last turn of `text`: from behind the generation prompt through the token that ends it."""
-        asked = self._text(before, ask=True) if before else ""
+    def _alone(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
+        """The last turn of the messages up to it: from behind the generation prompt through the token that ends it."""
+        messages, tools = conversation.messages[: number + 1], conversation.tools
+        rendering = template.render(messages, tools=tools)
+        text, before = rendering.text, messages[:number]
+        if conversation.messages is not conversation.plain:
+            check_marks(text, template.render(conversation.plain[: number + 1], tools=tools).text)
+        asked = template.render(before, ask=True, tools=tools).text if before else ""
         start = len(asked)
         if not before or not text.startswith(asked):
             # The prompt says more than answered turns show (DeepSeek's <think>), or there is none to answer to.
-            start = self._text([*before, {"role": "assistant", "content": ANSWER}]).rindex(ANSWER)
-            if before and not asked.startswith(text[:start]):
+            answered = template.render([*before, {"role": "assistant", "content": ANSWER}], tools=tools).text
+            start = answered.rfind(ANSWER)
+            if start < 0 or (before and not asked.startswith(text[:start])):
                 raise DataError(
-                    f"the chat template writes what comes before turn {len(before) + 1} differently once that turn is "
+                    f"the chat template writes what comes before turn {number + 1} differently once that turn is "
                     "answered, so the model would learn after what it never meets. Use another template."
                 )
-        ends = [match for match in self._marked_or_not.finditer(text, start) if match[1]]
-        chosen = [match for match in ends if match[1] == self.end] or ends
-        if not chosen:
+        stop = self._end(text, start, len(text))
+        if stop is None:
             raise DataError(
-                f"the chat template ends turn {len(before) + 1} without a special token, "
+                f"the chat template ends turn {number + 1} without a special token, "
                 "so the model would never learn to stop."
             )
-        return start, chosen[-1].end()
-
-    def _guarded(self, messages: list[Message]) -> list[Message]:
-        """The same list, or one where what only looks like a token stands between two MARKs."""
-
-        def guard(message: Message) -> Message:
-            tokens = self._of_turns if message["role"] == "assistant" else self._of_template
-            return {key: every_text(value, lambda text: _marked(tokens, text)) for key, value in message.items()}
-
-        guarded = [guard(message) for message in messages]
-        return messages if guarded == messages else guarded
-
-    def _text(self, messages: list[Message], ask: bool = False) -> str:
-        return self._render(messages, ask)[0]
-
-    def _render(self, messages: list[Message], ask: bool = False) -> tuple[str, list[Span]]:
-        """What the template makes of messages, and the characters that its generation marks enclose."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._has_marks,
-                add_generation_prompt=ask,
-                **self._variables,
+        answer = _learned(text, start, stop, rendering.generated if template.has_marks else None)
+        if answer.learned and answer.learned[-1][1] != stop:
+            raise DataError(
+                f"the generation marks of the chat template leave out {self.end!r}, which ends turn {number + 1}, "
+                "so the model would never learn to stop. Put the token between the marks."
             )
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the tokenizer's chat template refuses it: {error}") from error
-        (text,), marks = rendered
-        return text, marks[0] if marks else []
+        return answer
+
+    def _end(self, text: str, start: int, end: int) -> int | None:
+        """Where the last token of a turn ends that starts and ends there, if it has one."""
+        if self._is_alone and MARK not in text and (found := text.rfind(self.end, start, end)) >= 0:
+            return found + len(self.end)
+        ends = [match for match in self._marked_or_not.finditer(text, start, end) if match[1]]
+        chosen = [match for match in ends if match[1] == self.end] or ends
+        return chosen[-1].end() if chosen else None
+
+    def _checked(self, answer: _Answer, message: Message) -> _Answer:
+        for call in message.get("tool_calls") or ():
+            name = call.get("function", call).get("name", "")
+            if answer.text.find(name, answer.start, answer.stop) < 0:
+                raise DataError(
+                    f"the chat template leaves out the tool call `{name}` of an answer. Use a template that writes "
+                    "calls of tools, or give the call as the answer's content."
+                )
+        return answer
+
+    def _check_roles(self, messages: list[Message], text: str, template: Template) -> None:
+        """Raises DataError for a template that leaves out what a role says."""
+        for message in messages:
+            role, content = message["role"], message["content"].strip()
+            if role != "assistant" and content not in text and self._leaves_out(template, role):
+                raise DataError(
+                    f"the chat template leaves out what the role `{role}` says. Use a template that writes it, or "
+                    "leave these turns out of the data."
+                )
+
+    def _leaves_out(self, template: Template, role: str) -> bool:
+        if (template, role) not in self._silent:
+            said = {"role": role, "content": QUESTION}
+            answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            called = [answered[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+            shown = [said, *answered] if role == "system" else [*(called if role == "tool" else answered), said]
+            try:
+                self._silent[template, role] = QUESTION not in template.render(shown).text
+            except DataError:
+                self._silent[template, role] = False
+        return self._silent[template, role]
+
+    def _for_template(self, message: Message, template: Template) -> Message:
+        """As the template takes it: arguments of tool calls are decoded, or text where it writes them as they are."""
+        if len(message) == 2:
+            return message
+        message = {key: value for key, value in message.items() if key != "train"}
+        if message.get("tool_calls"):
+            as_text = self._takes_text[template]
+            message["tool_calls"] = [_with_arguments(call, as_text) for call in message["tool_calls"]]
+        return message
 
 
-def _check_guard(text: str, unguarded: str) -> None:
-    """Raises DataError if the marks in a text have changed what the template makes, or could not be told from it."""
-    if PRIVATE.search(unguarded):
+_KNOWN: WeakKeyDictionary[Any, tuple[Hashable, ChatTemplate]] = WeakKeyDictionary()
+
+
+def _sources(tokenizer: Any) -> tuple[str, str]:
+    """The templates for conversations without tools and with them."""
+    given = tokenizer.chat_template
+    if not isinstance(given, dict):
+        return given, given
+    if "default" not in given:
         raise DataError(
-            "it has a text that looks like a special token, and a private-use character (U+F0000 to U+FFFFF); "
-            "take one of them out."
+            f"the tokenizer has the chat templates {', '.join(map(repr, sorted(given)))}, and none is the `default`. "
+            "Rename one of them in the tokenizer's folder."
         )
-    if text.replace(MARK, "") != unguarded:
-        raise DataError(
-            "it has a text that looks like a special token, and the chat template reads it as such. Take it out; "
-            "give the answers of tools the role `tool`."
-        )
+    default: str = given["default"]
+    return default, given.get("tool_use", default)
 
 
-def _any_of(names: Any) -> re.Pattern[str]:
-    """Matches each of the names, the longest where several do."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+def _takes_text(template: Template) -> bool:
+    """Whether it writes the arguments of tool calls as they are, so that only their text comes out as JSON."""
+
+    def shown(arguments: Any) -> str | None:
+        call = CALL | {"function": {"name": "f", "arguments": arguments}}
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked: list[Message] = [{"role": "user", "content": "a"}, called]
+        try:
+            return template.render(asked).text
+        except DataError:
+            return None
+
+    decoded = shown({QUESTION: ANSWER})
+    return (decoded is None and shown("{}") is not None) or (decoded is not None and f"{{'{QUESTION}'" in decoded)
 
 
-def _marked(tokens: re.Pattern[str], text: str) -> str:
-    return tokens.sub(lambda match: f"{MARK}{match[0]}{MARK}", text)
+def _with_arguments(call: Message, as_text: bool) -> Message:
+    """A tool call with its arguments as text or decoded. Raises DataError for arguments that are no JSON."""
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str) and not as_text:
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:  # `clean` may have changed the text
+            raise DataError(f"the arguments of the tool call `{function.get('name')}` are no JSON: {error}.") from error
+    elif not isinstance(arguments, str) and as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
 
 
-def _within(marks: list[Span], answer: Span) -> tuple[Span, ...]:
-    """The parts of the answer that the marks enclose."""
-    parts = ((max(start, answer[0]), min(stop, answer[1])) for start, stop in marks)
-    return tuple((start, stop) for start, stop in parts if start < stop)
+def _learned(text: str, start: int, stop: int, generated: list[Span] | None) -> _Answer:
+    """The answer in text[start:stop], with what of it generation marks enclose; without marks all of it."""
+    if generated is None:
+        return _Answer(text, start, stop, ((start, stop),))
+    parts = ((max(begin, start), min(end, stop)) for begin, end in generated)
+    return _Answer(text, start, stop, tuple((begin, end) for begin, end in parts if begin < end))
+
+
+def _document(chain: list[_Answer]) -> Rendered:
+    """One document of answers that follow one another."""
+    last = chain[-1]
+    learned = tuple(span for answer in chain for span in answer.learned)
+    return Rendered(last.text[: last.stop], tuple(answer.start for answer in chain), learned)
+
+
+def _says(message: Message, template: Template) -> bool:
+    if message["role"] != "assistant":
+        return False
+    thinks = not template.names.isdisjoint(REASONING) and any(message.get(name) for name in REASONING)
+    return bool(message["content"] or message.get("tool_calls") or thinks)
+
+
+def _form(message: Message) -> Hashable:
+    """What a template may look at in a message but for its texts."""
+    content = message["content"]
+    says = bool(content) and not content.isspace()
+    if len(message) == 2:
+        return message["role"], says
+    others = tuple(sorted(key for key, value in message.items() if value and key not in ("role", "content")))
+    return message["role"], says, others, len(message.get("tool_calls", ()))

@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
 from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
+from bigtrain.data.cut_answers import check_count, check_sample
 from bigtrain.data.files import Row, Unusable
 from bigtrain.data.fingerprints import CHANGED, fingerprint
 from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
-from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, refused, size_of
+from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, names_of, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tally import Tally
 from bigtrain.data.tokenizer import load_tokenizer, num_ids, tokenizer_fingerprint, train_tokenizer
-from bigtrain.data.writing import Answer, Answered, Encoded, Layout, assemble, count_answers, gather, token_dtype
+from bigtrain.data.writing import Answer, Answered, Encoded, Layout, assemble, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
@@ -37,8 +38,10 @@ class Encoder(Protocol):
     encoding: str  # name and version of what `encode` does; a new version makes new stores
     columns: Columns  # the sets of columns that it can read
 
-    def encode(self, rows: list[Row], tokenizer: Any) -> list[Answer]:
-        """One answer for each row: its documents, none if there is nothing to learn, or Unusable.
+    def encode(self, rows: list[Row], tokenizer: Any, layout: Layout | None = None) -> list[Answer]:
+        """One answer for each row: its documents, none if there is nothing to learn, Unusable, or LeftOut.
+
+        layout: how long a document may be, for a task that makes them as long as that; None: any length.
 
         Raises DataError if the tokenizer lacks a special token that the encoding needs."""
         ...
@@ -113,7 +116,7 @@ class Part:
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
             "source_fingerprint": fingerprint(self.source, self.stores),
-            "columns": {ours: self.source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")},
+            "columns": {ours: self.source.columns.get(ours, ours) for ours in names_of(columns)},
             "held_out": self.fraction,
             "documents_are": side,
             **({"clean": None} if self.cleaning is None else self.cleaning.facts),
@@ -202,60 +205,53 @@ def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream:
     train = training_parts(run, stage, task.columns)
     evaluation = held_out_parts(run, stage)
     weights = [source.weight for source in stage.data if source.weight is not None]
-    made = [_store(run, stage, part, task, tokenizer, stream or Stream()) for part in (*train, *evaluation)]
-    for store, part in zip(made, train, strict=False):
-        _check_answers(store, stage, part, task, tokenizer)
+    made = [
+        _store(run, stage, part, task, tokenizer, stream or Stream(), part in train) for part in (*train, *evaluation)
+    ]
     return StageData(made[: len(train)], weights or None, held_out=made[len(train) :], cleaning=train[0].cleaning)
 
 
 def counts(store: Store) -> dict[str, Any]:
     """What of a store's manifest is worth telling."""
     names = ("source", "documents_are", "documents", "tokens", "targets", "fill")
-    about_rows = ("rows", "other_side", "used", "dropped", "parts", "examples", "cut", "cut_tokens")
+    about_rows = ("rows", "other_side", "used", "dropped", "parts", "unread", "examples", "split", "cut", "cut_tokens")
     facts = {name: store.manifest[name] for name in (*names, *about_rows) if name in store.manifest}
     return {"sequences": store.samples} | facts | {"left_over": store.left_over}
 
 
-def _store(run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any, stream: Stream) -> Store:
+def _store(
+    run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any, stream: Stream, is_trained_on: bool
+) -> Store:
     layout = Layout(task.layout)
     if task.layout == "bins":
-        layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer))
+        layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer), stage.long_conversations)
     what = part.facts(task.columns) | {
         "encoding": task.encoding,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "seed": run.seed,
     }
     ingredients = what | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
+    if layout.long_conversations is not None:
+        ingredients |= {"long_conversations": layout.long_conversations}
     folder = _folder(run, layout.name, ingredients)
+
+    def encode(rows: list[Row]) -> list[Answer]:
+        return [answer for _, answer in _answers(rows, part, task, tokenizer, layout)]
+
+    checks_answers = is_trained_on and layout.long_conversations in ("cut", "split")
     if not is_made(folder):
+        if checks_answers and stage.max_cut_answers < 1:
+            check_sample(part.documents(task.columns), part.size(), encode, stage, part.source.source)
         facts = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
         _make(folder, part, task, tokenizer, layout, facts, stream)
     if (shards := _shards_of(folder)).exists():
         remove(shards)
     store = open_store(folder, stage.sequence_length, isolated=not stage.documents_may_read_each_other)
     store.manifest["source"] = masked(part.source.source)  # the same data may have been elsewhere when it was made
+    if checks_answers:
+        answers, cut = store.manifest["answers"], store.manifest["cut_answers"]
+        check_count(answers, cut, part.documents(task.columns), encode, stage, part.source.source)
     return store
-
-
-def _check_answers(store: Store, stage: Stage, part: Part, task: Encoder, tokenizer: Any) -> None:
-    """Raises DataError if too many answers have lost their end, naming the first row that has such a one."""
-    answers, cut = (store.manifest.get(name, 0) for name in ("answers", "cut_answers"))
-    if cut <= stage.max_cut_answers * answers:
-        return
-    first = next(
-        row["where"]
-        for row in part.documents(task.columns)
-        for answer in task.encode([part.cleaned(row)], tokenizer)
-        if not isinstance(answer, Unusable)
-        for _, mask in answer
-        if count_answers(mask or (), stage.sequence_length + 1)
-    )
-    raise DataError(
-        f"{part.source.source}: {cut} of {answers} answers lose their end, since their conversations are longer than "
-        f"sequence_length ({stage.sequence_length} tokens); the first is in {first}. The model would "
-        f"not learn where they end: raise stages.{stage.name}.sequence_length, split or leave out long "
-        f"conversations, or allow more with max_cut_answers ({stage.max_cut_answers})."
-    )
 
 
 def _make(
@@ -265,7 +261,7 @@ def _make(
     dtype = token_dtype(num_ids(tokenizer))
 
     def encode(rows: list[Row]) -> Encoded:
-        return gather(_answers(rows, part, task, tokenizer), layout, dtype)
+        return gather(_answers(rows, part, task, tokenizer, layout), layout, dtype)
 
     made = Shards(
         _shards_of(folder),
@@ -288,14 +284,14 @@ def _make(
         make_once(folder, build)
 
 
-def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any) -> Iterator[Answered]:
+def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any, layout: Layout) -> Iterator[Answered]:
     """Where each row stands, and what the encoder makes of it.
 
     Raises DataError for one that it refuses, with `on_error: error`.
     """
     for batch in batched(map(part.cleaned, rows), BATCH_BYTES):
         try:
-            answers = task.encode(batch, tokenizer)
+            answers = task.encode(batch, tokenizer, layout)
         except DataError as error:
             raise DataError(f"{part.source.source}: {error}") from error
         for row, answer in zip(batch, answers, strict=True):

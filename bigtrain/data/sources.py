@@ -16,7 +16,7 @@ from typing import Any
 from bigtrain.config.schema import Source
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
-from bigtrain.data.conversations import LISTS, SHAPES, one_shape, turns
+from bigtrain.data.conversations import LISTS, SHAPES, UNREAD, one_shape, read_column, unread
 from bigtrain.data.files import Located, Row, Unusable, find, one_line
 from bigtrain.data.formats import rows_of
 from bigtrain.data.tally import Tally
@@ -24,7 +24,7 @@ from bigtrain.errors import DataError, shorten
 
 Columns = tuple[tuple[str, ...], ...]
 
-# What each task reads: the first set of columns that a row has all of.
+# What each task reads: the first set of columns that a row has all of, but for those that end in ?.
 COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": SHAPES}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
 
@@ -33,17 +33,19 @@ def documents(source: Source, columns: Columns, tally: Tally | None = None) -> I
     """The rows of a source, in the same order every time: `key`, `where` (file and line, or file and row, for messages)
     and the first of the sets of columns that the row has, conversations as `one_shape` gives them.
 
-    All values are str, but for `messages`: a list of dicts with at least `role` and `content`, both str.
+    All values are str, but for `messages`: a list of dicts with at least `role` and `content`, both str; `tools`, of
+    which they make use.
 
     The key decides on which side of a split a document falls (`is_held_out`); without a `key` column it is a
     hash of the row's texts, so that exact duplicates share it. Files are read in the order of their paths.
 
-    tally: counts all rows and those that `on_error: skip` leaves out, as far as they have been read.
+    tally: counts all rows and those that `on_error: skip` leaves out, as far as they have been read, and columns of
+    which nothing is used.
 
     Raises DataError for a source that is missing, empty or unreadable, and with `on_error: error` for a row that is
     broken or too long, lacks a column or holds no text there.
     """
-    theirs = {ours: source.columns.get(ours, ours) for ours in (*itertools.chain(*columns), "key")}
+    theirs = {ours: source.columns.get(ours, ours) for ours in names_of(columns)}
     for ours in source.columns:
         if ours not in theirs:
             raise DataError(
@@ -52,7 +54,8 @@ def documents(source: Source, columns: Columns, tally: Tally | None = None) -> I
             )
     first_wrong, used = None, False
     tally = Tally() if tally is None else tally
-    for where, row in _rows(source, frozenset(theirs.values())):
+    noted = UNREAD if columns is SHAPES else ()
+    for where, row in _rows(source, frozenset({*theirs.values(), *noted})):
         tally.rows += 1
         try:
             document = _document(row, columns, theirs, where, source.max_characters)
@@ -63,6 +66,7 @@ def documents(source: Source, columns: Columns, tally: Tally | None = None) -> I
             tally.drop(error.reason if isinstance(error, Unusable) else "without usable turns", where)
             continue
         used = True
+        tally.unread.update(document.pop("unread"))
         yield document
     if first_wrong is not None and not used:
         raise DataError(f"{source.source}: no row can be used. The first: {first_wrong}") from first_wrong
@@ -73,16 +77,30 @@ def documents(source: Source, columns: Columns, tally: Tally | None = None) -> I
 def _document(row: Row | Unusable, columns: Columns, theirs: dict[str, str], where: str, longest: int) -> Row:
     if isinstance(row, Unusable):
         raise row
-    there = {name for name, value in row.items() if value is not None}  # a column of a table is in all of its rows
-    chosen = next((names for names in columns if all(theirs[name] in there for name in names)), columns[-1])
-    texts = {ours: _value(row, ours, theirs[ours], where) for ours in chosen}
+    chosen, texts = _chosen(row, columns, theirs), {}
+    for ours in (name.removesuffix("?") for name in chosen):
+        if f"{ours}?" not in chosen or row.get(theirs[ours]) not in (None, "", []):
+            texts[ours] = _value(row, ours, theirs[ours], where)
     if (length := _length(texts)) > longest:
         raise Unusable(
             "longer than max_characters",
             f"{where}: is {length:,} characters long, more than max_characters ({longest:,}); split it or raise it.",
         )
     key = content_key(texts) if row.get(theirs["key"]) is None else _key(row, theirs["key"], where)
-    return {"key": key, "where": where, **one_shape(texts, where)}
+    left = unread(row, theirs.values(), where) if chosen in SHAPES else ()
+    return {"key": key, "where": where, "unread": left, **one_shape(texts, where)}
+
+
+def _chosen(row: Row, columns: Columns, theirs: dict[str, str]) -> tuple[str, ...]:
+    """The first set of columns that have a value in the row, else the last."""
+    there = {name for name, value in row.items() if value is not None}  # a column of a table is in all of its rows
+    needed = ([theirs[name] for name in names if not name.endswith("?")] for names in columns)
+    return next((names for names, needs in zip(columns, needed, strict=True) if there.issuperset(needs)), columns[-1])
+
+
+def names_of(columns: Columns) -> list[str]:
+    """All columns that may be read, with that of the key."""
+    return [*(name.removesuffix("?") for name in itertools.chain(*columns)), "key"]
 
 
 def refused(error: DataError) -> DataError:
@@ -150,8 +168,9 @@ def _all_rows(source: Source, kind: Kind, columns: Collection[str]) -> Iterator[
 def _value(row: dict[str, Any], ours: str, theirs: str, where: str) -> Any:
     if isinstance(row.get(theirs), Unusable):
         raise row[theirs]
-    if ours in LISTS or (ours in ("prompt", "completion") and isinstance(row.get(theirs), list)):
-        return turns(row[theirs], f"{where}: column `{theirs}`")
+    may_be_turns = ours in ("prompt", "completion") and isinstance(row.get(theirs), list | dict)
+    if row.get(theirs) is not None and (ours in LISTS or may_be_turns):
+        return read_column(row, ours, theirs, where)
     return _text(row, ours, theirs, where)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+COUNTERS = ("dropped", "parts", "unread")
+
 
 @dataclass
 class Tally:
@@ -14,7 +16,8 @@ class Tally:
 
     rows: that were read. other_side: of the training side where this is the held-out one, and the reverse.
     used: with a document in the store. dropped: the others, by reason. parts: documents that were dropped of rows of
-    which others are used, by reason. examples: where the first one stands, by reason.
+    which others are used, by reason. unread: rows with a value of which nothing is used, by its name.
+    examples: where the first one stands, by reason.
     """
 
     rows: int = 0
@@ -22,6 +25,7 @@ class Tally:
     used: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
@@ -40,16 +44,18 @@ class Tally:
         self.used += later.used
         self.dropped += later.dropped
         self.parts += later.parts
-        self.examples = later.examples | self.examples
+        self.unread += later.unread
+        for reason, where in later.examples.items():
+            self.example(reason, where)
 
     def facts(self) -> dict[str, Any]:
         """For a manifest."""
-        return vars(self) | {"dropped": dict(self.dropped), "parts": dict(self.parts)}
+        return vars(self) | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> Tally:
         """What `facts` gave."""
-        return cls(**facts | {"dropped": Counter(facts["dropped"]), "parts": Counter(facts["parts"])})
+        return cls(**facts | {name: Counter(facts[name]) for name in COUNTERS})
 
     @classmethod
     def total(cls, tallies: Iterable[Tally]) -> Tally:

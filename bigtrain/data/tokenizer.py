@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from bigtrain.config.environment import threads
-from bigtrain.data.chat import MARK, Rendered, Span
+from bigtrain.data.chat import Rendered, Span
+from bigtrain.data.marks import MARK
 from bigtrain.data.words import Words
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening
@@ -116,22 +116,28 @@ def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rend
     reaches into it is read: no model could begin its answer with it.
     """
     with _untouched(tokenizer, encode_special_tokens=False) as backend:
-        cut = _ids(backend, "\nab") == _ids(backend, "\n") + _ids(backend, "ab")
-        pieces = [_pieces(document) if cut else [(document.text, list(document.learned))] for document in documents]
-        plain = [text for parts in pieces for text, _ in parts if MARK not in text]
-        encodings = iter(backend.encode_batch(plain, add_special_tokens=False))
+        way = _way(tokenizer)
+        pieces = [_pieces(document, way) for document in documents]
+        texts = [text for parts in pieces for text, learned in parts if isinstance(learned, bool) and MARK not in text]
+        ids = iter(_obeying_ids(tokenizer, way, texts))
+        mixed = [text for parts in pieces for text, learned in parts if not isinstance(learned, bool)]
+        encodings = iter(backend.encode_batch([t for t in mixed if MARK not in t], add_special_tokens=False))
     encoded = []
     for parts in pieces:
-        ids: list[int] = []
+        all_ids: list[int] = []
         trained: list[bool] = []
         for text, learned in parts:
-            disguised = MARK in text
-            new = (
-                _encode_disguised(tokenizer, tokens, text, learned) if disguised else _masked(next(encodings), learned)
-            )
-            ids += new[0]
-            trained += new[1]
-        encoded.append((ids, trained))
+            if MARK in text:
+                spans = [(0, len(text))] * learned if isinstance(learned, bool) else learned
+                new, flags = _encode_disguised(tokenizer, tokens, text, spans)
+            elif isinstance(learned, bool):
+                new = next(ids)
+                flags = [learned] * len(new)
+            else:
+                new, flags = _masked(next(encodings), learned)
+            all_ids += new
+            trained += flags
+        encoded.append((all_ids, trained))
     return encoded
 
 
@@ -177,17 +183,77 @@ def _untouched(tokenizer: Any, *, encode_special_tokens: bool) -> Iterator[Token
             backend.enable_padding(**padding)
 
 
+class _Way(NamedTuple):
+    """What can be done with a tokenizer's rendered texts.
+
+    cut: a text may be cut before an answer. behind: special tokens behind which it may be cut. special: matches special
+    tokens, in a group, if what stands between them can be encoded apart; ids: theirs.
+    """
+
+    cut: bool
+    behind: tuple[str, ...]
+    special: re.Pattern[str] | None
+    ids: dict[str, int]
+
+
+_WAYS: WeakKeyDictionary[Any, tuple[int, _Way]] = WeakKeyDictionary()
+
+
+def _way(tokenizer: Any) -> _Way:
+    size, way = _WAYS.get(tokenizer, (None, None))
+    if way is None or size != len(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        added = {number: token for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        ids = {token.content: number for number, token in added.items()}
+        cut = _ids(backend, "\nab") == _ids(backend, "\n") + _ids(backend, "ab")
+        after = {text: _ids(backend, text) for text in ("\nab", " ab", "ab")}
+        behind = [t for t, i in ids.items() if all(_ids(backend, t + x) == [i, *their] for x, their in after.items())]
+        alone = cut and not any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in added.values())
+        longest_first = sorted(map(re.escape, ids), key=len, reverse=True)
+        special = re.compile(f"({'|'.join(longest_first)})") if alone and ids else None
+        way = _Way(cut, tuple(behind) if cut else (), special, ids)
+        _WAYS[tokenizer] = len(tokenizer), way
+    return way
+
+
+def _obeying_ids(tokenizer: Any, way: _Way, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, special tokens obeyed."""
+    backend, words = tokenizer.backend_tokenizer, _words(tokenizer)
+    if words is None or way.special is None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    found: list[list[int]] = []
+    for text in texts:
+        ids: list[int] = []
+        for number, piece in enumerate(way.special.split(text)):
+            if number % 2:
+                ids.append(way.ids[piece])
+            elif piece:
+                known = words.encode(backend, piece)
+                ids += _ids(backend, piece) if known is None else known
+        found.append(ids)
+    return found
+
+
 def _ids(backend: Tokenizer, text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
 
-def _pieces(document: Rendered) -> list[tuple[str, list[Span]]]:
-    """Its text up to the first answer, then from each answer up to the next, with what is learned of each piece."""
+def _pieces(document: Rendered, way: _Way) -> list[tuple[str, bool | list[Span]]]:
+    """Its text up to the first answer, then from each answer up to the next, with what is learned of each piece: all,
+    nothing, or some characters. An answer and what follows it are two pieces where that makes no difference."""
+    if not way.cut:
+        return [(document.text, list(document.learned))]
     borders = [0, *document.answers, len(document.text)]
-    return [
-        (document.text[begin:end], [(a - begin, b - begin) for a, b in document.learned if begin <= a < end])
-        for begin, end in itertools.pairwise(borders)
-    ]
+    pieces: list[tuple[str, bool | list[Span]]] = [(document.text[: borders[1]], False)]
+    spans = list(document.learned)
+    for begin, end in itertools.pairwise(borders[1:]):
+        here = [(a - begin, b - begin) for a, b in spans if begin <= a < end]
+        text = document.text[begin:end]
+        if len(here) == 1 and here[0][0] == 0 and text[: here[0][1]].endswith(way.behind):
+            pieces += [(text[: here[0][1]], True), (text[here[0][1] :], False)]
+        else:
+            pieces.append((text, here))
+    return [piece for piece in pieces if piece[0]]
 
 
 def _masked(encoding: Encoding, learned: Sequence[Span]) -> Masked:
@@ -205,7 +271,7 @@ def _masked(encoding: Encoding, learned: Sequence[Span]) -> Masked:
 
 def _encode_disguised(tokenizer: Any, tokens: frozenset[str], whole: str, learned: Sequence[Span]) -> Masked:
     """With the template's own tokens written as characters that no text has, so that the others are text like any."""
-    backend, names = _disguised(tokenizer.backend_tokenizer.to_str(), tokens)
+    backend, names = _disguised(tokenizer, tokens)
     any_token = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     either = re.compile(f"{MARK}({any_token}){MARK}|({any_token})")
     borders = [0, *(place for span in learned for place in span), len(whole)]
@@ -216,12 +282,22 @@ def _encode_disguised(tokenizer: Any, tokens: frozenset[str], whole: str, learne
     return _masked(backend.encode(text, add_special_tokens=False), list(zip(moved[::2], moved[1::2], strict=False)))
 
 
-@lru_cache(maxsize=1)
-def _disguised(serialized: str, tokens: frozenset[str]) -> tuple[Tokenizer, dict[str, str]]:
+_DISGUISED: WeakKeyDictionary[Any, tuple[Any, tuple[Tokenizer, dict[str, str]]]] = WeakKeyDictionary()
+
+
+def _disguised(tokenizer: Any, tokens: frozenset[str]) -> tuple[Tokenizer, dict[str, str]]:
     """(A tokenizer with the same ids, where each of `tokens` is written as one private-use character, which)."""
+    state, made = _DISGUISED.get(tokenizer, (None, None))
+    if made is None or state != (len(tokenizer), tokens):
+        names = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(tokens))}
+        made = _renamed(tokenizer.backend_tokenizer.to_str(), names), names
+        _DISGUISED[tokenizer] = (len(tokenizer), tokens), made
+    return made
+
+
+def _renamed(serialized: str, names: dict[str, str]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    names = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(tokens))}
     content = json.loads(serialized)
     for token in content["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
@@ -234,7 +310,7 @@ def _disguised(serialized: str, tokens: frozenset[str]) -> tuple[Tokenizer, dict
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     for added_around in ("post_processor", "truncation", "padding"):
         content[added_around] = None
-    return Tokenizer.from_str(json.dumps(content)), names
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +24,46 @@ from bigtrain.masking import masked_values
 ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
 Document = tuple[Sequence[int], Sequence[bool] | None]  # ids; which of them are trained, None for all
-Answer = list[Document] | Unusable  # what an encoder makes of a row
+
+
+class Documents(list[Document]):
+    """Those of a row. unread: names of what the row has and no document holds. is_split: whether they are several
+    because one would be too long."""
+
+    def __init__(self, documents: Iterable[Document], unread: tuple[str, ...] = (), is_split: bool = False):
+        super().__init__(documents)
+        self.unread = unread
+        self.is_split = is_split
+
+
+class LeftOut(NamedTuple):
+    """A row of which the run's file wants no document, and why."""
+
+    reason: str
+
+
+Answer = list[Document] | Unusable | LeftOut  # what an encoder makes of a row
 Answered = tuple[str, Answer]  # where the row stands, for messages; what was made of it
 Indices = NDArray[np.int64]
-COUNTS = ("documents", "tokens", "targets", "cut", "cut_tokens", "answers", "cut_answers")
+COUNTS = ("documents", "tokens", "targets", "split", "cut", "cut_tokens", "answers", "cut_answers")
 CUT = "cut to sequence_length"  # of documents that are longer
 
 
 @dataclass
 class Layout:
-    """windows: nothing else matters. bins: of at most `sequence_length` targets, filled up with `pad_id`."""
+    """windows: nothing else matters. bins: of at most `sequence_length` targets, filled up with `pad_id`;
+    long_conversations: what becomes of those that have more, as the run's file says."""
 
     name: str
     sequence_length: int | None = None
     pad_id: int | None = None
+    long_conversations: str | None = None
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> Layout:
+        """That of a store, by its manifest."""
+        names = ("sequence_length", "pad_id", "long_conversations")
+        return cls(manifest["layout"], *(manifest[name] for name in names))
 
 
 @dataclass(frozen=True)
@@ -71,11 +97,14 @@ def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> En
     kept: list[Sequence[int]] = []
     masks: list[Sequence[bool] | None] = []
     tally = Tally()
-    targets = cut = cut_tokens = answers = cut_answers = 0
+    targets = split = cut = cut_tokens = answers = cut_answers = 0
     for where, answer in rows:
-        if isinstance(answer, Unusable):
+        if isinstance(answer, Unusable | LeftOut):
             tally.drop(answer.reason, where)
             continue
+        if isinstance(answer, Documents):
+            tally.unread.update(answer.unread)
+            split += answer.is_split
         before, lost = len(kept), list[str]()
         for ids, mask in answer:
             size = len(ids) if limit is None else min(len(ids), limit + 1)
@@ -108,7 +137,7 @@ def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> En
         tokens[end - len(ids) : end] = ids
         if mask is not None:
             trained[end - len(ids) : end] = mask
-    numbers = (len(lengths), len(tokens), targets, cut, cut_tokens, answers, cut_answers)
+    numbers = (len(lengths), len(tokens), targets, split, cut, cut_tokens, answers, cut_answers)
     counts = dict(zip(COUNTS, numbers, strict=True))
     return Encoded(tokens, None if trained.all() else trained, lengths, counts, tally)
 
@@ -197,7 +226,11 @@ def assemble(
     if not everything:
         writer.write("trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | facts
-    manifest |= {"pad_id": layout.pad_id, "dtype": dtype.name} | counts | writer.close()
+    manifest |= (
+        {"long_conversations": layout.long_conversations, "pad_id": layout.pad_id, "dtype": dtype.name}
+        | counts
+        | writer.close()
+    )
     (folder / "manifest.json").write_text(seal(masked_values(manifest)))
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bigtrain.data.batches import DOCUMENTS, IGNORE, Batch
 from bigtrain.data.cleaning.texts import row_text
-from bigtrain.data.files import Unusable
 from bigtrain.data.prepare import Part
 from bigtrain.data.store import Store
+from bigtrain.data.writing import Layout
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
 from bigtrain.parallel.contract import TaskModule, micro_batches, sum_over_ranks
@@ -104,8 +104,8 @@ def write_documents(
         for number in range(documents):
             numbers[_digest(store.document(number))].append(first + number)
         for row in part.documents(task.columns):
-            [answer] = task.encode([part.cleaned(row)], tokenizer)
-            held = [] if isinstance(answer, Unusable) else [_digest(_cut(ids, store)) for ids, _ in answer]
+            [answer] = task.encode([part.cleaned(row)], tokenizer, Layout.of(store.manifest))
+            held = [_digest(_cut(ids, store)) for ids, _ in answer] if isinstance(answer, list) else []
             chosen = [numbers[digest].popleft() for digest in held if numbers.get(digest)]
             loss, targets = (float(sums[name][chosen].sum()) for name in ("loss", "targets"))
             if targets:

@@ -116,7 +116,14 @@ class Progress:
 
     def _on_prepared(self, event: Event) -> None:
         lost = dropped(event)
-        self._print(f"  {contents(event)}" + (f"; dropped or cut: {lost}" if lost else ""))
+        unread = ", ".join(
+            f"{name} ({plural(number, 'row', 'rows')})" for name, number in event.get("unread", {}).items()
+        )
+        self._print(
+            f"  {contents(event)}"
+            + (f"; dropped or cut: {lost}" if lost else "")
+            + (f"; not used: {unread}" if unread else "")
+        )
 
     def _on_verified(self, event: Event) -> None:
         self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
@@ -207,6 +214,8 @@ def dropped(facts: Mapping[str, Any]) -> str:
 
     lost = [told(number, reason, reason) for reason, number in facts["dropped"].items()]
     lost += [told(number, f"parts of used rows {reason}", reason) for reason, number in facts["parts"].items()]
+    if split := facts.get("split"):
+        lost.append(f"{plural(split, 'conversation', 'conversations')} split to sequence_length")
     if facts["cut"]:
         what = "cut to sequence_length"
         lost.append(told(facts["cut"], what, what) + f", {count(facts['cut_tokens'])} tokens")

@@ -6,7 +6,7 @@ from typing import Any
 
 from bigtrain.data.sources import COLUMNS
 from bigtrain.data.tokenizer import encode_texts
-from bigtrain.data.writing import Answer
+from bigtrain.data.writing import Answer, Layout
 from bigtrain.tasks.causal_lm import CausalLM
 
 
@@ -17,7 +17,7 @@ class Pretrain(CausalLM):
     encoding = "pretrain-1"
     columns = COLUMNS["pretrain"]
 
-    def encode(self, rows: list[dict[str, str]], tokenizer: Any) -> list[Answer]:
+    def encode(self, rows: list[dict[str, str]], tokenizer: Any, _: Layout | None = None) -> list[Answer]:
         """bos + text + eos, where the tokenizer has them; no document of a row without text."""
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

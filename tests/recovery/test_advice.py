@@ -23,7 +23,10 @@ STRICT = ["stages.finetune.max_cut_answers=0.0", "stages.finetune.sequence_lengt
 
 def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     config = small_config(tmp_path, steps=3)
-    with pytest.raises(DataError, match=r"raise stages\.finetune\.sequence_length, .* allow more with max_cut_answers"):
+    with pytest.raises(
+        DataError,
+        match=r"raise stages\.finetune\.sequence_length, .* allow more with stages\.finetune\.max_cut_answers",
+    ):
         run(config, [*ONE, *STRICT])
     with pytest.raises(BigtrainError, match=r"step \d: the loss is (nan|inf).* its values may change"):
         run(config, [*ONE, "stages.pretrain.optimizer.lr=1e39", "stages.pretrain.optimizer.max_grad_norm=null"])

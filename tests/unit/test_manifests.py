@@ -140,8 +140,8 @@ def store(folder):
     for name, dtype in (("tokens.bin", np.uint16), ("documents.bin", np.int64)):
         (folder / name).write_bytes(np.arange(9, dtype=dtype).tobytes())
     files = {path.name: {"bytes": path.stat().st_size, "sha256": "0" * 64} for path in folder.glob("*.bin")}
-    facts = {"format": FORMAT, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all", "tokens": 9}
-    return facts | {"files": files, "checksums": {"bytes": 0, "sha256": "0" * 64}}
+    facts = {"format": FORMAT, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all"}
+    return facts | {"tokens": 9, "files": files, "checksums": {"bytes": 0, "sha256": "0" * 64}}
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Logged:
         self.layout, self.encoding, self.columns = task.layout, task.encoding, task.columns
         self._task, self._log, self._together, self._dies = task, log, together, dies
 
-    def encode(self, rows: list[dict[str, Any]], tokenizer: Any) -> Any:
+    def encode(self, rows: list[dict[str, Any]], tokenizer: Any, layout: Any = None) -> Any:
         if self._together is not None:
             self._together.wait(60)
             self._together = None

@@ -88,8 +88,8 @@ def without(text: str, lines: Collection[int]) -> str:
 
 
 def row_text(row: Row) -> str:
-    """All that a row says, for filters and comparisons; roles and keys left out."""
-    return "\n".join(_strings(value) for name, value in row.items() if name not in ABOUT)
+    """All that a row says, for filters and comparisons; roles, keys and descriptions of tools left out."""
+    return "\n".join(_strings(value) for name, value in row.items() if name not in ABOUT and name != "tools")
 
 
 class TextSteps:

@@ -1,0 +1,67 @@
+"""Marks around what a text of a conversation only spells like a token of the chat template, so that it stays text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bigtrain.data.conversations import Message, every_text
+from bigtrain.errors import DataError
+
+MARK = "\U000fffff"
+PRIVATE = re.compile("[\U000f0000-\U000fffff]")
+
+
+def marked(messages: list[Message], of_turns: re.Pattern[str], of_template: re.Pattern[str]) -> list[Message]:
+    """The same list, or one where what looks like a token stands between two MARKs: in what the assistant says only the
+    tokens that part turns, as it may use the others."""
+
+    def mark(message: Message) -> Message:
+        tokens = of_turns if message["role"] == "assistant" else of_template
+        return {key: every_text(value, lambda text: _marked(tokens, text)) for key, value in message.items()}
+
+    changed = [mark(message) for message in messages]
+    return messages if changed == messages else changed
+
+
+def check_marks(text: str, unguarded: str) -> None:
+    """Raises DataError if the marks in a text have changed what the template makes, or could not be told from it."""
+    if PRIVATE.search(unguarded):
+        raise DataError(
+            "it has a text that looks like a special token, and a private-use character (U+F0000 to U+FFFFF); "
+            "take one of them out."
+        )
+    if text.replace(MARK, "") != unguarded:
+        raise DataError(
+            "it has a text that looks like a special token, and the chat template reads it as such. Take it out; "
+            "give the answers of tools the role `tool`."
+        )
+
+
+def texts_of(messages: list[Message]) -> Iterator[str]:
+    """All texts in messages but their roles, with the names of what they hold."""
+    for message in messages:
+        yield message["content"]
+        if len(message) > 2:
+            yield from _held({key: value for key, value in message.items() if key not in ("role", "content")}.values())
+
+
+def _held(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+            yield from _held(value.values())
+        elif isinstance(value, list):
+            yield from _held(value)
+
+
+def any_of(names: Any) -> re.Pattern[str]:
+    """Matches each of the names, the longest where several do."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def _marked(tokens: re.Pattern[str], text: str) -> str:
+    return tokens.sub(lambda match: f"{MARK}{match[0]}{MARK}", text)
