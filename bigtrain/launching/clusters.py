@@ -11,10 +11,14 @@ from typing import Any
 
 import yaml
 
+from bigtrain.config.texts import written
+from bigtrain.errors import ConfigError
+from bigtrain.launching.foresight import room
 from bigtrain.launching.job import PORT, SAVE_SECONDS, SIGNALS, Job, filled, for_torchrun
 from bigtrain.run_folder import RunFolder
 
 WORKPLACE = "/workspace"  # the folder of a pod that relative paths of the run's file start from
+CPUS, MEMORY, SHARED_MEMORY = 8, 8, 1  # of a process: cores; GiB of its own; GiB that it shares with the others
 CONFIG = "/etc/bigtrain/config.yaml"  # where a pod finds the run's file
 
 
@@ -37,9 +41,8 @@ def slurm(job: Job) -> str:
 def kubernetes(job: Job) -> str:
     """An indexed Job whose pods meet at the first one, with what it needs: a Service, the run's file, a shared disk."""
     assert job.image is not None
-    name = _object_name(job)
-    output = os.path.normpath(os.path.join(WORKPLACE, job.loaded.run.output))  # noqa: PTH118 - a path in a pod
-    inside = output == WORKPLACE or output.startswith(f"{WORKPLACE}/")
+    name, folder, needs = _object_name(job), mounted(job), room(job)
+    output = _output(job)
     text = Path(job.config).read_text(encoding="utf-8-sig")
     return filled(
         "kubernetes.yaml",
@@ -50,7 +53,12 @@ def kubernetes(job: Job) -> str:
         failures=3 * job.nodes,
         image=_yaml(job.image, '"'),
         output=_yaml(output, '"'),
-        folder=_yaml(WORKPLACE if inside else output, '"'),
+        folder=_yaml(folder, '"'),
+        storage=f"{needs.disk or 1024}Gi",
+        room=needs.told,
+        cpus=CPUS * job.processes,
+        memory=f"{(MEMORY + SHARED_MEMORY) * job.processes + needs.memory}Gi",
+        shared=f"{SHARED_MEMORY * job.processes}Gi",
         limits=f"{{nvidia.com/gpu: {job.processes}}}" if job.uses_gpus else "{}",
         grace=SAVE_SECONDS + 60,
         port=PORT,
@@ -58,6 +66,26 @@ def kubernetes(job: Job) -> str:
         config=_indented(_yaml({os.path.basename(CONFIG): text}, "|"), 2),  # noqa: PTH119 - a path in a pod
         mount=os.path.dirname(CONFIG),  # noqa: PTH120
     )
+
+
+def mounted(job: Job) -> str:
+    """The folder of a pod that is on the shared disk, and from which relative paths start.
+
+    Raises ConfigError for an `output` that means another folder there than here.
+    """
+    there, here = job.loaded.document.values.get("output"), job.loaded.run.output
+    if there not in (None, here, written(here)):
+        raise ConfigError(
+            f"output: {there} is {here} here, and another folder in the pods, which have a home and "
+            "variables of their own; for kubernetes write the path itself, like runs or /shared/runs."
+        )
+    output = _output(job)
+    inside = output == WORKPLACE or output.startswith(f"{WORKPLACE}/")
+    return WORKPLACE if inside else output
+
+
+def _output(job: Job) -> str:
+    return os.path.normpath(os.path.join(WORKPLACE, job.loaded.run.output))  # noqa: PTH118 - a path in a pod
 
 
 def _pod_command(job: Job, name: str) -> list[str]:

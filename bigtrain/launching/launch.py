@@ -15,6 +15,7 @@ from typing import NoReturn
 from bigtrain.config import load
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.launching import clusters, commands
+from bigtrain.launching.foresight import warnings
 from bigtrain.launching.job import PORT, Job
 from bigtrain.launching.spawn import processes_here
 from bigtrain.masking import MASK, masked
@@ -45,6 +46,11 @@ def launch(asked: Asked, print_only: bool) -> int:
     Raises ConfigError for wrong input, and for a launcher that is not on this machine.
     """
     job = plan(asked, here=not print_only)
+    if not print_only:
+        _check_programs(job)
+    mounted = clusters.mounted(job) if job.launcher == "kubernetes" else None
+    for text in warnings(job, mounted):
+        say(f"warning: {text}", error=True)
     if print_only:
         show(_without_secrets(script(job)), end="")
         return 0
@@ -183,8 +189,6 @@ def _made_by(asked: Asked) -> tuple[str, ...]:
 
 def _become(job: Job) -> NoReturn:
     """Replace this process by the launcher."""
-    if job.launcher == "deepspeed" and job.nodes > 1:
-        _need("pdsh", "deepspeed")
     command = commands.COMMANDS[job.launcher](job)
     each = f"; run the same on each of the {job.nodes} nodes" if job.nodes > 1 and job.head is not None else ""
     say(f"starting {shlex.join(command.words)}{each}")
@@ -193,15 +197,18 @@ def _become(job: Job) -> NoReturn:
 
 def _submit(job: Job) -> int:
     command = SUBMITTED_WITH[job.launcher]
-    _need(command[0], job.launcher)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # sbatch hands it on to the job
     done = subprocess.run(command, input=script(job), text=True, env={**os.environ, "PATH": path}, check=False)
     return 0 if done.returncode == 0 else 1
 
 
-def _need(program: str, launcher: str) -> None:
-    if shutil.which(program) is None:
+def _check_programs(job: Job) -> None:
+    """Raises ConfigError where this machine lacks a program that starts the job."""
+    program = SUBMITTED_WITH[job.launcher][0] if job.launcher in CLUSTERS else None
+    if job.launcher == "deepspeed" and job.nodes > 1:
+        program = "pdsh"
+    if program is not None and shutil.which(program) is None:
         raise ConfigError(
-            f"--with {launcher}: {program} is not on the PATH of this machine; install it, or take what --print prints "
-            "to a machine that has it."
+            f"--with {job.launcher}: {program} is not on the PATH of this machine; install it, or take what --print "
+            "prints to a machine that has it."
         )

@@ -19,7 +19,10 @@ import yaml
 from bigtrain.config.files import Loader
 from bigtrain.config.texts import written
 from bigtrain.errors import ConfigError
+from bigtrain.launching import foresight
+from bigtrain.launching.clusters import mounted
 from bigtrain.launching.commands import COMMANDS
+from bigtrain.launching.foresight import room, warnings
 from bigtrain.launching.launch import Asked, plan, script
 from tests.support import bigtrain, small_config
 
@@ -443,6 +446,121 @@ def test_kubernetes_keeps_the_output_on_the_shared_disk(config, output, folder):
     [container] = kubernetes(config, f"output={output}")["Job"]["spec"]["template"]["spec"]["containers"]
     [mount] = [at["mountPath"] for at in container["volumeMounts"] if at["name"] == "shared"]
     assert (mount, container["workingDir"]) == (folder, folder)
+
+
+def test_kubernetes_asks_for_what_a_run_needs_and_for_no_rights(config):
+    found = kubernetes(config, nodes=2, processes=4)
+    pod = found["Job"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["requests"] == {"cpu": 32, "memory": "37Gi"}  # a copy of the state is less than 1 GiB
+    [memory] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "memory"]
+    assert memory == {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"] > 0
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert environment["HOME"] == container["workingDir"]
+
+
+def test_the_claim_follows_from_the_plan(config):
+    def plan_of(*overrides):
+        found = room(made(config, "kubernetes", *overrides, nodes=2, processes=4, image="a"))
+        return found.disk, found.told
+
+    wide = "model.from_config={model_type: llama, hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, "
+    wide += "num_attention_heads: 32, num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 128}"
+    least, told = plan_of(wide)  # 8,030,261,248 parameters: 89.75 GiB a checkpoint, 3 of them in each of the two stages
+    assert told.startswith("Checkpoints 539 GiB, exports 60 GiB, token stores at most 1 GiB")
+    assert least == 718  # 1.2 * (538.47 + 59.83), rounded up
+    more, told = plan_of(wide, "stages.pretrain.checkpoint={every: 1, keep: 5}", "stages.finetune.export=false")
+    assert told.startswith("Checkpoints 808 GiB, exports 30 GiB")
+    assert more > least
+    kept = "stages.pretrain.checkpoint={every: 1, keep_every: 2, keep_weights_only: true}"  # of 6 steps: 2, 4 and 6
+    assert plan_of(wide, kept)[1].startswith("Checkpoints 629 GiB")
+    unknown = ("model={from_pretrained: owner/name}", "tokenizer=null")
+    assert plan_of(*unknown) == (None, "A guess, as the model's size is not known without loading owner/name.")
+    assert kubernetes(config, *unknown)["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] == "1024Gi"
+
+
+@pytest.mark.parametrize("output", ["~/runs", "$HOME/runs"])
+def test_kubernetes_refuses_an_output_that_is_another_folder_in_the_pods(config, output):
+    with pytest.raises(ConfigError, match=r"output: .*, and another folder in the pods"):
+        kubernetes(config, f"output={output}")
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A run's file that reads and writes below the working folder, which counts as shared; its stages have 5 rows."""
+    monkeypatch.setattr(foresight, "NODE_LOCAL", ("/dev/shm",))
+    monkeypatch.setattr(foresight.tempfile, "gettempdir", lambda: "/tmp/of-this-machine")
+    file = small_config(tmp_path, output="runs")
+    values = yaml.safe_load(file.read_text())
+    for stage in values["stages"]:
+        stage["data"] = [{"source": "data/*.jsonl"}]
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("launcher", "nodes", "override", "key"),
+    [
+        ("slurm", 1, "output=/dev/shm/runs", "output"),
+        ("slurm", 2, "stages.pretrain.data.0.source=/tmp/of-this-machine/a", "stages.pretrain.data.0.source"),
+        ("torchrun", 2, "output=/dev/shm/runs", "output"),
+        ("torchrun", 2, "stages.finetune.evaluate={data: [{source: /dev/shm/a}]}", "stages.finetune.evaluate.data.0.source"),  # noqa: E501
+        ("accelerate", 2, "model={from_pretrained: /dev/shm/model}", "model.from_pretrained"),
+        ("deepspeed", 2, "output=/dev/shm", "output"),
+        ("kubernetes", 2, "stages.pretrain.data.0.source=/home/me/a.jsonl", "stages.pretrain.data.0.source"),
+        ("kubernetes", 1, "stages.pretrain.data.0.source=../a.jsonl", "stages.pretrain.data.0.source"),
+        ("kubernetes", 1, "model={from_pretrained: /models/a}", "model.from_pretrained"),
+        ("kubernetes", 1, "tokenizer={from_pretrained: /models/a}", "tokenizer.from_pretrained"),
+        ("kubernetes", 2, "output=/shared/runs", None),  # which is where the claim is mounted
+        ("kubernetes", 2, "stages.pretrain.data.0.source=s3://bucket/a.jsonl", None),
+        ("kubernetes", 2, "stages.pretrain.data.0.source=/workspace/a.jsonl", None),
+        ("torchrun", 1, "output=/dev/shm/runs", None),
+        ("slurm", 2, "seed=1", None),
+        ("torchrun", 2, "stages.pretrain.data.0.source=stdlib", None),
+    ],
+)  # fmt: skip
+def test_what_the_nodes_will_not_see_is_told(shared, launcher, nodes, override, key):
+    asked = {"torchrun": {"head": "a"}, "accelerate": {"head": "a"}, "deepspeed": {"hostfile": "a"}}
+    options = asked.get(launcher, {}) if nodes > 1 else {}
+    options |= {"image": "a"} if launcher == "kubernetes" else {}
+    overrides = [override] + ["stages.finetune.held_out=0"] * ("evaluate" in override)
+    job = made(shared, launcher, *overrides, nodes=nodes, processes=2, **options)
+    told = warnings(job, mounted(job) if launcher == "kubernetes" else None)
+    assert [text.partition(": ")[0] for text in told] == ([key] if key else [])
+
+
+def test_ranks_without_rows_are_told(shared):
+    assert warnings(made(shared, "slurm", nodes=1, processes=5)) == []
+    told = warnings(made(shared, "slurm", nodes=2, processes=4))
+    assert told[0].startswith(
+        "stages.pretrain.global_batch_size: 5 rows a step for 8 processes: 3 of them have none, and compute rows that "
+        "do not count. Start at most 5, or raise it."
+    )
+    assert len(told) == 2
+
+
+def test_warnings_do_not_stand_in_the_script(shared):
+    words = ["--with", "slurm", "--nodes", "2", "--processes", "4", "--print"]
+    printed = bigtrain("launch", shared, *words, cwd=shared.parent, env=dict(os.environ))
+    assert printed.returncode == 0
+    assert printed.stdout.startswith("#!/usr/bin/env bash\n")
+    assert "warning: " not in printed.stdout
+    assert "warning: stages.pretrain.global_batch_size: 5 rows a step for 8 processes" in printed.stderr
+
+
+def test_a_run_file_that_is_not_there_is_answered(tmp_path):
+    for config, message in (
+        ("nothing.yaml", "nothing.yaml: there is no such file."),
+        (".", ".: is a folder; give the run's file."),
+    ):
+        for words in (["--with", "slurm", "--print"], ["--with", "torchrun"]):
+            refused = bigtrain("launch", config, *words, cwd=tmp_path)
+            assert refused.returncode == 2
+            assert refused.stderr.startswith(message)
 
 
 @pytest.mark.parametrize(
