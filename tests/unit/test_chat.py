@@ -749,20 +749,20 @@ ZEPHYR = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
     "{% if loop.last and add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% endfor %}"
 )
-COUNTS = (  # the generation prompt depends on what a user has said before
-    "{% for m in messages %}{% if '/no_think' in m.content %}{% set ns.quiet = true %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if ns.quiet %}<think></think>{% endif %}{% endif %}"
+QUIET = "{% if ns.quiet %}<think></think>{% endif %}"
+WRITES = (
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + QUIET + "{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n" + QUIET + "{% endif %}"
 )
-REMEMBERS = (  # or on a call of a tool before
-    "{% for m in messages %}{% if m.tool_calls %}{% set ns.quiet = true %}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if ns.quiet %}<think></think>{% endif %}{% endif %}"
+# What leads over to an answer depends on what a user has said before, or on a call of a tool before.
+COUNTS = "{% for m in messages %}{% if '/no_think' in m.content %}{% set ns.quiet = true %}{% endif %}" + WRITES
+REMEMBERS = "{% for m in messages %}" + WRITES.replace(
+    "{% endfor %}{% if add", "{% if m.tool_calls %}{% set ns.quiet = true %}{% endif %}{% endfor %}{% if add"
 )
 JOINS = "{% for m in [] + messages %}{% set n = ([] + messages) | length %}" + COUNTS.partition("%}")[2] + "{{ n }}"
-QUIET = "{% set ns = namespace(quiet=false) %}"
-OWN = {"zephyr": ZEPHYR, "counts": QUIET + COUNTS, "remembers": QUIET + REMEMBERS, "joins": QUIET + JOINS}
+STATE = "{% set ns = namespace(quiet=false) %}"
+OWN = {"zephyr": ZEPHYR, "counts": STATE + COUNTS, "remembers": STATE + REMEMBERS, "joins": STATE + JOINS}
 
 
 def outcome(template, messages):
@@ -793,6 +793,24 @@ def test_one_rendering_gives_what_a_rendering_for_each_answer_gives(opened, smol
 
     check()
     assert {*fast._before.values()} != {None} or family == "joins"
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [
+        ("counts", [turn("user", "x /no_think"), *CONVERSATION[2:5]]),
+        ("remembers", [*WITH_A_TOOL, *CONVERSATION[1:5]]),
+    ],
+)
+def test_what_a_template_remembers_of_earlier_turns_counts(smollm2, name, special) -> None:
+    """Also where it has met the same two turns without it."""
+    tokenizer = with_template(smollm2, OWN[name])
+    fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    for plain in (CONVERSATION[1:5], [*CONVERSATION[1:5], *CONVERSATION[1:5]]):
+        assert "<think>" not in fast.documents(plain)[0].text
+    assert fast.documents(special) == exact.documents(special)
+    last = fast.documents(special)[-1]
+    assert last.text[: last.answers[-1]].endswith("<|im_start|>assistant\n<think></think>")
 
 
 class Forgetful(dict):
