@@ -84,7 +84,8 @@ def test_previews(tmp_path, monkeypatch, capsys, coloured):
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TERM", "xterm")
     stage = load_config(small_config(tmp_path)).stages[0]
-    counted = {"documents": 1, "tokens": 1, "sequences": 1, "dropped": {EVIL: 1}, "cut": 0, "documents_are": "all"}
+    counted = {"documents": 1, "tokens": 1, "sequences": 1, "dropped": {EVIL: 1}, "cut": 0}
+    counted |= {"examples": {EVIL: EVIL}, "documents_are": "all", "parts": {}, "cut_tokens": 0, "left_over": 0}
     token = Token(1, EVIL, True)
     view = View(
         stage=stage,
@@ -103,7 +104,7 @@ def test_previews(tmp_path, monkeypatch, capsys, coloured):
     out = capsys.readouterr().out
     assert ("\x1b[32m" in out) == coloured
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out) if coloured else out
-    assert plain.count(SPELT) == 4 and re.search(rf"{re.escape(SPELT)}\n +more", plain)
+    assert plain.count(SPELT) == 5 and re.search(rf"{re.escape(SPELT)}\n +more", plain)
     assert not CONTROL.search(plain)
 
 
