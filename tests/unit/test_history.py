@@ -90,7 +90,7 @@ def store(folder, *documents):
 @pytest.mark.parametrize(("changed", "key"), [("train", "data"), ("held_out", "evaluate.data")])
 def test_other_documents_are_noticed(history, tmp_path, changed, key):
     """Of training and of evaluations; the same ones in a store that was made in another way are the same."""
-    found, stage, _ = history
+    found, stage, _, _ = history
     own = stage.evaluate.model_copy(update={"data": stage.data})
     stage = stage.model_copy(update={"evaluate": own, "held_out": 0.0})
     begun = {name: store(tmp_path / f"first-{name}", [1, 2, 3, 4], [5]) for name in ("train", "held_out")}
@@ -104,7 +104,7 @@ def test_other_documents_are_noticed(history, tmp_path, changed, key):
 
 
 def test_stores_of_an_earlier_version_are_compared_by_what_they_hold(history, tmp_path):
-    found, stage, _ = history
+    found, stage, _, _ = history
     begun = store(tmp_path / "first", [1, 2, 3, 4])
     found._folder.begin(found._config, None, world_size=1)
     known = [{name: value for name, value in _lineage([begun])[0].items() if name != "content"}]
