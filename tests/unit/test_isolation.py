@@ -205,7 +205,7 @@ def test_families_that_are_not_proven_are_refused(values, message):
 @pytest.mark.parametrize("family", ["falcon", "rwkv"])
 def test_they_may_be_used_where_documents_may_read_each_other(family):
     attention = "eager" if family == "rwkv" else "sdpa"
-    values = {"model_type": family, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    values = {"model_type": family, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if family == "rwkv":
         del values["num_attention_heads"]
     assert try_architecture(Model(from_config=values), 61, attention=attention, isolates=False) is not None

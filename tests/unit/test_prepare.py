@@ -321,7 +321,7 @@ def test_verify_names_the_file_of_a_flipped_byte(tmp_path: Path, source: str, mo
     (store,) = (path for path in (tmp_path / "out" / "stores").glob("bins-*") if path.is_dir())
     files = sorted(store.iterdir())
     assert {file.name for file in files} == {
-        *("bins.bin", "documents.bin", "manifest.json", "tokens.bin", "trained.bin")
+        *("bins.bin", "checksums.bin", "documents.bin", "manifest.json", "tokens.bin", "trained.bin")
     }
     for file in files:
         whole = file.read_bytes()

@@ -109,7 +109,7 @@ def test_what_is_started_has_its_secrets(tmp_path, monkeypatch):
         given.update(options)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(launching, "_need", lambda *_: None)
+    monkeypatch.setattr(launching, "_check_programs", lambda _: None)
     monkeypatch.setattr(launching.subprocess, "run", sbatch)
     override = f"stages.pretrain.data=[{{source: '{URL.format('hunter2', 'hunter2')}'}}]"
     launch(Asked(str(small_config(tmp_path)), (override,), "slurm", processes=1), print_only=False)

@@ -18,6 +18,7 @@ EVALUATED = GOOD.replace("steps: 10\n", "steps: 10\n    evaluate: {data: [{sourc
 PATHS = (  # every path of the schema, as an override
     "output",
     "model.from_pretrained",
+    "model.from_run",
     "tokenizer.from_pretrained",
     "stages.pretrain.data.0.source",
     "stages.pretrain.evaluate.data.0.source",
@@ -36,8 +37,10 @@ def config(tmp_path, monkeypatch):
     def loaded(*overrides, text=EVALUATED):
         changed = {override.partition("=")[0] for override in overrides}
         values = yaml.safe_load(text)
-        if "model.from_pretrained" in changed:
+        if changed & {"model.from_pretrained", "model.from_run"}:
             values["model"] = {}
+        if "model.from_run" in changed:
+            del values["tokenizer"]
         if "tokenizer.from_pretrained" in changed:
             values["tokenizer"] = {}
         file.write_text(yaml.safe_dump(values, sort_keys=False) if changed & set(PATHS) else text)
@@ -57,7 +60,8 @@ def value(run, key):
 def test_every_path_of_the_schema_is_tried():
     found = {f"{name}.{key}" for name, section in sections().items() for key, info in section.model_fields.items()
              if any("expanded" in repr(part) for part in (info.annotation, *info.metadata))}  # fmt: skip
-    assert found == {"Run.output", "Model.from_pretrained", "Tokenizer.from_pretrained", "Source.source"}
+    model = {"Model.from_pretrained", "Model.from_run", "Tokenizer.from_pretrained"}
+    assert found == {"Run.output", *model, "Source.source", "Stage.epochs_of"}  # which names a source
 
 
 @pytest.mark.parametrize("key", PATHS)
@@ -117,7 +121,10 @@ def test_urls_stay_as_they_are_but_for_the_path_in_a_chain(config, tmp_path, tex
 
 
 def test_a_run_is_the_same_whichever_way_its_paths_are_written(config, tmp_path):
-    ways = [config(*(f'{key}="{way}"' for key in PATHS)) for way in ("~/x", "$HOME/x", f"{tmp_path}/home/x")]
+    ways = [
+        config(*(f'{key}="{way}"' for key in PATHS if key != "model.from_run"))
+        for way in ("~/x", "$HOME/x", f"{tmp_path}/home/x")
+    ]
     assert ways[0] == ways[1] == ways[2]
     assert differences(ways[0], ways[1], "mathematics") == []
     assert {str(RunFolder.of(run).path) for run in ways} == {f"{tmp_path}/home/x/test"}
