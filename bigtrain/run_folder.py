@@ -144,8 +144,8 @@ class RunFolder:
 
         Where its data lies elsewhere now, it is not known: the data must be looked at.
         """
-        before = self.path / "config.yaml"
-        changed = differences(load_config(before), config, "execution") if before.is_file() else []
+        begun = (self.path / "config.yaml").is_file()
+        changed = differences(self._written(), without_secrets(config), "execution") if begun else []
         return not any(key.endswith(".source") for key, _, _ in changed) and all(
             self._stage_is_finished(stage) for stage in config.stages
         )

@@ -181,7 +181,7 @@ def test_another_mathematics_is_refused_with_the_choice(run):
     [
         ("model.from_config.hidden_size=64", "model.from_config.hidden_size: 32 in the run, 64 now"),
         ("tokenizer.train.vocab_size=500", "tokenizer.train.vocab_size: 400 in the run, 500 now"),
-        ("stages.pretrain.data.0.split=train", "stages.pretrain.data.0.split: None in the run, 'train' now"),
+        ("stages.pretrain.data.0.split=train", "stages.pretrain.data.0.split: null in the run, 'train' now"),
         ("stages.pretrain.global_batch_size=7", "stages.pretrain.global_batch_size: 5 in the run, 7 now"),
         ("stages.pretrain.schedule.name=linear", "stages.pretrain.schedule.name: 'cosine' in the run, 'linear' now"),
     ],

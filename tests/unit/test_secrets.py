@@ -28,8 +28,8 @@ from tests.support import small_config
 URL = "https://user:{}@host/x.jsonl?part=1&token={}"
 
 
-def run_of(folder, password="hunter2", url=URL):
-    return load_config(small_config(folder), [f"stages.pretrain.data=[{{source: '{url.format(password, password)}'}}]"])
+def run_of(folder, password="hunter2"):
+    return load_config(small_config(folder), [f"stages.pretrain.data=[{{source: '{URL.format(password, password)}'}}]"])
 
 
 def written(folder):
@@ -58,12 +58,6 @@ def test_a_runs_folder_holds_no_secrets_and_the_run_resumes(tmp_path):
     assert "https://user:***@host/x.jsonl?part=1&token=***" in (folder.path / "config.yaml").read_text()
     folder.check(config)
     folder.check(run_of(tmp_path, "rotated"))
-    for url in (URL.replace("user", "other"), URL.replace("host", "other"), URL.replace("part=1", "part=2")):
-        with pytest.raises(
-            ConfigError, match=r"stages\.pretrain\.data\.0\.source: 'https://.*' in the run,"
-        ) as refused:
-            folder.check(run_of(tmp_path, url=url))
-        assert "hunter2" not in str(refused.value)
     assert RunFolder.of(config).begin(run_of(tmp_path, "rotated"), None, world_size=1) == 2
 
 
