@@ -55,7 +55,8 @@ def marked(mark):
 
 
 def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
-    process, left = fail(tmp_path, "raise RuntimeError('the disk is on fire')")
+    broken = "lambda *_: (_ for _ in ()).throw(RuntimeError('the disk is on fire'))"
+    process, left = fail(tmp_path, f"import bigtrain.stages\n    bigtrain.stages.stage_model = {broken}")
     assert process.returncode == 1
     lines = process.stderr.strip().splitlines()
     assert lines[0] == "rank 1 failed:"
