@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from bigtrain.config.schema import Source
-from bigtrain.data.sources import documents
+from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.tally import Tally
 from bigtrain.errors import DataError
 
@@ -224,6 +224,34 @@ def test_wrapped_rows_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"data": [{"text": "a"}]}')
     with pytest.raises(DataError, match=r"If the rows are the list in `data`, write `field: data`"):
         list(documents(Source(source=str(tmp_path / "a.json")), (("text",),)))
+
+
+def test_a_column_that_is_not_read_is_not_opened(tmp_path: Path) -> None:
+    """Its pages may be damaged."""
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["a", "b"], "other": ["c" * 99, "d" * 99]}), file, use_dictionary=False)
+    page = parquet.ParquetFile(file).metadata.row_group(0).column(1).data_page_offset
+    whole = file.read_bytes()
+    file.write_bytes(whole[:page] + b"\xff" * 16 + whole[page + 16 :])
+    with pytest.raises(OSError):
+        parquet.read_table(file)
+    assert [text for _, text in read(file)[0]] == ["a", "b"]
+
+
+def test_a_row_has_the_columns_that_are_not_null(tmp_path: Path) -> None:
+    """A table has every column in every row."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows: Rows = [{"messages": messages}, {"prompt": "p", "completion": "c"}, {"instruction": "i", "output": "o"}]
+    lines(tmp_path / "a.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist([dict.fromkeys(name for r in rows for name in r) | r for r in rows]),
+                        tmp_path / "a.parquet")  # fmt: skip
+    spelt_, in_a_table = (
+        [{name: value for name, value in row.items() if name not in ("where", "key")} for row in found]
+        for found in (
+            documents(Source(source=str(tmp_path / name)), COLUMNS["sft"]) for name in ("a.jsonl", "a.parquet")
+        )
+    )
+    assert spelt_ == in_a_table and len(spelt_) == 3
 
 
 # CSV.

@@ -15,6 +15,7 @@ import pytest
 
 from bigtrain.config.schema import Source
 from bigtrain.data import fingerprints, stdlib
+from bigtrain.data.files import BUFFER
 from bigtrain.data.fingerprints import fingerprint, is_known
 from bigtrain.data.sources import documents, is_held_out
 from bigtrain.errors import DataError
@@ -264,6 +265,19 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     (folder / "c.txt").write_text("")
     seen += [of(folder), of(folder, split="train[:1]"), of(folder, on_error="skip"), of(folder, max_characters=9)]
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("place", [0, BUFFER - 1, BUFFER, 2 * BUFFER + 6])
+def test_a_byte_anywhere_changes_the_fingerprint(tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with size and modification time as they were, of a file whose hash is remembered."""
+    monkeypatch.setattr(fingerprints, "YOUNG", {False: -1.0, True: -1.0})
+    file, stores = tmp_path / "a.txt", tmp_path / "stores"
+    file.write_bytes(content := b"a" * (2 * BUFFER + 7))
+    source, stat = Source(source=str(file)), file.stat()
+    first = fingerprint(source, stores)
+    file.write_bytes(content[:place] + b"b" + content[place + 1 :])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert fingerprint(source, stores) != first
 
 
 def test_a_file_is_read_once_for_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
