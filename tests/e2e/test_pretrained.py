@@ -69,7 +69,9 @@ def test_code_in_a_checkpoint_is_never_run(first, tmp_path):
         f"open({str(tmp_path / 'it-ran')!r}, 'w')\n"
         "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
     )
-    process = bigtrain("run", folder / "small.yaml", *from_folder(tmp_path, evil), stdin=subprocess.DEVNULL)
+    process = bigtrain(
+        "run", folder / "small.yaml", *from_folder(tmp_path, evil), env=dict(os.environ), stdin=subprocess.DEVNULL
+    )
     assert process.returncode == 0, process.stderr
     assert not (tmp_path / "it-ran").exists()
     second = tmp_path / "second"

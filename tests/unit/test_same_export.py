@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from bigtrain.config.schema import Source
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
-from bigtrain.inference.generate import encode_prompt, generate
+from bigtrain.inference.generate import _streamer, _text, encode_prompt, generate
 from bigtrain.inference.opening import open_model
 from tests import tiny
 
@@ -74,6 +75,32 @@ def test_a_run_and_its_export_get_the_same_ids_and_numbers(taught):
 def test_a_tokenizer_that_ends_each_text_does_not_end_a_prompt(taught):
     base = open_model(taught[0].parents[1] / "base")
     assert encode_prompt(base, "the fox") == encode_prompt(base, "the fox<|im_end|>")[:-1]
+
+
+def test_a_begin_token_that_the_tokenizer_does_not_put_itself_begins_both_prompts(tmp_path):
+    base = tiny.pretrained(tmp_path / "base", bos_token="<|im_start|>")
+    config = tiny.config(tmp_path, steps=1, export=True)
+    run = tiny.train(config, f"model={{from_pretrained: {base}}}", "tokenizer=null")
+    ours, theirs = (encode_prompt(open_model(where), "the fox") for where in (run, run / "p" / "export"))
+    assert ours == theirs
+    assert ours[0] == 1
+    assert encode_prompt(open_model(base), "the fox") == ours[1:]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_streamed_answer_shows_whole_characters(whole):
+    """Most of them span several tokens; the last one of an answer that is cut is left out."""
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("天气很好🎉 naïve 好", add_special_tokens=False)["input_ids"][: None if whole else -1]
+    assert sum("\ufffd" in tokenizer.decode([token]) for token in ids) > 15
+    pieces = []
+    streamer = _streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2]]))  # the prompt
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == _text(tokenizer, ids) == "天气很好🎉 naïve " + "好" * whole
+    assert len(pieces) > 8
 
 
 def test_a_prompt_that_cannot_be_answered_ends_no_run(taught):
