@@ -16,7 +16,7 @@ import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 from bigtrain.launching.spawn import free_port
 
@@ -28,14 +28,16 @@ class RankFailed(AssertionError):
 class Ranks:
     """A pool of `size` processes, each a rank of one gloo process group with one thread."""
 
-    def __init__(self, size: int, timeout: float = 300.0):
+    def __init__(self, size: int, timeout: float = 300.0, method: Literal["forkserver", "spawn"] = "forkserver"):
+        """timeout: of a call, in seconds. method: of multiprocessing; what spawn starts reads the environment anew."""
         self.size = size
+        self._method = method
         self.timeout = timeout
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
     def __enter__(self) -> Ranks:
-        context = multiprocessing.get_context("forkserver")
+        context: Any = multiprocessing.get_context(self._method)
         port = free_port()
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -32,12 +32,28 @@ def run_command(arguments, cwd=None, timeout=900):
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
+def start_command(*arguments, cwd=None):
+    """As `subprocess.Popen` of `python -m bigtrain ARGUMENTS`, with its output and errors in one pipe, as text."""
+    return Started([*map(str, arguments)], Path.cwd() if cwd is None else cwd)
+
+
 def _command(arguments, cwd, environment, out, err):
-    os.chdir(cwd)
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
+    _launch(arguments, cwd, environment)
+
+
+def _started(arguments, cwd, environment, pipe):
+    os.dup2(pipe.fileno(), 1)
+    os.dup2(pipe.fileno(), 2)
+    pipe.close()
+    _launch(arguments, cwd, environment)
+
+
+def _launch(arguments, cwd, environment):
+    os.chdir(cwd)
     from bigtrain.launching import spawn
 
     # the ranks are forks too
@@ -57,19 +73,12 @@ def _run(arguments, environment):
         sys.stderr.flush()
 
 
-class Rank:
-    """What `subprocess.Popen` is to the local launcher: a process of the given command."""
+class Forked:
+    """A process of multiprocessing with what the tests and the local launcher use of `subprocess.Popen`."""
 
-    def __init__(self, command, *, env, preexec_fn):
-        assert command[:4] == [sys.executable, "-P", "-m", "bigtrain"], command
-        fork = multiprocessing.get_context("fork")
-        self._process = fork.Process(target=self._begin, args=(command[4:], env, preexec_fn))
-        self._process.start()
-
-    @staticmethod
-    def _begin(arguments, environment, preexec_fn):
-        preexec_fn()
-        _run(arguments, environment)
+    def __init__(self, process):
+        self._process = process
+        process.start()
 
     @property
     def pid(self):
@@ -97,3 +106,28 @@ class Rank:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
+
+
+class Started(Forked):
+    """A command; `stdout` ends when the last of its processes has ended."""
+
+    def __init__(self, arguments, cwd):
+        here, there = SERVER.Pipe(duplex=False)
+        super().__init__(SERVER.Process(target=_started, args=(arguments, str(cwd), dict(os.environ), there)))
+        there.close()
+        self.stdout = os.fdopen(os.dup(here.fileno()), encoding="utf-8")
+        here.close()
+
+
+class Rank(Forked):
+    """A rank that the local launcher starts."""
+
+    def __init__(self, command, *, env, preexec_fn):
+        assert command[:4] == [sys.executable, "-P", "-m", "bigtrain"], command
+        fork = multiprocessing.get_context("fork")
+        super().__init__(fork.Process(target=self._begin, args=(command[4:], env, preexec_fn)))
+
+    @staticmethod
+    def _begin(arguments, environment, preexec_fn):
+        preexec_fn()
+        _run(arguments, environment)

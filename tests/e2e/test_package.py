@@ -114,6 +114,7 @@ def test_three_lines_compare_three_learning_rates(tmp_path, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.soak
 def test_runs_of_any_engine_follow_each_other(tmp_path):
     """DeepSpeed starts once in a process, and makes it a rank: its runs get processes of their own."""
     config = tiny.config(tmp_path)

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support import bigtrain
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
+@pytest.mark.soak
 def test_the_quickstarts_data(tmp_path):
     """Two processes make it; a second time everything is there; the bins are almost full."""
     made = bigtrain("prepare", CONFIG, f"output={tmp_path}", "--processes", 2)

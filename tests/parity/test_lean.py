@@ -215,7 +215,7 @@ def test_resuming_takes_no_more_memory_than_starting(tmp_path, layout, size, mon
         monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     peaks = []
     for _ in range(2):
-        with Ranks(2) as ranks:
+        with Ranks(2, method="spawn") as ranks:
             answers = ranks(peak_of_training, layout, MODELS[size], tmp_path)
         peaks.append([sum(column) / 1e6 for column in zip(*answers, strict=True)])
     (started, _), (resumed, _) = peaks

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from bigtrain.checkpoint import complete
 from bigtrain.observability.stream import read_metrics
+from tests.forked import start_command
 from tests.support import assert_same_end, bigtrain, final_state, numbers, run, small_config
 
 STEPS = 16
@@ -22,7 +23,7 @@ STEPS = 16
 
 def kill_after_step(command, folder, stage, step):
     """SIGKILL the launcher as soon as its run has reported a step; its ranks must end with it."""
-    process = subprocess.Popen([sys.executable, "-m", "bigtrain", *command], stdout=subprocess.PIPE, text=True)
+    process = start_command(*command)
     while process.poll() is None and not reported(folder, stage, step):
         time.sleep(0.01)
     process.kill()

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import yaml
 
+from tests.forked import start_command
 from tests.support import MODEL, bigtrain
 
 # 20 rows of 1 MB: the shards end after rows 8, 16 and 20. Reading row `hold` waits for the FIFO `gate`.
@@ -42,7 +41,7 @@ def write_config(folder):
 
 
 def command(config, output):
-    return [sys.executable, "-m", "bigtrain", "prepare", str(config), f"output={output}", "--processes", "2"]
+    return ["prepare", config, f"output={output}", "--processes", 2]
 
 
 def shards(output):
@@ -61,7 +60,7 @@ def checksums(output):
 
 def kill_once_it_has(number, config, output, folder):
     """SIGKILL the launcher when that many shards are finished; its processes, which wait at the gate, end with it."""
-    process = subprocess.Popen(command(config, output), cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = start_command(*command(config, output), cwd=folder)
     while process.poll() is None and len(shards(output)) < number:
         time.sleep(0.05)
     process.kill()
@@ -80,7 +79,7 @@ def test_killed_and_started_again(tmp_path):
     second = kill_once_it_has(2, config, output, tmp_path)
     assert first.items() <= second.items()
     (tmp_path / "hold").unlink()
-    finished = subprocess.run(command(config, output), cwd=tmp_path, capture_output=True, text=True, check=False)
+    finished = bigtrain(*command(config, output), cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "20 documents" in finished.stdout
     assert not shards(output)
@@ -93,8 +92,7 @@ def test_two_commands_at_once(tmp_path):
     """Both read up to the gate, so both have taken a block before any of them can finish."""
     config, output = write_config(tmp_path), tmp_path / "shared"
     (tmp_path / "hold").write_text("18")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command(config, output)[:-2], cwd=tmp_path, **pipes) for _ in range(2)]
+    both = [start_command(*command(config, output)[:-2], cwd=tmp_path) for _ in range(2)]
     while all(process.poll() is None for process in both) and len(shards(output)) < 2:
         time.sleep(0.05)
     assert {pid for _, _, pid in shards(output).values()} <= {process.pid for process in both}
@@ -105,7 +103,7 @@ def test_two_commands_at_once(tmp_path):
         except OSError:
             time.sleep(0.05)
     for process in both:
-        output_text, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert "20 documents" in output_text
+        told = process.stdout.read()
+        assert process.wait() == 0, told
+        assert "20 documents" in told
     assert not shards(output)

@@ -15,6 +15,7 @@ from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launching import asking
 from bigtrain.resilience.requests import TimeLimit
 from bigtrain.run_folder import RunFolder
+from tests.forked import start_command
 from tests.support import bigtrain, small_config
 
 
@@ -30,7 +31,7 @@ def long_run(folder, **changes):
 
 def start(config):
     """A job that trains: it has shown a step."""
-    job = subprocess.Popen([sys.executable, "-m", "bigtrain", "run", str(config)], stdout=subprocess.PIPE, text=True)
+    job = start_command("run", config)
     for line in job.stdout:
         if line.lstrip().startswith("step "):
             return job

@@ -136,7 +136,7 @@ def test_the_first_document_changes_nothing_of_the_second(family, attention, che
     ("family", "attention"),
     [
         *itertools.product(FAMILIES, ["sdpa", "eager"]),
-        *(pytest.param(family, "flex", marks=() if family == "qwen3" else pytest.mark.soak) for family in WITH_FLEX),
+        *(pytest.param(family, "flex", marks=pytest.mark.soak) for family in WITH_FLEX),
     ],
 )
 @torch.no_grad()
