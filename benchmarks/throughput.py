@@ -47,7 +47,7 @@ from bigtrain.data.store import open_store
 from bigtrain.data.writing import Layout, write_store
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
-from bigtrain.models.linear import mkl_is_slow, use_onednn
+from bigtrain.models.linear import make_fast, mkl_is_slow
 from bigtrain.models.weights import cut
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
@@ -140,7 +140,7 @@ def plain(setting: Setting, report: Report, *, onednn: bool = False) -> None:
     """A plain PyTorch loop, as one would write it by hand. With `onednn` its linear layers are bigtrain's."""
     model = setting.copy().to(setting.device).train()
     if onednn:
-        use_onednn(model)
+        make_fast(model)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

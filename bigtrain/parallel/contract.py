@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import compile_layers, plain_head
 from bigtrain.models.head import GradientSum, use_in_chunks
-from bigtrain.models.linear import mkl_is_slow, use_onednn
+from bigtrain.models.linear import linear, make_fast, slow_dtypes
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader
 
 if TYPE_CHECKING:
@@ -116,8 +115,8 @@ class TaskModule(nn.Module):
         self.model = model
         self.task = task
         self._token_sums = _token_sums
-        if device.type == "cpu" and mkl_is_slow():
-            use_onednn(model)
+        if device.type == "cpu" and slow_dtypes():
+            make_fast(model)
         head = plain_head(model)
         if head is not None:
             use_in_chunks(head)
@@ -187,7 +186,7 @@ def _token_sums(
     parameters: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """The task's sums over some tokens, from their last hidden states, by a head or with its parameters."""
-    logits = functional.linear(hidden, *parameters) if head is None else head(hidden)
+    logits = linear(hidden, *parameters) if head is None else head(hidden)
     return task.sums(logits, batch, training=training)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN against PyTorch's own."""
+"""Linear layers by bigtrain's products against PyTorch's own."""
 
 import copy
 
@@ -6,16 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from bigtrain.models.linear import use_onednn
+from bigtrain.models import linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def slow_in_all(monkeypatch):
+    """As on a processor without instructions for any dtype."""
+    dtypes = frozenset([torch.float32, torch.bfloat16, torch.float16])
+    monkeypatch.setattr(linear, "slow_dtypes", lambda: dtypes)
 
 
 def both(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
     own = nn.Linear(48, 80, bias=bias, dtype=dtype)
     other = copy.deepcopy(own)
-    use_onednn(other)
+    linear.make_fast(other)
     return own, other
 
 
@@ -54,8 +61,24 @@ def test_one_graph_when_compiled():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_precisions_stay_with_pytorch():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sums_in_fp32_and_rounds_once(dtype):
+    own, other = both(bias=True, dtype=dtype)
+    x = torch.randn(4, 300, 48, dtype=dtype)
+    got = outcome(other, x)
+    wide = outcome(copy.deepcopy(own).float(), x.float())
+    assert torch.equal(got[0], wide[0].to(dtype))
+    assert all(tensor.dtype == dtype for tensor in got)
+    ones = torch.full((4096, 48), 1.0, dtype=dtype)
+    layer = nn.Linear(48, 80, bias=False, dtype=dtype)
+    linear.make_fast(layer)
+    layer(ones).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full_like(layer.weight, 4096.0))  # a sum in bf16 stops at 256
+
+
+def test_dtypes_that_are_fast_stay_with_pytorch(monkeypatch):
     own, other = both(bias=False, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "slow_dtypes", lambda: frozenset())
     x = torch.randn(4, 48, dtype=torch.bfloat16)
     assert torch.equal(own(x), other(x))
 
@@ -65,6 +88,6 @@ def test_names_and_tied_weights_stay():
     model.embedding, model.head = nn.Embedding(80, 48), nn.Linear(48, 80, bias=False)
     model.head.weight = model.embedding.weight
     names = list(model.state_dict())
-    use_onednn(model)
+    linear.make_fast(model)
     assert list(model.state_dict()) == names and model.head.weight is model.embedding.weight
     assert isinstance(model.head, nn.Linear)
