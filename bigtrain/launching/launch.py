@@ -192,7 +192,8 @@ def _become(job: Job) -> NoReturn:
     command = commands.COMMANDS[job.launcher](job)
     each = f"; run the same on each of the {job.nodes} nodes" if job.nodes > 1 and job.head is not None else ""
     say(f"starting {shlex.join(command.words)}{each}")
-    os.execvp(command.here[0], command.here)  # noqa: S606 - no shell is wanted
+    environ = {**os.environ, "PYTHONSAFEPATH": "1"}  # in the ranks too, no module comes from the working folder
+    os.execvpe(command.here[0], command.here, environ)  # noqa: S606 - no shell is wanted
 
 
 def _submit(job: Job) -> int:

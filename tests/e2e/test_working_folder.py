@@ -60,13 +60,23 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def early(workplace):
+    """Files named as modules are that `python -m` imports first."""
+    for name in EARLY:
+        (workplace / f"{name}.py").write_text(SHADOW)
+    yield
+    for name in EARLY:
+        (workplace / f"{name}.py").unlink()
+
+
 def losses(folder):
     return [row["loss"] for row in read_metrics(folder)]
 
 
-def run(folder, command, *words):
+def run(folder, command, *words, verb="run"):
     done = subprocess.run(
-        [*command, "run", "small.yaml", *words],
+        [*command, verb, "small.yaml", *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -77,16 +87,13 @@ def run(folder, command, *words):
     assert list(folder.glob("*.imported")) == []
 
 
+@pytest.mark.usefixtures("early")
 def test_with_one_process_and_with_two_it_is_the_same_and_ranks_listen_to_each_other_alone(workplace):
-    for name in EARLY:
-        (workplace / f"{name}.py").write_text(SHADOW)
     run(workplace, COMMAND, "name=one", "parallel.processes=1")
     for file in workplace.glob("listeners-*"):
         file.unlink()
     run(workplace, COMMAND, "name=two", f"output={workplace / 'two'}", "parallel.processes=2")
     assert losses(workplace / "two" / "two") == pytest.approx(losses(workplace / "runs" / "one"), rel=1e-6)
-    for name in EARLY:
-        (workplace / f"{name}.py").unlink()
     found = {line for file in workplace.glob("listeners-[01]") for line in file.read_text().split()}
     assert found
     assert found <= LOOPBACK
@@ -102,3 +109,10 @@ def test_under_torchrun_it_is_the_same(workplace):
     torchrun += ["--master-port", str(free_port()), "-m", "bigtrain"]
     run(workplace, torchrun, "name=torchrun", "output=torchrun")
     assert json.loads((workplace / "torchrun" / "torchrun" / "run.json").read_text())["attempts"][0]["world_size"] == 2
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("early")
+def test_launched_it_is_the_same(workplace):
+    run(workplace, COMMAND, "--with", "torchrun", "--processes", "2", "name=launched", "output=launched", verb="launch")
+    assert json.loads((workplace / "launched" / "launched" / "run.json").read_text())["attempts"][0]["world_size"] == 2
