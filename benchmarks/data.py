@@ -1,6 +1,6 @@
 """The data's way against the usual ones: tokenizing, feeding, packing, seeking.
 
-    python benchmarks/data.py [--rounds 7] [--only tokenizing,chats,feeding,packing,seeking]
+    python benchmarks/data.py [--rounds 7] [--only tokenizing,chats,feeding,checking,packing,seeking]
 
 On the source of Python's standard library, on a CPU. The contestants of a comparison take turns in one run, so that
 whatever disturbs the machine disturbs all of them; a ratio is the median of the rounds' ratios with a 95 % confidence
@@ -14,6 +14,8 @@ chats       `ChatTemplate.documents` (text, answers and what is learned) against
             that is trained here; and all that finetuning does to them, ids included.
 feeding     `batches(step)` of 8 x 2048 tokens against a torch DataLoader over a tokenized `datasets` set with a
             collator that packs documents and restarts positions; one core each.
+checking    what the checksums of a store cost a sample, in blocks that were compared before and in the first pass over
+            a store, as ratios to the same code on plain arrays; windows of 2048 tokens and bins of 256, in any order.
 packing     finetuning a small Llama on conversations that are packed into bins, against the same conversations one a
             row, padded to the longest of each batch: tokens per second that are no padding.
 seeking     batches(1,000,000) of a new Batches, and opening a store of 10 billion tokens (sparse files).
@@ -22,6 +24,7 @@ seeking     batches(1,000,000) of a new Batches, and opening a store of 10 billi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -38,11 +41,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch.utils.data import DataLoader
 
 from bigtrain.config import Run, load_config
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.chat import ChatTemplate
+from bigtrain.data.columns import BLOCK, CHECKSUMS, Column
 from bigtrain.data.prepare import open_tokenizer, prepare_stage, prepare_tokenizer
 from bigtrain.data.sources import documents
 from bigtrain.data.store import FORMAT, Store, open_store, seal
@@ -309,6 +314,59 @@ def feeding(rounds: int, folder: Path) -> None:
     print(f"    ratio                     {median(ratios(found['ours'], found['loader']))}   (bar: 10)")
 
 
+# Checking.
+
+
+class Plain:
+    """An array with the look-ups of a column, without its checks."""
+
+    def __init__(self, column: Column):
+        self._array = column._array
+
+    def __getitem__(self, span: slice) -> Any:
+        return self._array[span]
+
+    between = Column.between
+    _unread = -1
+
+
+def unchecked(store: Store) -> Store:
+    for name in {"_tokens", "_documents", "_trained", "_bins"} & vars(store).keys():
+        if (column := getattr(store, name)) is not None:
+            setattr(store, name, Plain(column) if name == "_documents" else column._array)
+    return store
+
+
+def checking(rounds: int, folder: Path) -> None:
+    longer = (f"stages.pretrain.sequence_length={LENGTH}", f"model.from_config.max_position_embeddings={LENGTH}")
+    run = load_config(CONFIG, [f"output={folder / 'runs'}", *longer])
+    tokenizer = open_tokenizer(run)
+    print("checking    a sample's cost against that on plain arrays, one core")
+    for stage in run.stages:
+        where = prepare_stage(run, stage, TASKS[stage.task](), tokenizer).train[0].folder
+        opened = partial(open_store, where, stage.sequence_length)
+        plain, again = unchecked(opened()), opened()
+        order = np.random.default_rng(0).permutation(plain.samples).tolist()
+        found: dict[str, list[float]] = {"plain": [], "again": [], "first": []}
+        for number in range(4 * rounds + 1):
+            stores = {"plain": plain, "again": again, "first": opened()}
+            totals = dict.fromkeys(stores, 0.0)
+            for turn, at in enumerate(range(0, len(order), 50)):  # short turns, as the machine's speed changes
+                names = list(stores)
+                for name in names[turn % 3 :] + names[: turn % 3]:
+                    begun = time.thread_time()
+                    for sample in order[at : at + 50]:
+                        stores[name].sample(sample)
+                    totals[name] += time.thread_time() - begun
+            if number:  # the one before has compared all blocks of `again`
+                for name, seconds in totals.items():
+                    found[name].append(seconds / len(order))
+        layout = plain.manifest["layout"]
+        print(f"  {layout:<8} plain              {median([1e6 * s for s in found['plain']], 1)} us a sample")
+        for name, bar in (("again", 1.02), ("first", 1.05)):
+            print(f"    {name:<8} ratio            {median(ratios(found[name], found['plain']), 3)}   (bar: {bar})")
+
+
 # Packing.
 
 
@@ -386,14 +444,18 @@ def sparse_store(folder: Path) -> Path:
     """A store of 10 billion tokens in 10 million documents, almost all of them holes."""
     tokens, count = 10**10, 10**7
     folder.mkdir()
-    sizes = {"tokens.bin": 2 * tokens, "documents.bin": 8 * (count + 1)}
-    for name, size in sizes.items():
-        (folder / name).touch()
-        os.truncate(folder / name, size)
-    (np.arange(count + 1) * 1000).tofile(folder / "documents.bin")
+    (folder / "tokens.bin").touch()
+    os.truncate(folder / "tokens.bin", 2 * tokens)
+    starts = memoryview((np.arange(count + 1) * 1000).tobytes())
+    (folder / "documents.bin").write_bytes(starts)
+    sums = [xxhash.xxh3_64_intdigest(starts[at : at + BLOCK]) for at in range(0, len(starts), BLOCK)]
+    sums += [xxhash.xxh3_64_intdigest(bytes(BLOCK))] * -(-2 * tokens // BLOCK)
+    (folder / CHECKSUMS).write_bytes(data := np.array(sums, dtype="<u8").tobytes())
+    sizes = {"documents.bin": len(starts), "tokens.bin": 2 * tokens}
     manifest = {
         **{"format": FORMAT, "layout": "windows", "sequence_length": None, "source": "holes", "documents_are": "all"},
         **{"pad_id": None, "dtype": "uint16", "documents": count, "tokens": tokens},
+        "checksums": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "files": {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()},
     }
     (folder / "manifest.json").write_text(seal(manifest))
@@ -415,7 +477,14 @@ def seeking(rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parts = {"tokenizing": tokenizing, "chats": chats, "feeding": feeding, "packing": packing, "seeking": seeking}
+    parts = {
+        "tokenizing": tokenizing,
+        "chats": chats,
+        "feeding": feeding,
+        "checking": checking,
+        "packing": packing,
+        "seeking": seeking,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(parts))

@@ -80,28 +80,30 @@ class Column:
         self._file = path.open("rb", buffering=0)
         self._sums = sums
         self._right = bytearray(len(sums))  # of the blocks that were read, 1
+        self._unread = self._right.find(0)  # the first block that was not; -1: all were
 
     def __len__(self) -> int:
         return len(self._array)
 
     def __getitem__(self, span: slice) -> NDArray[Any]:
         """Elements begin:end; their blocks are compared with their checksums at the first look of this process."""
-        begin, end, _ = span.indices(len(self._array))
-        if begin < end:
+        if self._unread >= 0:
+            begin, end, _ = span.indices(len(self._array))
             size = self._array.itemsize
-            first, last = begin * size // BLOCK, (end * size - 1) // BLOCK + 1
-            while (wrong := self._right.find(0, first, last)) >= 0:
+            last = (end * size - 1) // BLOCK + 1
+            while begin < end and (wrong := self._right.find(0, begin * size // BLOCK, last)) >= 0:
                 self._check(wrong)
-        return self._array[begin:end]
+        return self._array[span]
 
-    def count_until(self, value: int) -> int:
-        """How many elements of an array that only grows are `value` or less."""
-        found = int(np.searchsorted(self._array, value, "right"))
-        around = self[max(found - 1, 0) : found + 1]
-        if (found and around[0] > value) or (found < len(self) and around[-1] <= value):
-            self.check()  # the search has met a changed element
-            raise AssertionError(f"{self._path} does not grow")
-        return found
+    def between(self, low: int, high: int) -> tuple[int, NDArray[Any]]:
+        """Of an array that only grows: (how many elements are `low` or less, those above it that are `high` or less)"""
+        begin, end = self._array.searchsorted((low, high), "right").tolist()
+        if self._unread >= 0:
+            before = max(begin - 1, 0)
+            if self[before : end + 1].searchsorted((low, high), "right").tolist() != [begin - before, end - before]:
+                self.check()  # the search has met a changed element
+                raise AssertionError(f"{self._path} does not grow")
+        return begin, self._array[begin:end]
 
     def check(self) -> None:
         """Compare all blocks."""
@@ -117,6 +119,7 @@ class Column:
                 f"{self._path.parent}; the next start makes it again from its sources, and the run goes on."
             )
         self._right[block] = 1
+        self._unread = self._right.find(0, self._unread)
 
 
 def columns(folder: Path, manifest: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, Column]:

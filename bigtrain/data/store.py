@@ -155,16 +155,17 @@ class Windows(Store):
         targets = tokens[1:].copy()
         if self._trained is not None:
             targets[~self._trained[first + 1 : first + length + 1]] = IGNORE
-        begins, ends = (self._documents.count_until(place) for place in (first, first + length))
-        starts = self._documents[begins:ends] - first  # of documents that begin inside, in 1..length
+        starts = (
+            self._documents.between(first, first + length)[1] - first
+        )  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
         return tokens[:-1], targets, self._positions(starts, length)
 
     def borders(self, i: int) -> Borders:
         self._check(i)
         first, length = i * self.sequence_length, self.sequence_length
-        begins, ends = (self._documents.count_until(place) for place in (first, first + length))
-        inside = self._documents[begins:ends] - first
+        begins, borders = self._documents.between(first, first + length)
+        inside = borders - first
         at = np.concatenate(([0], inside[inside < length], [length]))
         return Borders(begins - 1, bool(self._documents[begins - 1 : begins][0] == first), at)
 

@@ -8,8 +8,12 @@ import json
 import multiprocessing
 import os
 import re
+import sys
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,6 +305,31 @@ def test_a_flipped_byte_is_found_when_it_is_read(tmp_path: Path, layout: str) ->
                 with suppress(DataError):
                     assert repr(look(open_store(folder, 32))) == repr(look(whole))
             file.write_bytes(original)
+
+
+def calls_of(work: Callable[[], Any]) -> Counter[str]:
+    """Of functions, those written in C too, by name."""
+    seen: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, arg: seen.update([frame.f_code.co_name if event == "call" else arg.__name__])
+                   if event in ("call", "c_call") else None)  # fmt: skip
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+@pytest.mark.parametrize(("layout", "looks"), [("windows", 3), ("bins", 4)])
+def test_a_look_at_compared_blocks_is_a_look_at_an_array(tmp_path: Path, layout: str, looks: int) -> None:
+    """Nothing is looked up, and nothing is done per token, per document or per block of the store."""
+    documents: list[Document] = [(list(range(200)), [True, False] * 100)] * 2000
+    store = make_store(tmp_path / "s", documents, layout, 1024)
+    first = calls_of(lambda: [store.sample(i) for i in range(store.samples)])
+    again = calls_of(lambda: [store.sample(i) for i in range(store.samples)])
+    assert first["_check"] - again["_check"] == first["xxh3_64_intdigest"] > 10
+    assert again["__getitem__"] + again["between"] == looks * store.samples
+    assert not {"find", "indices", "pread", "xxh3_64_intdigest"} & again.keys()
+    assert sum(again.values()) < 60 * store.samples
 
 
 def test_a_block_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
