@@ -155,9 +155,8 @@ class Windows(Store):
         targets = tokens[1:].copy()
         if self._trained is not None:
             targets[~self._trained[first + 1 : first + length + 1]] = IGNORE
-        starts = (
-            self._documents.between(first, first + length)[1] - first
-        )  # of documents that begin inside, in 1..length
+        _, borders = self._documents.between(first, first + length)
+        starts = borders - first  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
         return tokens[:-1], targets, self._positions(starts, length)
 
