@@ -72,7 +72,9 @@ def one_line(error: BaseException) -> str:
     """What an error of another library says, in a line; its kind where it says nothing."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error)
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 

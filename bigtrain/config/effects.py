@@ -35,6 +35,13 @@ def _of_stage(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
         yield ("checkpoint", "keep_every"), "needs checkpoints to keep; add `every`, or remove it."
     if stage.task == "pretrain" and _given(stage, "max_cut_answers"):
         yield ("max_cut_answers",), "is for task sft, where there are answers; remove it."
+    if stage.task == "pretrain" and _given(stage, "long_conversations"):
+        yield ("long_conversations",), "is for task sft, where there are conversations; remove it."
+    if stage.long_conversations == "drop" and _given(stage, "max_cut_answers"):
+        yield ("max_cut_answers",), "has no effect with `long_conversations: drop`, which cuts no answer; remove it."
+    limits = stage.clean.repetition if stage.clean else None
+    if limits is not None and all(value is None for name, value in limits if name != "min_words"):
+        yield ("clean", "repetition"), "has no limit, so it drops nothing; give one, or remove it."
     if not stage.export and stage.prompts:
         yield ("prompts",), "the exported model answers them, and `export` is false; remove one of them."
     if len(stage.data) == 1 and stage.data[0].weight is not None:

@@ -19,6 +19,7 @@ FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ROWS = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", re.ASCII)
 JSON = (".json", ".jsonl", ".jsonlines", ".ndjson", ".jl")
+HIDDEN = ("_", ".")  # of names: what Spark, Hive and systems put beside data, and pyarrow and datasets pass over
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` of datasets writes
 # Named by themselves or in a glob they are a mistake; below a folder their bytes will tell.
 NO_TEXT = {
@@ -61,7 +62,8 @@ def parse_split(split: str | None) -> tuple[str | None, int, int | None]:
 
 
 def local_files(source: str) -> Iterator[str]:
-    """The files of a path, of a glob, or all below a folder, in no order; hidden ones only where they are named.
+    """The files of a path, of a glob, or all below a folder, in no order; in a folder none whose name, or that of a
+    folder below it, begins as HIDDEN says; for a glob, only those that it names.
 
     Folders that links lead to are looked into; below a `**` each real folder once, so that a link to its own folder, or
     to one above, repeats nothing. Raises OSError for a folder that cannot be read.
@@ -69,8 +71,24 @@ def local_files(source: str) -> Iterator[str]:
     path = Path(source)
     if path.is_file():
         return iter([source])
-    names = _matches(f"{glob.escape(source)}/**" if path.is_dir() else source)
+    names = (entry.path for entry in _below(source) if not is_hidden(entry.name)) if path.is_dir() else _matches(source)
     return filter(os.path.isfile, names)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data where a folder is read, like _SUCCESS and .part-0.parquet.crc."""
+    return name.startswith(HIDDEN)
+
+
+def local_hidden(folder: str) -> int:
+    """How many files and folders below a folder are not read for their names."""
+    return sum(is_hidden(entry.name) for entry in _below(folder))
+
+
+def _below(folder: str) -> Iterator[os.DirEntry[str]]:
+    for each in _folders(folder, HIDDEN):
+        with os.scandir(each) as entries:
+            yield from entries
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -87,8 +105,9 @@ def _matches(pattern: str) -> Iterator[str]:
             yield from _matches(os.path.join(glob.escape(folder), after))  # noqa: PTH118
 
 
-def _folders(top: str) -> Iterator[str]:
-    """A folder and those below it, each real one once: by its own name if that is below, else by a link's."""
+def _folders(top: str, hidden: tuple[str, ...] = (".",)) -> Iterator[str]:
+    """A folder and those below it but the hidden ones, each real one once: by its own name if that is below,
+    else by a link's."""
     seen, folders, links = set(), [top], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -98,7 +117,7 @@ def _folders(top: str) -> Iterator[str]:
         yield folder
         with os.scandir(folder or ".") as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir() and not entry.name.startswith("."):
+                if entry.is_dir() and not entry.name.startswith(hidden):
                     (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))  # noqa: PTH118
 
 
@@ -144,5 +163,6 @@ def _protocol(url: str) -> str | None:
         except ValueError:
             return f"fsspec knows no protocol {protocol}; {nearest(protocol, fsspec.available_protocols())}"
         except ImportError as error:
-            return f"{protocol}: {error}"
+            extra = "`pip install 'bigtrain[http]'`" if protocol in ("http", "https") else "install what it names"
+            return f"{protocol}: {str(error).rstrip('.')}; {extra}."
     return None

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from bigtrain.config.sources import local_files
-from bigtrain.errors import DataError
+from bigtrain.config.sources import is_hidden, local_files, local_hidden
+from bigtrain.errors import DataError, one_line
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
@@ -28,6 +29,7 @@ else:
 BUFFER = 1 << 20  # bytes
 BYTES_OF_A_CHARACTER = 4  # of UTF-8, at most
 OTHER_COLUMNS = 1 << 24  # bytes of a line beside its document, at most
+WEB = ("http://", "https://")
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
@@ -66,18 +68,27 @@ class File:
     @cached_property
     def compression(self) -> str | None:
         """fsspec's name for it."""
-        return COMPRESSED.get(Path(self.path).suffix.lower())
+        return COMPRESSED.get(Path(self._named).suffix.lower())
 
     @cached_property
     def stem(self) -> str:
         """The name without the suffix of a compression."""
-        path = Path(self.path)
+        path = Path(self._named)
         return (path.with_suffix("") if self.compression else path).name
+
+    @property
+    def _named(self) -> str:
+        return without_query(self.path)
 
     @cached_property
     def kind(self) -> str:
         """The suffix, without that of a compression."""
         return Path(self.stem).suffix.lower()
+
+
+def without_query(path: str) -> str:
+    """The path of a file system; of a URL of the web, without what follows its path."""
+    return urlsplit(path)._replace(query="", fragment="").geturl() if path.startswith(WEB) else path
 
 
 def find(source: str) -> list[File]:
@@ -118,10 +129,10 @@ def _find_remote(url: str) -> list[File]:
         folder = system.isdir(path)
         if folder and system.exists(f"{path}/state.json") and system.exists(f"{path}/dataset_info.json"):
             raise DataError(f"{url}: a folder of save_to_disk must lie on a disk; here name its files, {url}/*.arrow.")
-        if glob.has_magic(path):
+        if glob.has_magic(without_query(path)):
             paths = [found for found in system.glob(path) if system.isfile(found)]
         elif folder:
-            paths = [p for p in system.find(path) if "/." not in p.removeprefix(path) and not p.startswith(".")]
+            paths = [p for p in system.find(path) if not _is_hidden_below(path, p)]
         else:
             paths = [path] if system.exists(path) else []
     except DataError:
@@ -129,6 +140,24 @@ def _find_remote(url: str) -> list[File]:
     except Exception as error:  # every file system has its own
         raise DataError(f"{url}: cannot be opened: {one_line(error)}") from error
     return [File(system, p, system.unstrip_protocol(p) + outer) for p in sorted(paths)] or _nothing(url, folder)
+
+
+def _is_hidden_below(folder: str, path: str) -> bool:
+    return any(map(is_hidden, path.removeprefix(folder).split("/")))
+
+
+def hidden(source: str) -> int:
+    """How many files and folders of a folder are not read for their names; of a URL, files alone."""
+    if Path(source).is_dir():
+        return local_hidden(source)
+    if "://" not in source or glob.has_magic(source):
+        return 0
+    if source.startswith("file://"):
+        return hidden(source.removeprefix("file://"))
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(source)
+    return sum(_is_hidden_below(path, found) for found in system.find(path)) if system.isdir(path) else 0
 
 
 def _nothing(source: str, folder: bool) -> list[File]:
@@ -188,11 +217,3 @@ def too_long(where: str, max_characters: int) -> Unusable:
     """What is wrong with a row that is too long to be read."""
     text = f"{where}: is longer than max_characters ({max_characters:,}); split it or raise it."
     return Unusable("longer than max_characters", text)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, in a line; its kind where it says nothing."""
-    message = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error)
-    text = message.decode(errors="replace") if isinstance(message, bytes) else message
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
+from bigtrain.config.sources import kind_of
 from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
 from bigtrain.data.cut_answers import check_count, check_sample
-from bigtrain.data.files import Row, Unusable
+from bigtrain.data.files import Row, Unusable, hidden
 from bigtrain.data.fingerprints import CHANGED, fingerprint
 from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
@@ -214,7 +215,19 @@ def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream:
 def counts(store: Store) -> dict[str, Any]:
     """What of a store's manifest is worth telling."""
     names = ("source", "documents_are", "documents", "tokens", "targets", "fill")
-    about_rows = ("rows", "other_side", "used", "dropped", "parts", "unread", "examples", "split", "cut", "cut_tokens")
+    about_rows = (
+        "rows",
+        "other_side",
+        "used",
+        "dropped",
+        "parts",
+        "unread",
+        "hidden",
+        "examples",
+        "split",
+        "cut",
+        "cut_tokens",
+    )
     facts = {name: store.manifest[name] for name in (*names, *about_rows) if name in store.manifest}
     return {"sequences": store.samples} | facts | {"left_over": store.left_over}
 
@@ -274,6 +287,7 @@ def _make(
     ).make()
     if made is not None:
         shards, tally = made
+        tally.hidden = hidden(part.source.source) if kind_of(part.source) in ("files", "url") else 0
 
         def build(empty: Path) -> None:
             if fingerprint(part.source, part.stores) != facts["source_fingerprint"]:

@@ -17,10 +17,10 @@ from bigtrain.config.schema import Source
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, UNREAD, one_shape, read_column, unread
-from bigtrain.data.files import Located, Row, Unusable, find, one_line
+from bigtrain.data.files import Located, Row, Unusable, find
 from bigtrain.data.formats import rows_of
 from bigtrain.data.tally import Tally
-from bigtrain.errors import DataError, shorten
+from bigtrain.errors import DataError, one_line, shorten
 
 Columns = tuple[tuple[str, ...], ...]
 

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from bigtrain.config.schema import Source
 from bigtrain.config.sources import parse_split
-from bigtrain.data.files import File, Located, Row, Unusable, one_line, opened
-from bigtrain.errors import DataError, shorten
+from bigtrain.data.files import File, Located, Row, Unusable, opened
+from bigtrain.errors import DataError, one_line, shorten
 
 AT_ONCE = 1000  # rows, made into Python's objects together
 # What pyarrow and datasets raise; MemoryError for the sizes that a damaged file claims.

@@ -17,7 +17,8 @@ class Tally:
     rows: that were read. other_side: of the training side where this is the held-out one, and the reverse.
     used: with a document in the store. dropped: the others, by reason. parts: documents that were dropped of rows of
     which others are used, by reason. unread: rows with a value of which nothing is used, by its name.
-    examples: where the first one stands, by reason.
+    hidden: files and folders of a folder that are not read for their names. examples: where the first one stands, by
+    reason.
     """
 
     rows: int = 0
@@ -26,6 +27,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
     examples: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
@@ -42,6 +44,7 @@ class Tally:
         self.rows += later.rows
         self.other_side += later.other_side
         self.used += later.used
+        self.hidden += later.hidden
         self.dropped += later.dropped
         self.parts += later.parts
         self.unread += later.unread

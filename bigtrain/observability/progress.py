@@ -119,10 +119,12 @@ class Progress:
         unread = ", ".join(
             f"{name} ({plural(number, 'row', 'rows')})" for name, number in event.get("unread", {}).items()
         )
+        hidden = plural(event.get("hidden", 0), "file or folder", "files or folders")
         self._print(
             f"  {contents(event)}"
             + (f"; dropped or cut: {lost}" if lost else "")
             + (f"; not used: {unread}" if unread else "")
+            + (f"; {hidden} whose names begin with _ or . not read" if event.get("hidden") else "")
         )
 
     def _on_verified(self, event: Event) -> None:

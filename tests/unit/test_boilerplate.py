@@ -339,6 +339,16 @@ def test_following_the_advice_of_a_refusal_works(
     assert report["dropped"] == len(texts) and report["warning"] in message
 
 
+def test_a_report_of_refused_decisions_goes_when_others_leave_documents(tmp_path: Path) -> None:
+    docs, stores = site(tmp_path / "docs"), tmp_path / "out" / "stores"
+    for characters in (5000, 6000):
+        with pytest.raises(DataError, match="no training document is left"):
+            decided(tmp_path / "out", stage_of(docs, clean=README.model_copy(update={"min_characters": characters})))
+        assert len(list(stores.glob("*.refused"))) == 1
+    decided(tmp_path / "out", stage_of(docs, clean=README.model_copy(update={"min_characters": 1})))
+    assert list(stores.glob("*.refused*")) == []
+
+
 def test_boilerplate_that_may_be_why_is_named_with_its_knob(tmp_path: Path) -> None:
     stage = stage_of(site(tmp_path / "docs"), clean=README.model_copy(update={"min_characters": 5000}))
     with pytest.raises(DataError, match=r"6 lines stand in many documents.*`stages\.s\.clean\.boilerplate=\{\}` cuts"):

@@ -29,6 +29,8 @@ def config(tmp_path):
 
 
 P, F = "stages.pretrain.", "stages.finetune."
+NO_LIMITS = "{duplicate_lines: null, duplicate_line_characters: null, duplicate_paragraphs: null, "
+NO_LIMITS += "duplicate_paragraph_characters: null, top_ngrams: null, duplicate_ngrams: null}"
 WITHOUT_EFFECT = [  # what is given, the key that has no effect, and what makes it have one
     ((P + "schedule.name=constant", P + "schedule.min_ratio=0.5"), P + "schedule.min_ratio",
      P + "schedule.name=linear"),
@@ -38,6 +40,9 @@ WITHOUT_EFFECT = [  # what is given, the key that has no effect, and what makes 
      P + "checkpoint={every: 1, keep_every: 2, keep_weights_only: true}"),
     ((P + "checkpoint.keep_every=5",), P + "checkpoint.keep_every", P + "checkpoint.every=5"),
     ((P + "max_cut_answers=0.5",), P + "max_cut_answers", P + "task=sft"),
+    ((P + "long_conversations=split",), P + "long_conversations", P + "task=sft"),
+    ((F + "long_conversations=drop", F + "max_cut_answers=0.5"), F + "max_cut_answers", F + "long_conversations=split"),
+    ((P + f"clean={{repetition: {NO_LIMITS}}}",), P + "clean.repetition", P + "clean.repetition.duplicate_lines=0.3"),
     ((P + "export=false", P + "prompts=[a]"), P + "prompts", P + "export=true"),
     ((P + "data=[{source: stdlib, weight: 2}]",), P + "data.0.weight",
      P + "data=[{source: stdlib, weight: 2}, {source: a, weight: 1}]"),

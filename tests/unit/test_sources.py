@@ -7,15 +7,18 @@ import gzip
 import json
 import os
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from bigtrain.config.schema import Source
+from bigtrain.config.sources import wrong_with
 from bigtrain.data import fingerprints, stdlib
-from bigtrain.data.files import BUFFER
+from bigtrain.data.files import BUFFER, File, hidden
 from bigtrain.data.fingerprints import fingerprint, is_known
 from bigtrain.data.sources import documents, is_held_out
 from bigtrain.errors import DataError
@@ -46,6 +49,41 @@ def test_each_file_is_one_document_in_the_order_of_paths(tmp_path: Path) -> None
     assert texts(tmp_path / "*.py") == ["one\n\ntwo a.py\n"]
     assert texts(tmp_path / "**" / "*.md") == ["one\n\ntwo sub/c.md\n"]
     assert texts(tmp_path / "sub" / "[x]*.txt") == ["one\n\ntwo sub/[x]*.txt\n"]
+
+
+def test_what_others_put_beside_data_is_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """_SUCCESS, .crc and the like: passed over and counted where a folder is read, read where they are named."""
+    table = tmp_path / "table"
+    for name in ("_SUCCESS", "_metadata", ".part-0.txt.crc", "_temporary/0/a.txt", "year=1/part-0.txt", "b/_c.txt"):
+        (table / name).parent.mkdir(parents=True, exist_ok=True)
+        (table / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(table), f"/{tmp_path.name}/table", recursive=True)
+    for folder in (table, "table", "table/", f"file://{table}", f"memory://{tmp_path.name}/table"):
+        assert texts(folder) == ["year=1/part-0.txt"]
+    assert hidden("table") == hidden(str(table)) == hidden(f"file://{table}") == 5
+    assert hidden(f"memory://{tmp_path.name}/table") == 5
+    assert texts(table / "_SUCCESS") == texts(table / "_S*") == ["_SUCCESS"]
+    assert sorted(texts(table / "**" / "*.txt")) == ["_temporary/0/a.txt", "b/_c.txt", "year=1/part-0.txt"]
+    assert hidden(str(table / "_SUCCESS")) == hidden(str(table / "_*")) == 0
+
+
+@pytest.mark.parametrize("query", ["", "?token=x", "?a=b.txt&c=/d.txt", "#part"])
+def test_the_suffix_of_a_url_is_that_of_its_path(query: str) -> None:
+    url = f"https://host/a.jsonl.gz{query}"
+    file = File(None, url, url)
+    assert (file.kind, file.compression, file.stem) == (".jsonl", "gzip", "a.jsonl")
+    assert File(None, "what?.txt", "what?.txt").kind == ".txt"
+
+
+def test_urls_of_the_web_without_their_package_are_refused_before_anything_starts(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for protocol in ("http", "https"):
+        sys.modules["fsspec.registry"]._registry.pop(protocol, None)
+        told = wrong_with(Source(source=f"{protocol}://host/a.jsonl?token=x"))
+        assert told is not None and told.endswith("`pip install 'bigtrain[http]'`.")
 
 
 def test_a_file_in_a_hidden_folder_can_be_named(tmp_path: Path) -> None:

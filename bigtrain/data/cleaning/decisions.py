@@ -6,7 +6,8 @@ report.json       counts and examples, to be read
 dropped.jsonl     every dropped document: where it stands, why, the measured value and its limit
 manifest.json     what it was made from, the reasons, how many documents each source has; written last
 
-Decisions that leave nothing are refused; report.json and dropped.jsonl of them stay in `clean-*.refused`.
+Decisions that leave nothing are refused; report.json and dropped.jsonl of them stay in `clean-*.refused` until
+other decisions about the same documents leave some.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bigtrain.data.cleaning.texts import TextSteps
 from bigtrain.data.columns import MADE_AGAIN, map_file
 from bigtrain.data.fingerprints import fingerprint
 from bigtrain.data.sources import Columns, Row
-from bigtrain.disk import make_once
+from bigtrain.disk import make_once, remove
 from bigtrain.errors import DataError
 from bigtrain.masking import masked_values
 
@@ -128,6 +129,8 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     settings = stage.clean
     folder = stores / f"clean-{digest[:16]}"
+    data = hashlib.sha256(json.dumps(facts["train"], sort_keys=True).encode()).hexdigest()
+    refused = stores / f"clean-{data[:16]}.refused"  # of these documents, whatever is done to them
 
     def build(empty: Path) -> None:
         with (empty / "dropped.jsonl").open("w", encoding="utf-8") as every_drop:
@@ -136,7 +139,8 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
         warning = _warning(stage, judge)
         _write(empty / "report.json", judge.report.written() | {"warning": warning})
         if not (codes == 0).any():
-            raise DataError(f"{warning}\n{_kept_for_reading(empty, folder)}")
+            raise DataError(f"{warning}\n{_kept_for_reading(empty, refused)}")
+        remove(refused)
         codes.tofile(empty / "dropped.bin")
         _write(empty / "boilerplate.json", [sorted(shared.hashes) for shared in judge.shared])
         names = [part.source.source for part in train]
@@ -166,9 +170,8 @@ def _warning(stage: Stage, judge: Judge) -> str | None:
     return told
 
 
-def _kept_for_reading(made: Path, folder: Path) -> str:
+def _kept_for_reading(made: Path, refused: Path) -> str:
     """Put the report of refused decisions where it stays; returns a sentence that says where."""
-    refused = folder.with_name(f"{folder.name}.refused")
     shutil.rmtree(refused, ignore_errors=True)
     refused.mkdir()
     for name in ("report.json", "dropped.jsonl"):
