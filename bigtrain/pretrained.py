@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,40 @@ def files_of(source: str) -> list[Path]:
     path = Path(source).expanduser()
     there = path.iterdir() if path.is_dir() else [path]
     return sorted(file for file in there if file.suffix in (*WEIGHT_FILES, *OTHER_FILES) and file.is_file())
+
+
+def find_file(name: str, file: str) -> Path | None:
+    """A file of a pretrained model's folder or Hub id, from the Hub or its cache if need be; None if it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, file)
+    except OSError:  # how transformers says that the model has none
+        return None
+    return None if found is None else Path(found)
+
+
+def weight_files(source: str, key: str) -> list[Path]:
+    """What transformers would read the weights of a folder or Hub id from: model.safetensors or pytorch_model.bin, or
+    the files that an index names. Raises ConfigError, about `key`, for an index that names what is not there."""
+    name, _ = arguments(source)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (whole := find_file(name, file)) is not None:
+            return [whole]
+        if (index := find_file(name, f"{file}.index.json")) is not None:
+            with opening(source, key):
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                return [_shard(source, key, index, shard) for shard in shards]
+    return []
+
+
+def _shard(source: str, key: str, index: Path, shard: str) -> Path:
+    if Path(shard).is_absolute() or ".." in Path(shard).parts:
+        raise ConfigError(f"{key}: {index} names {shard}, which is no file of its folder.")
+    found = find_file(arguments(source)[0], shard)
+    if found is None:
+        raise ConfigError(f"{key}: {source} has no {shard}, which its {index.name} names; fetch it.")
+    return found
 
 
 def wrong_file(path: Path) -> str | None:

@@ -41,7 +41,7 @@ def try_architecture(
         logging.set_verbosity(verbosity)
     _check_positions(model, empty, longest)
     if model.from_pretrained is not None:
-        check_folder(model.from_pretrained, empty)
+        check_folder(model.from_pretrained, empty, grows=added_tokens)
     return empty
 
 

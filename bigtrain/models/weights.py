@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, ConfigError, shorten
-from bigtrain.pretrained import WEIGHT_FILES, arguments, files_of, opening, wrong_file
+from bigtrain.models.converted import converted_shapes, gguf_shapes
+from bigtrain.pretrained import WEIGHT_FILES, arguments, files_of, find_file, opening, weight_files, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
 from bigtrain.tensor_files import Stored, UnknownDtype, read_header
 from bigtrain.terminal import say
@@ -157,11 +158,12 @@ def pretrained_weights(
     return PretrainedFiles(found, {name: tensor.dtype for name, tensor in empty.state_dict(keep_vars=True).items()})
 
 
-def check_folder(source: str, empty: PreTrainedModel) -> None:
-    """Look at the headers of a pretrained model's files, where these are on this disk.
+def check_folder(source: str, empty: PreTrainedModel, grows: bool) -> None:
+    """Look at the names and shapes in a pretrained model's files, where these are on this disk.
 
-    Raises ConfigError for a file that is missing or not whole, and for a tensor that `empty` has and they lack or have
-    in another shape, as far as transformers need not convert them to tell.
+    grows: whether the vocabulary of `empty` may have more rows than theirs. Raises ConfigError for a file that is
+    missing or not whole, and for a parameter that they lack or have in another shape. Of quantized models, and of those
+    that are put together from several ones, only reading them tells.
     """
     if not Path(source).expanduser().exists():
         return
@@ -172,6 +174,17 @@ def check_folder(source: str, empty: PreTrainedModel) -> None:
         told = [wrong for file in files if (wrong := wrong_file(file))] if files else [f"no weights are in {source}."]
         if told:
             raise ConfigError(f"{PRETRAINED}: {source} cannot be opened: {told[0]}") from None
+        with opening(source, PRETRAINED):
+            shapes = gguf_shapes(files[0], empty) if "gguf_file" in arguments(source)[1] else _converted(source, empty)
+        if shapes is not None:
+            _check_parameters(source, shapes, empty, grows)
+
+
+def _converted(source: str, empty: PreTrainedModel) -> dict[str, Shape] | None:
+    try:
+        return converted_shapes(_files(source, empty), empty)
+    except _OnlyWhole:
+        return None
 
 
 def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
@@ -186,6 +199,8 @@ def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
     name, options = arguments(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        weight_files(source, key)  # transformers would follow an index out of its folder
     auto: Any = AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of what was drawn, left out and renamed
@@ -257,7 +272,10 @@ def _published(source: str, empty: PreTrainedModel) -> dict[str, Stored]:
     of its name, or would have something to say about them.
     """
     stored: dict[str, Stored] = {}
-    for path in _safetensors(source, empty):
+    files = _files(source, empty)
+    if not files or files[0].suffix != ".safetensors":
+        raise _OnlyWhole("it has no model.safetensors")
+    for path in files:
         try:
             stored.update(read_header(path))
         except UnknownDtype as error:
@@ -295,22 +313,24 @@ def _aliases(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
     return aliases.values()
 
 
-def _check_parameters(source: str, named: Mapping[str, Stored], empty: PreTrainedModel) -> None:
-    """Raises ConfigError for a parameter that the files lack or have in another shape, unless it may grow."""
+def _check_parameters(source: str, shapes: Mapping[str, Shape], empty: PreTrainedModel, grows: bool) -> None:
+    """Raises ConfigError for a parameter that the files lack or have in another shape; a vocabulary may grow if it
+    `grows`."""
     parameters = dict(empty.named_parameters(remove_duplicate=False))
-    lacking = [names[0] for names in _aliases(parameters) if not any(name in named for name in names)]
+    lacking = [names[0] for names in _aliases(parameters) if not any(name in shapes for name in names)]
     _refuse_lacking(source, lacking)
     vocabulary = {id(p) for m in (empty.get_input_embeddings(), empty.get_output_embeddings()) for p in m.parameters()}
     for name, parameter in parameters.items():
-        there, wanted = named[name].shape if name in named else tuple(parameter.shape), tuple(parameter.shape)
-        grows = id(parameter) in vocabulary and there[1:] == wanted[1:] and there[:1] < wanted[:1]
-        if there != wanted and not grows:
+        wanted = tuple(parameter.shape)
+        there = shapes.get(name, wanted)
+        grown = grows and id(parameter) in vocabulary and there[1:] == wanted[1:] and there[:1] < wanted[:1]
+        if there != wanted and not grown:
             _refuse_shape(source, name, there, wanted)
 
 
-def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
-    """The files that transformers would read, from the Hub or its cache if need be, in its order."""
-    from transformers.utils import cached_file, is_peft_available
+def _files(source: str, empty: PreTrainedModel) -> list[Path]:
+    """The files of weights that transformers would read. Raises _OnlyWhole where it reads more than these."""
+    from transformers.utils import is_peft_available
 
     name, options = arguments(source)
     config: Any = empty.config
@@ -318,33 +338,10 @@ def _safetensors(source: str, empty: PreTrainedModel) -> Iterator[Path]:
         raise _OnlyWhole("it is a .gguf file")
     if getattr(config, "quantization_config", None) is not None:
         raise _OnlyWhole("it is quantized")
-
-    def find(file: str) -> str | None:
-        try:
-            return cached_file(name, file)
-        except OSError:
-            return None
-
     changed = [key for key in ("transformers_weights", "fusion_config") if getattr(config, key, None) is not None]
-    if changed or config.extra_files or (is_peft_available() and find("adapter_config.json")):
+    if changed or config.extra_files or (is_peft_available() and find_file(name, "adapter_config.json")):
         raise _OnlyWhole("it is put together from other files than its model.safetensors")
-    whole = find("model.safetensors")
-    if whole is not None:
-        yield Path(whole)
-        return
-    index = find("model.safetensors.index.json")
-    if index is None:
-        raise _OnlyWhole("it has no model.safetensors")
-    with opening(source, PRETRAINED):
-        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise ConfigError(f"{PRETRAINED}: {index} names {shard}, which is no file of its folder.")
-    for shard in shards:
-        found = find(shard)
-        if found is None:
-            raise ConfigError(f"{PRETRAINED}: {source} has no {shard}, which its {Path(index).name} names; fetch it.")
-        yield Path(found)
+    return weight_files(source, PRETRAINED)
 
 
 def _by_parameter(
@@ -375,7 +372,7 @@ def _by_parameter(
             named[name] = stored[key]
         else:
             others.add(name)
-    _check_parameters(source, named, empty)
+    _check_parameters(source, {name: found.shape for name, found in named.items()}, empty, grows=True)
     keys: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=others)
     empty._adjust_missing_and_unexpected_keys(keys)  # private: takes away what an architecture ignores
     if keys.unexpected_keys:
