@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from dataclasses import asdict
@@ -11,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Stage
+from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.inference.generation import lineage
 from bigtrain.inference.opening import FACTS, Opened, open_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
+from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.converted import converted_shapes
 from bigtrain.observability.stream import read_metrics
 from bigtrain.parallel.contract import persistent_buffers
+from bigtrain.pretrained import LONGEST_REASON, weight_files
+from bigtrain.tensor_files import read_header
 from bigtrain.terminal import say
 
 MARK = "Exported by bigtrain"  # in the README.md of every export; a folder without it is never replaced
@@ -71,7 +74,7 @@ def write_folder(opened: Opened, target: Path, card: str) -> Path:
         (partial / "README.md").write_text(card, encoding="utf-8")
         if opened.trained is not None:
             (partial / FACTS).write_text(json.dumps(asdict(opened.trained)) + "\n", encoding="utf-8")
-        _check_written(opened.model, partial)
+        _check_written(opened.model, partial, target)
         _move(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,41 +101,55 @@ def _move(partial: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
     """What has to be written, each tied tensor once."""
-    tensors = dict(model.named_parameters()) | dict(persistent_buffers(model))
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return dict(model.named_parameters()) | dict(persistent_buffers(model))
 
 
 def _refuse_empty(model: Any, target: Path) -> None:
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise CheckpointError(f"{target} is not written: the model has no values for {shorten(missing)}.")
-    empty = [name for name, shape in _shapes(model).items() if 0 in shape]
+    empty = [name for name, tensor in _tensors(model).items() if 0 in tensor.shape]
     if empty:
         raise CheckpointError(f"{target} is not written: {shorten(empty)} would be saved with no elements.")
 
 
-def _check_written(model: Any, folder: Path) -> None:
-    """Compare the headers of the files with the model. transformers writes some families under the names that their
-    publishers gave, fused or split; of these the elements are counted."""
-    written: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as reader:
-            written |= {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-    wanted = _shapes(model)
-    if written == wanted:
-        return
-    renamed = bool(written.keys() - wanted.keys())
-    lost = sorted(wanted.keys() - written.keys())
-    other = sorted(name for name in written.keys() & wanted.keys() if written[name] != wanted[name])
-    if renamed and not other and _elements(written) == _elements(wanted):
-        return
-    raise CheckpointError(f"the export was not written as the model is: {shorten([*other, *lost]) or 'other sizes'}.")
+def _check_written(model: Any, folder: Path, target: Path) -> None:
+    """Open what was written as transformers does, all but the weights: of these the headers are read.
 
+    Raises CheckpointError for a file that does not open, and for a tensor that is missing, or another one there.
+    """
+    from transformers import AutoConfig, GenerationConfig
 
-def _elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        GenerationConfig.from_pretrained(folder).validate(strict=True)
+        load_tokenizer(folder, key="tokenizer")
+        files = weight_files(str(folder), "the weights")
+        stored = {name: tensor for file in files for name, tensor in read_header(file)}
+        empty = empty_model(config, attention="eager", activation_checkpointing="none", meta=True)
+        shapes = converted_shapes(files, empty)
+    except Exception as error:
+        reason = " ".join(str(error).replace(f"{folder}", f"{target}").split()) or type(error).__name__
+        reason = reason.removesuffix("; fetch it again.")[:LONGEST_REASON]  # it came from nowhere
+        raise CheckpointError(
+            f"{target} is not written: what was saved there does not open again: {reason}. See that its disk is well, "
+            "and export again."
+        ) from error
+    wanted = _tensors(model)
+    wrong = [name for name, tensor in wanted.items() if shapes.get(name) != tuple(tensor.shape)]
+    dtypes = {tensor.dtype for tensor in wanted.values()}
+    for name, tensor in stored.items():  # which may have other names than the model's
+        if tensor.dtype not in ({wanted[name].dtype} if name in wanted else dtypes):
+            wrong.append(name)
+    if (index := folder / "model.safetensors.index.json").is_file():
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wrong += [name for name, file in where.items() if name not in stored or stored[name].path.name != file]
+    if wrong:
+        raise CheckpointError(
+            f"{target} is not written: {shorten(sorted({*wrong}))} were not saved as the model has them."
+        )
 
 
 def _card(place: RunPlace, opened: Opened) -> str:

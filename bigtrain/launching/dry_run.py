@@ -108,7 +108,9 @@ def model_size(run: Run) -> Size | str:
 def _built(run: Run, entries: int) -> Size:
     from bigtrain.models.causal_lm import dropouts
     from bigtrain.models.trial import try_architecture
+    from bigtrain.pretrained import quiet
 
+    quiet()
     empty = try_architecture(
         run.model,
         entries,

@@ -1,6 +1,7 @@
 """What any engine trained and saved opens with transformers alone: the same tensors, the same logits."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from bigtrain.checkpoint import Retention, save
@@ -115,8 +116,6 @@ def ranks():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, ranks):
     """{run: (its folder, live weights, live logits)}, all exported and opened by a plain process."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("export")
     config = load_config(small_config(folder))
     found = {}
@@ -247,6 +246,71 @@ def test_a_tensor_that_was_not_written_is_noticed(trained, tmp_path):
     opened.model._keys_to_ignore_on_save = ["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         write_folder(opened, tmp_path / "export", MARK)
+    assert not list(tmp_path.iterdir())
+
+
+def in_shards(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in sorted(set(files.values())):
+        save_file({name: tensors[name] for name in files if files[name] == file}, folder / file, {"format": "pt"})
+    return folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files}
+
+
+def without_a_shard(folder):
+    index, content = in_shards(folder)
+    index.write_text(json.dumps(content))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_a_wrong_index(folder):
+    index, content = in_shards(folder)
+    content["weight_map"]["model.norm.weight"] = "model-00001-of-00002.safetensors"
+    content["weight_map"]["model.embed_tokens.weight"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+
+
+def rewritten(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def halved(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+NORM, GREEDY = "model.norm.weight", {"do_sample": False, "temperature": 0.5}
+WRITTEN_WRONG = {  # what happens to the files before they are looked at, and what is said
+    "a cut file": (halved("model.safetensors"), r"model\.safetensors is no whole safetensors file: it ends"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"15 more were not saved"),
+    "a missing tensor": (rewritten(lambda tensors: tensors.pop(NORM)), r"model\.norm\.weight were not saved"),
+    "another shape": (rewritten(lambda tensors: tensors.update({NORM: torch.ones(7)})), r"model\.norm\.weight"),
+    "another dtype": (rewritten(lambda tensors: tensors.update({NORM: tensors[NORM].half()})), r"model\.norm\.weight"),
+    "a missing shard": (without_a_shard, r"has no model-00002-of-00002\.safetensors"),
+    "a wrong index": (with_a_wrong_index, r"model\.(norm|embed_tokens)\.weight were not saved"),
+    "a cut config": (halved("config.json"), "does not open again: .*config"),
+    "a cut tokenizer": (halved("tokenizer.json"), "does not open again: tokenizer"),
+    "settings that are refused": (
+        lambda folder: (folder / "generation_config.json").write_text(json.dumps(GREEDY)),
+        "does not open again: .*temperature",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN_WRONG)
+def test_what_was_not_written_well_gets_no_name(trained, tmp_path, monkeypatch, case):
+    opened = open_model(trained[0]["ddp"][0])
+    damage, message = WRITTEN_WRONG[case]
+    save = opened.tokenizer.save_pretrained  # the last that is written
+    monkeypatch.setattr(opened.tokenizer, "save_pretrained", lambda folder: (save(folder), damage(folder)))
+    with pytest.raises(CheckpointError, match=rf"/export is not written: .*{message}") as error:
+        write_folder(opened, tmp_path / "export", MARK)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
