@@ -38,6 +38,19 @@ def quiet() -> None:
 
 
 @contextmanager
+def silenced() -> Iterator[None]:
+    """Keep back what transformers warns of, where it is refused or told here."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def opening(source: str, key: str) -> Iterator[None]:
     """Turn whatever transformers raises for a checkpoint that cannot be had into one sentence about `key`."""
     try:

@@ -35,6 +35,7 @@ from bigtrain.errors import (
 from bigtrain.history import History
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
+from bigtrain.inference.generation import left_out
 from bigtrain.inference.opening import Opened, open_model
 from bigtrain.inputs import lost_origin, own_architecture, own_tokenizer, try_inputs
 from bigtrain.models.causal_lm import dropouts, empty_model, parameter_shapes, plain_head
@@ -138,7 +139,10 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
         "device": str(world.device),
     }
 
+    told = unusual(config)
+
     def begin() -> tuple[int, str]:
+        told.extend(left_out(config))
         origin = None if folder.is_kept() else try_inputs(config)
         return folder.begin(config, restart, origin, **execution), folder.newest_attempt() or ""
 
@@ -164,7 +168,7 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     )
     if world.network is not None:
         stream.emit("network", **asdict(world.network))
-    for text in unusual(config):
+    for text in told:
         stream.emit("unusual", text=text)
     return stream
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Run
+from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Stage
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.errors import ConfigError
-from bigtrain.pretrained import arguments, opening
+from bigtrain.pretrained import arguments, opening, silenced
 from bigtrain.run_folder import RunFolder
 
 GENERATION_FILE = "generation_config.json"
@@ -30,7 +31,8 @@ def lineage(run: Run, stage: Stage) -> list[Stage]:
 def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[str]:
     """Give `model` the generation config that its export has; returns what of the base model's had to be changed so
     that transformers saves it, a sentence each."""
-    config, changes = _of_base(run, model)
+    name = str(RunFolder.of(run).architecture) if run.model.from_run is not None else run.model.from_pretrained
+    config, changes = _of_base(name, model.generation_config)
     config._from_model_config = False  # what is set here is to last, whatever the model's configuration says
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [tokenizer.eos_token_id, *ends, *_ends_of_turns(run, stage, tokenizer)]
@@ -38,10 +40,25 @@ def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[s
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
-    config.pad_token_id = pad if pad is not None else next(iter(ends), None)
+    config.pad_token_id = pad if pad is not None and pad >= 0 else next(iter(ends), None)  # -1 is that of old Llamas
     changes += _mend(config)
     model.generation_config = config
     return changes
+
+
+def left_out(run: Run) -> list[str]:
+    """What the exports of a run that begins will not have of its base model's settings: one sentence, or none."""
+    from transformers import GenerationConfig
+
+    model = run.model
+    name = str(Origin.of(model.from_run).architecture) if model.from_run is not None else model.from_pretrained
+    if name is None or not any(stage.export for stage in run.stages):
+        return []
+    config, changes = _of_base(name, GenerationConfig())
+    for token in TOKENS:
+        setattr(config, token, None)  # those of the tokenizer take their place
+    changes += _mend(config)
+    return [f"the export changes the settings of {model.from_run or name}: {' '.join(changes)}"] if changes else []
 
 
 def _ends_of_turns(run: Run, stage: Stage, tokenizer: Any) -> list[int]:
@@ -53,25 +70,24 @@ def _ends_of_turns(run: Run, stage: Stage, tokenizer: Any) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end)]
 
 
-def _of_base(run: Run, model: Any) -> tuple[Any, list[str]]:
-    """That of the pretrained model, or what `model` was built with where there is none that can be read."""
+def _of_base(source: str | None, default: Any) -> tuple[Any, list[str]]:
+    """The generation config of a pretrained model, or `default` where there is none that can be read."""
     from transformers import GenerationConfig
 
-    source = run.model.from_pretrained if run.model.from_run is None else str(RunFolder.of(run).architecture)
     if source is None or source.endswith(".gguf"):
-        return model.generation_config, []
+        return default, []
     name, _ = arguments(source)
-    left_out: list[str] = []
+    unread: list[str] = []
     old: dict[str, Any] = {"_from_model_config": True}  # such settings once stood in config.json
     for file, options in ((GENERATION_FILE, {}), ("config.json", old)):
         try:
-            with opening(source, file):
-                return GenerationConfig.from_pretrained(name, config_file_name=file, **options), left_out
+            with opening(source, file), silenced():
+                return GenerationConfig.from_pretrained(name, config_file_name=file, **options), unread
         except ConfigError as error:
             is_there = (Path(name) / file).is_file()
             if is_there or not isinstance(error.__cause__, OSError):  # which says that there is none
-                left_out.append(f"the base model's {error}")
-    return model.generation_config, left_out
+                unread.append(f"the base model's {error}")
+    return default, unread
 
 
 def _mend(config: Any) -> list[str]:

@@ -68,7 +68,7 @@ def dry_run(loaded: Loaded, defaults: bool = False) -> None:
         out.print(Text(name, "bold"))
         for key, text in told:
             out.print(Text(f"  {key:<24}{text}"))
-    for text in unusual(run):
+    for text in (*unusual(run), *_left_out(run, size)):
         out.print(Text(masked(f"warning: {text}"), "yellow"))
     for line in lacking(loaded):
         out.print(Text(masked(f"would be refused here: {line}"), "yellow"))
@@ -122,6 +122,13 @@ def _built(run: Run, entries: int) -> Size:
     embedding: Any = empty.get_input_embeddings()
     parameters = sum(p.numel() for p in empty.parameters())
     return Size(empty.config.model_type, parameters, embedding.weight.numel(), dropouts(empty.config))
+
+
+def _left_out(run: Run, size: Size | str) -> list[str]:
+    """Where the model could be opened without loading it."""
+    from bigtrain.inference.generation import left_out
+
+    return [] if isinstance(size, str) else left_out(run)
 
 
 def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Shares:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.config.schema import Model
 from bigtrain.errors import BigtrainError, ConfigError, shorten
 from bigtrain.models.causal_lm import check_isolated, empty_model, model_config, repeated_layers
+from bigtrain.pretrained import silenced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,17 +29,11 @@ def try_architecture(
     Raises ConfigError for keys and values that transformers or torch refuses when it is built, initialised or run, if
     it cannot keep documents apart, and for a pretrained model on this disk that is not whole.
     """
-    from transformers.utils import logging
-
     from bigtrain.models.weights import check_folder
 
     attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it warns of is refused here, or is nothing
-    try:
+    with silenced():
         empty = _tried(model, entries, attention, isolates, added_tokens)
-    finally:
-        logging.set_verbosity(verbosity)
     _check_positions(model, empty, longest)
     if model.from_pretrained is not None:
         check_folder(model.from_pretrained, empty, grows=added_tokens)

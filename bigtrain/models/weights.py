@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.models.converted import converted_shapes, gguf_shapes
-from bigtrain.pretrained import WEIGHT_FILES, arguments, files_of, find_file, opening, weight_files, wrong_file
+from bigtrain.pretrained import (
+    WEIGHT_FILES,
+    arguments,
+    files_of,
+    find_file,
+    opening,
+    silenced,
+    weight_files,
+    wrong_file,
+)
 from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
 from bigtrain.tensor_files import Stored, UnknownDtype, read_header
 from bigtrain.terminal import say
@@ -194,7 +203,6 @@ def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
     shape: transformers would draw it at random.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
 
     name, options = arguments(source)
     if "gguf_file" in options:
@@ -202,15 +210,10 @@ def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
     else:
         weight_files(source, key)  # transformers would follow an index out of its folder
     auto: Any = AutoModelForCausalLM
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of what was drawn, left out and renamed
-    try:
-        with opening(source, key):
-            model, info = auto.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    with opening(source, key), silenced():  # its table of what was drawn, left out and renamed
+        model, info = auto.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     parameters = {name for name, _ in model.named_parameters()}
     _refuse_lacking(source, sorted(parameters & info["missing_keys"]), key)
     for name, there, wanted in sorted(info["mismatched_keys"]):

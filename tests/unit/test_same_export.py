@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from bigtrain.config import load, load_config
 from bigtrain.config.schema import Source
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import _streamer, _text, encode_prompt, generate
+from bigtrain.inference.generation import left_out
 from bigtrain.inference.opening import open_model
+from bigtrain.launching.dry_run import dry_run
 from tests import tiny
 
 CHAT = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "the quick brown fox"}]
@@ -156,13 +159,16 @@ def test_whatever_the_base_models_settings_say_the_export_is_written(trained, tm
             (base / "generation_config.json").unlink()
         values = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(values | config))
+        before = left_out(load_config(run / "config.yaml", ["stages.p.export=true"]))
+        assert capsys.readouterr().err == ""
         folder = export(run, to=tmp_path / "export")
     finally:
         shutil.rmtree(base)
         kept.rename(base)
     told = capsys.readouterr().err
     assert all(part in told for part in said), told
-    assert bool(told) == bool(said)
+    assert bool(told) == bool(said) == bool(before)
+    assert all(part in before[0] for part in said)
     assert load_file(folder / "model.safetensors")
     reopened = GenerationConfig.from_pretrained(folder)
     for key, value in (config or {}).items():
@@ -170,3 +176,28 @@ def test_whatever_the_base_models_settings_say_the_export_is_written(trained, tm
     if case == "all is well":
         assert reopened.temperature == 0.6
     assert generate(open_model(folder), "the", max_new_tokens=2, temperature=0.0) is not None
+
+
+def test_what_the_export_will_change_is_told_before_training(trained, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(trained[0], base)
+    greedy = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "pad_token_id": -1}
+    (base / "generation_config.json").write_text(json.dumps(greedy))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    path = tiny.config(tmp_path, steps=1, export=True)
+    overrides = [f"model={{from_pretrained: {base}}}", "tokenizer=null"]
+    told = (
+        f"the export changes the settings of {base}: temperature (0.9) is left out, as transformers does not save it "
+        "beside the rest. top_p (0.6) is left out, as transformers does not save it beside the rest.\n"
+    )
+    dry_run(load(path, overrides))
+    assert f"warning: {told}" in capsys.readouterr().out
+    run = tiny.train(path, *overrides)
+    output = capsys.readouterr()
+    assert GenerationConfig.from_pretrained(run / "p" / "export").pad_token_id == tokenizer.eos_token_id
+    assert (output.out + output.err).count(f"warning    {told}") == 1
+    again = ["model={from_run: " + str(run / "p") + "}", "tokenizer=null", "name=again"]
+    assert "temperature (0.9) is left out" in left_out(load_config(path, again))[0]
+    assert left_out(load_config(path, [*overrides, "stages.p.export=false"])) == []
