@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from bigtrain import run_folder
 from bigtrain.config import difference, differences, load_config
@@ -17,7 +18,8 @@ from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.launching import start as starting
 from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder, ending_of
-from tests.support import small_config
+from tests import tiny
+from tests.support import final_state, small_config
 
 
 @pytest.fixture
@@ -436,3 +438,25 @@ def test_a_start_that_is_refused_or_fails_is_an_event(tmp_path, monkeypatch):
     assert "gone.jsonl" in reasons[0][1] and "trains something else" in reasons[1][1]
     assert [reason for _, reason in reasons[2:]] == [killed, "rank 0 failed: ZeroDivisionError: no"]
     assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]][1:] == [kind for kind, _ in reasons]
+
+
+@pytest.mark.parametrize("saved", ["step-00000002", "step-00000001"])
+def test_a_run_whose_run_json_was_taken_away_is_finished_and_described_again(tmp_path, saved):
+    """As the message about a damaged one advises; it has all of its steps behind it, or the last one before it."""
+    config = tiny.config(tmp_path, export=True, checkpoint={"every": 1})
+    folder = tiny.train(config)
+    facts, (_, state) = json.loads((folder / "run.json").read_text()), final_state(folder, "p")
+    (folder / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"take it away \(`mv .*run\.json .*run\.json\.damaged`\): the run goes on"):
+        tiny.train(config)
+    (folder / "run.json").rename(folder / "run.json.damaged")
+    if saved == "step-00000001":
+        shutil.rmtree(folder / "p" / "checkpoints" / "step-00000002")
+    tiny.train(config)
+    again, (step, reached) = json.loads((folder / "run.json").read_text()), final_state(folder, "p")
+    assert again["stages"].keys() == {"p"} and len(again["attempts"]) == 1
+    assert again["stages"]["p"] == facts["stages"]["p"] | {"from": saved}
+    assert step == 2 and all(torch.equal(tensor, state[name]) for name, tensor in reached.items())
+    steps = [row["step"] for row in read_metrics(folder) if row["kind"] == "step"]
+    assert steps == [1, 2]
+    assert RunFolder(folder).is_finished(load_config(config))
