@@ -103,7 +103,24 @@ def test_published_keys_mean_what_transformers_reads_in_them():
     assert config.rope_parameters["factor"] == 4.0
 
 
-@pytest.mark.parametrize("family", sorted(ISOLATED))
+KINDS = {  # of each way of building attention, experts, positions and layers one family; the others are soak
+    "apertus",
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granitemoe",
+    "llama",
+    "mixtral",
+    "phi3",
+    "qwen3_moe",
+}
+OTHERS = [pytest.param(family, marks=pytest.mark.soak) for family in sorted(ISOLATED - KINDS)]
+
+
+@pytest.mark.parametrize("family", [*sorted(KINDS & ISOLATED), *OTHERS])
 def test_what_can_be_trained_is_not_refused(family):
     values = small_values(family) | {"model_type": family}
     attention = "eager" if family == "gemma2" else "sdpa"  # it has no other
