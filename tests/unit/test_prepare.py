@@ -132,7 +132,7 @@ def test_blocks_of_any_size_make_the_same_store(tmp_path: Path, source: str, tas
         assert stores(tmp_path / str(size)) == []
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_processes_share_the_work_and_make_the_same_store(tmp_path: Path, source: str, processes: int) -> None:
     whole = work(make_run(tmp_path / "whole", source), 10**9, tmp_path / "log-whole")
     run, log = make_run(tmp_path / "out", source), tmp_path / "log"
