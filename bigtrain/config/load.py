@@ -228,7 +228,10 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
     value = detail.get("input")
     match detail["type"]:
         case "extra_forbidden":
-            return f"unknown key; {nearest(str(path[-1]), _keys_at(path[:-1]))}"
+            key = str(path[-1])
+            if homes := sorted(_homes(key)):
+                return f"unknown key; it belongs below {' or '.join(f'`{home}`' for home in homes)}."
+            return f"unknown key; {nearest(key, _keys_at(path[:-1]))}"
         case "missing":
             return "this key is required."
         case "literal_error":
@@ -296,6 +299,18 @@ def _keys_at(path: KeyPath) -> list[str]:
             section = _section_in(fields[part].annotation)
     assert section is not None, path
     return [info.alias or name for name, info in section.model_fields.items()]
+
+
+def _homes(key: str, section: type[BaseModel] = Run, path: str = "") -> Iterator[str]:
+    """The sections below which a key of this name stands, with dots."""
+    for name, info in section.model_fields.items():
+        known = info.alias or name
+        if known == key and path:
+            yield path
+        below = _section_in(info.annotation)
+        if below is not None:
+            place = f"{known}.NAME" if typing.get_origin(info.annotation) is list else known
+            yield from _homes(key, below, f"{path}.{place}" if path else place)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -63,6 +63,16 @@ def test_reads_values_and_overrides(config):
             "name: test\nprecison: bf16",
             "run.yaml:2: precison: unknown key; did you mean `precision`?",
         ),
+        (
+            "{lr: 3e-4}",
+            "{lr: 3e-4}\n    min_ratio: 0.1",
+            "run.yaml:12: stages.pretrain.min_ratio: unknown key; it belongs below `stages.NAME.schedule`.",
+        ),
+        (
+            "name: test",
+            "name: test\nmicro_batch_size: 1",
+            "micro_batch_size: unknown key; it belongs below `parallel` or `stages.NAME.parallel`.",
+        ),
         ("steps: 10", "steps: '10'", "run.yaml:10: stages.pretrain.steps: input should be a valid integer"),
         ("lr: 3e-4", "lr: -1", "stages.pretrain.optimizer.lr: input should be greater than 0, got -1"),
         (
