@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete, newest, set_aside, step_of
 from bigtrain.config import Run
+from bigtrain.config.origin import damaged_ones, put_back
 from bigtrain.config.schema import Stage
 from bigtrain.data.prepare import StageData
 from bigtrain.data.store import Store, content_of
@@ -23,7 +23,7 @@ from bigtrain.optim import slots
 from bigtrain.parallel.agreement import from_first
 from bigtrain.parallel.contract import read_together
 from bigtrain.parallel.world import World
-from bigtrain.run_folder import CANNOT_BEGIN, RunFolder
+from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
 from bigtrain.training.run import StageRun
 
 
@@ -106,37 +106,9 @@ class History:
 
         def check() -> None:
             if self._folder.has_state(stage.name):
-                raise CheckpointError(self._lost(stage))
+                raise CheckpointError(lost(self._config, self._folder, stage))
 
         from_first(check)
-
-    def _lost(self, stage: Stage) -> str:
-        """What is left of a stage that cannot go on, and what can be done."""
-        root, name = self._folder.checkpoints(stage.name), stage.name
-        weights = newest(root, weights_only=True)
-        aside = sorted(entry.name for entry in root.iterdir() if step_of(entry) is None) if root.is_dir() else []
-        has = ([f"the weights of step {step_of(weights)}"] if weights else []) + aside
-        lines = [
-            f"stage {name} has been trained, and has no checkpoint left to go on from: {root} has "
-            f"{' and '.join(has) or 'none'}. Nothing was begun in its place. Choose:"
-        ]
-        if aside:
-            lines.append(
-                f"  put whole files in place of the damaged ones, and rename the folder: "
-                f"`mv {root / aside[-1]} {root / _name_before(aside[-1])}`; the run goes on from there."
-            )
-        else:
-            lines.append(f"  put a checkpoint back into {root}: the run goes on from there.")
-        lines.append(
-            f"  `--restart {name}`: it is trained from its first step; what it was so far is kept as {name}.1 or the "
-            "next free number."
-        )
-        if weights:
-            lines.append(
-                f"  another `name`, with `model: {{from_run: {weights}}}` and no `tokenizer`: a run of its own that "
-                "starts from these weights, with a new optimizer, at its first step."
-            )
-        return "\n".join(lines)
 
     def plan(self, stage: Stage, parameters: int, done: int) -> None:
         """Tell how large checkpoints will be and how much room there is, and set those aside that are ahead of a run
@@ -202,7 +174,7 @@ class History:
             if stage.export and not self._folder.is_exported(stage.name):
                 waiting.append(f"stage {stage.name} is still to be exported (`export: false` goes without)")
             if waiting:
-                raise CheckpointError(f"{', and '.join(waiting)}, but {self._lost(stage)}")
+                raise CheckpointError(f"{', and '.join(waiting)}, but {lost(self._config, self._folder, stage)}")
             return True
 
         return from_first(is_over)
@@ -247,9 +219,25 @@ class History:
         return imported
 
 
-def _name_before(aside: str) -> str:
-    """That a folder had before it was set aside."""
-    return re.sub(r"^.*?(step-\d+).*$", r"\1", aside)
+def lost(config: Run, folder: RunFolder, stage: Stage) -> str:
+    """What is left of a stage that cannot go on, and what can be done."""
+    root, name = folder.checkpoints(stage.name), stage.name
+    weights = newest(root, weights_only=True)
+    aside = sorted(entry.name for entry in root.iterdir() if step_of(entry) is None) if root.is_dir() else []
+    has = ([f"the weights of step {step_of(weights)}"] if weights else []) + aside
+    damaged = damaged_ones(root)
+    lines = [
+        f"stage {name} has been trained, and has no checkpoint left to go on from: {root} has "
+        f"{' and '.join(has) or 'none'}. Nothing was begun in its place. Choose:",
+        f"  {put_back(damaged[-1]) if damaged else f'put a checkpoint back into {root}'}; the run goes on from there.",
+        restart_choice(config, name),
+    ]
+    if weights:
+        lines.append(
+            f"  another `name`, with `model: {{from_run: {weights}}}` and no `tokenizer`: a run of its own that "
+            "starts from these weights, with a new optimizer, at its first step."
+        )
+    return "\n".join(lines)
 
 
 def _is_same(before: dict[str, Any], store: Store) -> bool:

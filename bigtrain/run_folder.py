@@ -21,6 +21,7 @@ from typing import Any, Literal
 import filelock
 
 from bigtrain.config import Run, difference, differences, load_config, to_yaml, without_secrets
+from bigtrain.config.origin import damaged_ones, put_back
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
 from bigtrain.disk import append_lines, clean, remove, told_as
@@ -117,6 +118,7 @@ class RunFolder:
             raise ConfigError(
                 f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
             )
+        self._check_origins(config, _with_dependents(config, restart))
         if is_occupied(self.path):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
         if not self.is_kept():
@@ -134,6 +136,21 @@ class RunFolder:
             f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
             "Nothing was changed. Choose:\n" + "\n".join(_choices(config, [key for key, _, _ in changed]))
         )
+
+    def _check_origins(self, config: Run, anew: list[str]) -> None:
+        """Raises ConfigError when a stage that is to begin anew starts from one that has lost its checkpoints."""
+        for stage in config.stages:
+            origin = stage.from_stage
+            if stage.name not in anew or origin is None or origin in anew or not self.has_state(origin):
+                continue
+            root = self.checkpoints(origin)
+            if not any(root.glob("step-*/manifest.json")):
+                aside = damaged_ones(root)
+                others = put_back(aside[-1]) if aside else f"put a checkpoint back into {root}"
+                raise ConfigError(
+                    f"--restart {anew[0]}: {stage.name} starts from {origin}, and {root} has no whole checkpoint any "
+                    f"more. Nothing was changed. Choose:\n{restart_choice(config, origin)}\n  {others}."
+                )
 
     def _written(self) -> Run:
         """The run as it was begun, without secrets."""
@@ -413,14 +430,19 @@ def _choices(config: Run, changed: list[str]) -> list[str]:
     choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
     stage, *more = {_stage_of(key) for key in changed}
     if stage is not None and not more:
-        others = _with_dependents(config, stage)[1:]
-        also = f", and {', '.join(others)}, which starts from it," if others else ""
-        choices.append(
-            f"  `--restart {stage}`: {stage}{also} is trained from its first step with the new values; what it was so "
-            f"far is kept as {stage}.1 or the next free number."
-        )
+        choices.append(restart_choice(config, stage, " with the new values"))
     choices.append("  another `name`: a run of its own from the first step on; this one stays as it is.")
     return choices
+
+
+def restart_choice(config: Run, stage: str, values: str = "") -> str:
+    """A line about what `--restart` would do."""
+    others = _with_dependents(config, stage)[1:]
+    also = f", and {', '.join(others)}, which starts from it," if others else ""
+    return (
+        f"  `--restart {stage}`: {stage}{also} is trained from its first step{values}; what it was so far is kept as "
+        f"{stage}.1 or the next free number."
+    )
 
 
 def _with_dependents(config: Run, stage: str | None) -> list[str]:

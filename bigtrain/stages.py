@@ -32,7 +32,7 @@ from bigtrain.errors import (
     Told,
     shorten,
 )
-from bigtrain.history import History
+from bigtrain.history import History, lost
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.generation import left_out
@@ -103,12 +103,13 @@ def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
             try:
                 _finish(config, folder, stream)
             except DamagedError as damaged:
-                aside, stage = set_aside(damaged.folder), damaged.folder.parents[1].name
+                aside = set_aside(damaged.folder)
                 if newest(damaged.folder.parent) is not None:
-                    way_on = "start the run again, and its stage goes on from the checkpoint before it"
+                    way_on = "start the run again, and its stage goes on from the checkpoint before it."
                 else:
-                    way_on = f"there is none before it; `--restart {stage}` trains the stage anew"
-                raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}.") from None
+                    [stage] = [s for s in config.stages if folder.checkpoints(s.name) == damaged.folder.parent]
+                    way_on = lost(config, folder, stage)
+                raise CheckpointError(f"{damaged}. It is set aside as {aside}: {way_on}") from None
             stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
         return 0 if finished else os.EX_TEMPFAIL
     finally:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.checkpoint.format import MANIFEST, complete, read_manifest, step_of, write_manifest
+from bigtrain.config.origin import DAMAGED
 from bigtrain.errors import CheckpointError, DamagedError
 from bigtrain.state import BUFFER, WEIGHT
 
-DAMAGED, AHEAD = "damaged", "ahead"  # begin the name of a folder that nobody will take for a checkpoint
+AHEAD = "ahead"  # like DAMAGED, begins the name of a folder that nobody will take for a checkpoint
 
 
 @dataclass(frozen=True)

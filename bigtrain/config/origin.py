@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bigtrain.errors import nearest
 
+DAMAGED = "damaged"  # begins the name of a checkpoint's folder that was set aside because of it
 FORM = "name RUN_DIR/STAGE, or one checkpoint of it, RUN_DIR/STAGE/checkpoints/step-00000100"
 
 
@@ -58,7 +59,7 @@ class Origin:
             return f"the run in {self.folder} has no stage {self.stage!r} with checkpoints; {known}"
         steps = sorted(manifest.parent.name for manifest in self.checkpoints.glob("step-*/manifest.json"))
         if not steps:
-            return f"{self.checkpoints} has no whole checkpoint yet."
+            return f"the run in {self.folder}: stage {self.stage} {without_checkpoint(self.checkpoints.parent)}"
         if self.step is not None and f"step-{self.step:08d}" not in steps:
             return f"{self.checkpoints} has no whole checkpoint of step {self.step}; it has {', '.join(steps)}."
         for kept in (self.tokenizer, self.architecture):
@@ -68,3 +69,28 @@ class Origin:
                     "from the export with from_pretrained."
                 )
         return None
+
+
+def without_checkpoint(stage: Path) -> str:
+    """What is said of a stage, given its folder, that has no checkpoint to use: it has none yet, or none any more."""
+    aside, export = damaged_ones(stage / "checkpoints"), stage / "export"
+    if not aside:
+        return "has no checkpoint yet."
+    if (export / "config.json").is_file():
+        way_on = f"use its export, {export}, as a pretrained model,"
+    else:
+        way_on = f"train it anew with `--restart {stage.name}`,"
+    return f"has no checkpoint any more, as {aside[-1]} is damaged: {way_on} or {put_back(aside[-1])}."
+
+
+def damaged_ones(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a stage that were set aside as damaged, in the order of their steps."""
+    return sorted(checkpoints.glob(f"{DAMAGED}-step-*"))
+
+
+def put_back(aside: Path) -> str:
+    """How a checkpoint that was set aside is made one again."""
+    before = re.sub(r"^.*?(step-\d+).*$", r"\1", aside.name)
+    return (
+        f"put whole files in place of the damaged ones, and rename the folder: `mv {aside} {aside.with_name(before)}`"
+    )

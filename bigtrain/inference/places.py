@@ -10,6 +10,7 @@ from pathlib import Path
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.format import MANIFEST
 from bigtrain.config import Run, load_config
+from bigtrain.config.origin import damaged_ones, without_checkpoint
 from bigtrain.config.schema import Stage
 from bigtrain.errors import CheckpointError, ConfigError, nearest
 
@@ -77,6 +78,9 @@ def _newest(folder: Path) -> RunPlace:
         found = newest(folder / stage.name / "checkpoints", weights_only=True)
         if found:
             return RunPlace(folder, run, stage, found)
+    for stage in reversed(run.stages):
+        if damaged_ones(folder / stage.name / "checkpoints"):
+            raise CheckpointError(f"{folder}: stage {stage.name} {without_checkpoint(folder / stage.name)}")
     raise CheckpointError(f"{folder} has no checkpoint yet; `bigtrain run` saves one at the end of each stage.")
 
 
@@ -85,7 +89,7 @@ def _of_stage(folder: Path, name: str) -> RunPlace:
     stage = _stage(run, name, folder)
     found = newest(folder / name / "checkpoints", weights_only=True)
     if not found:
-        raise CheckpointError(f"{folder}: stage {name} has no checkpoint yet.")
+        raise CheckpointError(f"{folder}: stage {name} {without_checkpoint(folder / name)}")
     return RunPlace(folder, run, stage, found)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from bigtrain import run
 from bigtrain.checkpoint import complete
 from bigtrain.errors import CheckpointError
 from bigtrain.run_folder import RunFolder
+from tests import tiny
 from tests.support import numbers, small_config
 
 KEEP = {"every": 3, "keep": 2, "keep_every": 6, "keep_weights_only": True}
@@ -81,3 +83,25 @@ def test_weights_ahead_of_the_run_are_set_aside(stopped):
     run(config, ["name=ahead"])
     assert numbers(copy) == whole
     assert (checkpoints / "ahead-step-00000018" / "manifest.json").exists()
+
+
+def test_damaged_before_it_is_exported_each_choice_works(tmp_path):
+    """A stage that was finished, whose only checkpoint is found damaged when it is exported."""
+    config = tiny.config(tmp_path, export=True)
+    whole = tiny.train(config)
+    shutil.rmtree(whole / "p" / "export")
+    [file] = (whole / "p" / "checkpoints").glob("step-*/weights-*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for begin in ("weights-00000.safetensors is not what was written", "stage p is still to be exported"):
+        with pytest.raises(CheckpointError, match=rf"(?s){begin}.*`--restart p`: p is trained from") as refused:
+            tiny.train(config)
+    ways = {name: shutil.copytree(whole, whole.with_name(name)) for name in ("goes-without", "anew")}
+    tiny.train(config, "name=goes-without", "stages.p.export=false")
+    assert tiny.train(config, "name=anew", restart="p") == ways["anew"]
+    aside, before = re.search("`mv (.*)`", str(refused.value))[1].split()
+    (Path(aside) / file.name).write_bytes(data)
+    shutil.move(aside, before)
+    tiny.train(config)
+    exports = [(folder / "p" / "export" / "model.safetensors").read_bytes() for folder in (whole, ways["anew"])]
+    assert exports[0] == exports[1]

@@ -69,7 +69,9 @@ def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history):
     ):
         found.is_over(stage)
     folder.export("pretrain").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"(?s)^stage finetune starts from pretrain, but .*`--restart pretrain`"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)^stage finetune starts from pretrain, but .*`--restart pretrain`: pretrain, and f"
+    ):
         found.is_over(stage)
     folder.record("finetune", finished=True)
     assert found.is_over(stage)

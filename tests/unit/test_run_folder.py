@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 from bigtrain import run_folder
+from bigtrain.checkpoint import set_aside
 from bigtrain.config import difference, differences, load_config
 from bigtrain.config.load import load
+from bigtrain.config.origin import Origin
 from bigtrain.config.rules import RESERVED
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError
+from bigtrain.inference.places import PretrainedPlace, locate
 from bigtrain.launching import start as starting
 from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder, ending_of
@@ -296,6 +300,55 @@ def test_only_a_stage_with_a_state_is_bound_to_its_values(run, state):
     with pytest.raises(ConfigError, match=r"`--restart pretrain`: pretrain, and finetune, which"):
         folder.check(config("stages.pretrain.optimizer.lr=1"))
     folder.check(config("stages.pretrain.optimizer.lr=1"), restart="pretrain")
+
+
+def test_a_stage_is_not_restarted_from_one_that_has_lost_its_checkpoints(run):
+    """Nothing is set aside; what the message advises is accepted."""
+    config, folder = run
+    last = folder.checkpoints("pretrain") / "step-00000003"
+    set_aside(last)
+    for begin in (folder.check, lambda *given: folder.begin(*given, world_size=1)):
+        with pytest.raises(
+            ConfigError, match=r"(?s)--restart finetune: finetune starts from pretrain, and "
+        ) as refused:
+            begin(config(), "finetune")
+    assert (folder.checkpoints("finetune") / "step-00000003").exists()
+    assert "`--restart pretrain`: pretrain, and finetune, which starts from it, is trained" in str(refused.value)
+    folder.check(config(), "pretrain")
+    shutil.move(*re.search("`mv (.*)`", str(refused.value))[1].split())
+    folder.check(config(), "finetune")
+    shutil.rmtree(last)
+    with pytest.raises(ConfigError, match=f"put a checkpoint back into {last.parent}"):
+        folder.check(config(), "finetune")
+    shutil.rmtree(folder.stage("pretrain"))
+    folder.record("pretrain", finished=False)
+    folder.check(config(), "finetune")  # the first stage will be trained before
+
+
+def test_a_stage_with_damaged_checkpoints_alone_says_what_can_be_used(run):
+    _, folder = run
+    stage, last = folder.stage("finetune"), folder.checkpoints("finetune") / "step-00000003"
+    set_aside(last)
+    looks = (lambda: locate(stage), lambda: check_origin(stage))
+    for way in (lambda text: "train it anew with `--restart finetune`, or put whole" in text,
+                lambda text: f"use its export, {stage / 'export'}, as a pretrained model, or put" in text):  # fmt: skip
+        for look in looks:
+            with pytest.raises(BigtrainError, match="stage finetune has no checkpoint any more, as") as refused:
+                look()
+            assert way(str(refused.value))
+        (stage / "export" / "config.json").touch()
+    assert locate(stage / "export") == PretrainedPlace(str(stage / "export"))
+    assert locate(folder.path).stage.name == "pretrain"
+    set_aside(folder.checkpoints("pretrain") / "step-00000003")
+    with pytest.raises(CheckpointError, match="stage finetune has no checkpoint any more"):
+        locate(folder.path)
+    shutil.move(*re.search("`mv (.*)`", str(refused.value))[1].split())
+    assert locate(stage).checkpoint == last
+
+
+def check_origin(stage):
+    if problem := Origin.of(str(stage)).problem():
+        raise ConfigError(problem)
 
 
 def test_restart_of_what_has_not_begun_leaves_nothing(run):
