@@ -230,6 +230,7 @@ def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
     assert encoded.tally.facts() == {
         "rows": 0,
         "other_side": 0,
+        "hidden": 0,
         "used": 1,
         "dropped": {reason: 1},
         "parts": {reason: 1},
