@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import filelock
 
+from bigtrain.config.files import literal
 from bigtrain.errors import BigtrainError, DataError
 
 SCRATCH = "bigtrain-"  # begins the name of a temporary folder
@@ -77,10 +78,10 @@ def file_within(folder: Path, name: Any) -> Path:
     Raises ValueError for a name that leads elsewhere: an absolute one, `..`, a link out of the folder.
     """
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"it names {name!r}, which is no file of its folder")
+        raise ValueError(f"it names {literal(name)}, which is no file of its folder")
     path = folder / name
     if path.is_symlink() and folder.resolve() not in path.resolve().parents:
-        raise ValueError(f"it names {name!r}, which is a link to {path.resolve()}, outside its folder")
+        raise ValueError(f"it names {literal(name)}, which is a link to {path.resolve()}, outside its folder")
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from bigtrain.masking import masked
 
@@ -78,15 +77,9 @@ def one_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def literal(value: Any) -> str:
-    """A value of a run's file as a message writes it: as YAML does, texts in quotes."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {literal(below)}" for key, below in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(literal, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return repr(value)
+def reason(error: Exception) -> str:
+    """What an error says that was raised while the values of a file were looked at."""
+    return f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
 def shorten(names: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.checkpoint import Checkpoint, complete, newest
 from bigtrain.checkpoint.format import step_folder
 from bigtrain.config import Run, load_config
+from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.sources import COLUMNS, documents
@@ -81,7 +82,7 @@ def _tasks(origin: Origin) -> list[str]:
     name, _, _ = origin.stage.partition(".")  # of one that was set aside
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None:
-        raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {name!r} any more.")
+        raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more.")
     earlier = (stages.facts().get("origin") or {}).get("tasks", [])
     return [*earlier, *(passed.task for passed in lineage(run, stage))]
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import filelock
 
 from bigtrain.config import Run, difference, differences, load_config, to_yaml, without_secrets
+from bigtrain.config.files import literal
 from bigtrain.config.origin import damaged_ones, put_back
 from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import Stage
@@ -393,7 +394,7 @@ def _check_facts(facts: Any) -> None:
             raise ValueError("an attempt has no time")
     for name, stage in facts.get("stages", {}).items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.\d+)?", name):
-            raise ValueError(f"{name!r} is no name of a stage")
+            raise ValueError(f"{literal(name)} is no name of a stage")
         if type(stage.get("steps", 0)) is not int:
             raise ValueError(f"the steps of {name} are no number")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigtrain.errors import CheckpointError
+from bigtrain.errors import CheckpointError, reason
 from bigtrain.pretrained import wrong_file
 from bigtrain.state import Shape, flat_span, lies_inside
 
@@ -83,7 +83,7 @@ def read_header(path: Path) -> Iterator[tuple[str, Stored]]:
                     raise ValueError(f"it ends within {key}, after {size} bytes")
                 yield key, stored
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}; fetch it again.") from None
+        raise CheckpointError(f"{path} is no whole safetensors file: {reason(error)}; fetch it again.") from None
 
 
 def read_whole(descriptor: int, data: memoryview, at: int) -> None:

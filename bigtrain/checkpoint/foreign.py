@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint.load import check_shapes
-from bigtrain.errors import CheckpointError, ConfigError, literal, shorten
+from bigtrain.config.files import literal
+from bigtrain.errors import CheckpointError, ConfigError, reason, shorten
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.parallel.contract import persistent_buffers
 from bigtrain.pretrained import arguments, opening, wrong_file
@@ -110,7 +111,7 @@ class Trainer:
         try:
             self.step = int(json.loads(path.read_bytes())["global_step"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} does not say at which step it was written: {error}") from None
+            raise CheckpointError(f"{path} does not say at which step it was written: {reason(error)}") from None
 
     def read(self, model: PreTrainedModel) -> ForeignState:
         """The state of `model` (on the meta device). Raises CheckpointError if it is another model's, or another

@@ -25,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 from bigtrain.disk import file_within, sync
-from bigtrain.errors import CheckpointError, DamagedError
+from bigtrain.errors import CheckpointError, DamagedError, reason
 from bigtrain.state import BUFFER, WEIGHT, Box, flat_span, lies_inside
 from bigtrain.tensor_files import DTYPES
 
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _check_format(folder, manifest)
         del manifest["checksum"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(folder, f"{path} cannot be read: {_reason(error)}") from None
+        raise DamagedError(folder, f"{path} cannot be read: {reason(error)}") from None
     if text != _json(_sealed(manifest)):
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
     try:
@@ -162,17 +162,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check_values(manifest)
         files = {name: (file_within(folder, name), facts["bytes"]) for name, facts in manifest["files"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(folder, f"{path} cannot be used: {_reason(error)}") from None
+        raise DamagedError(folder, f"{path} cannot be used: {reason(error)}") from None
     for file, expected in files.values():
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
             raise DamagedError(folder, f"{file} {found}")
     return manifest
-
-
-def _reason(error: Exception) -> str:
-    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 
 def _check_values(manifest: dict[str, Any]) -> None:
@@ -220,7 +216,7 @@ def check_tensor(folder: Path, name: str, entry: Any, manifest_files: dict[str, 
             raise ValueError(f"its boxes have {elements} elements, its shape {shape} has {math.prod(shape)}")
         _check_apart(shape, entry["boxes"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(folder, f"{folder / MANIFEST} cannot be used: {name}: {_reason(error)}") from None
+        raise DamagedError(folder, f"{folder / MANIFEST} cannot be used: {name}: {reason(error)}") from None
 
 
 def _check_apart(shape: Sequence[int], boxes: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from bigtrain.errors import ConfigError, literal
+from bigtrain.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
@@ -46,6 +47,22 @@ class Dumper(yaml.SafeDumper):
 
 
 Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+def literal(value: Any) -> str:
+    """A value as a message writes it: as the run's file would, in one line; texts with white space in quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return f".{value}" if isinstance(value, float) and not math.isfinite(value) else repr(value)
+    text = str(value)
+    style = None if [text] == text.split() else '"'
+    return yaml.dump([text], None, Dumper, default_style=style, default_flow_style=True, width=math.inf,
+                     allow_unicode=True)[1:-2]  # fmt: skip
 
 
 @dataclass
@@ -143,7 +160,9 @@ class _Values:
             return value
         except (ValueError, KeyError, AttributeError):  # what PyYAML raises for a text that does not fit its tag
             kind = node.tag.rpartition(":")[2]
-            raise ConfigError(f"{where}: {_dotted(at)}: {str(node.value)[:40]!r} cannot be read as {kind}.") from None
+            raise ConfigError(
+                f"{where}: {_dotted(at)}: {literal(str(node.value)[:40])} cannot be read as {kind}."
+            ) from None
 
     def _pairs(self, node: yaml.MappingNode, at: KeyPath) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """The keys of a mapping, those merged with `<<` first; its own keys replace them."""

@@ -15,11 +15,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from bigtrain.config.files import Document, Dumper, KeyPath, parse, read_yaml
+from bigtrain.config.files import Document, Dumper, KeyPath, literal, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import Run, Section, Source, mark_of
 from bigtrain.config.texts import MEANINGS
-from bigtrain.errors import ConfigError, literal, nearest
+from bigtrain.errors import ConfigError, nearest
 from bigtrain.masking import masked_values
 
 DEFAULT = "default"  # the origin of a value that nobody has given
@@ -151,7 +151,7 @@ def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:
 def _override(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected KEY=VALUE, like stages.pretrain.optimizer.lr=1e-4")
+        raise ConfigError(f"override {literal(override)}: expected KEY=VALUE, like stages.pretrain.optimizer.lr=1e-4")
     origins: dict[KeyPath, str] = {}
     value = parse(text, tuple(key.split(".")), lambda _line: "command line", origins)
     at: Any = document.values
@@ -173,7 +173,7 @@ def _override(document: Document, override: str) -> None:
                 at[part] = {}
             at = at[part]
         if not last and not isinstance(at, dict | list):
-            raise ConfigError(f"override {override!r}: {_dotted(path)} has no keys below it.")
+            raise ConfigError(f"override {literal(override)}: {_dotted(path)} has no keys below it.")
     stale = [p for p in document.origins if p[: len(path)] == path]
     for p in stale:
         del document.origins[p]
@@ -189,7 +189,7 @@ def _index(items: list[Any], part: str, override: str) -> int:
     if part.isdecimal() and int(part) < len(items):
         return int(part)
     known = [str(name) for name in names if name] or [str(i) for i in range(len(items))]
-    raise ConfigError(f"override {override!r}: there is no {part!r} here; {nearest(part, known)}")
+    raise ConfigError(f"override {literal(override)}: there is no {literal(part)} here; {nearest(part, known)}")
 
 
 def _explain(error: ValidationError, document: Document) -> str:
@@ -235,7 +235,8 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
         case "missing":
             return "this key is required."
         case "literal_error":
-            return f"{_shown(value)} is not one of {detail['ctx']['expected']}{_remedy(detail['type'], value)}."
+            expected = detail["ctx"]["expected"].replace("'", "")  # of Python
+            return f"{_shown(value)} is not one of {expected}{_remedy(detail['type'], value)}."
         case "string_pattern_mismatch":
             return f"{_shown(value)} {MEANINGS[detail['ctx']['pattern']]}."
         case "value_error":

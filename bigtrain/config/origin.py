@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigtrain.config.files import literal
 from bigtrain.errors import nearest
 
 DAMAGED = "damaged"  # begins the name of a checkpoint's folder that was set aside because of it
@@ -56,7 +57,7 @@ class Origin:
         stages = sorted(root.parent.name for root in self.folder.glob("*/checkpoints"))
         if self.stage not in stages:
             known = nearest(self.stage, stages) if stages else "none of its stages has saved anything yet."
-            return f"the run in {self.folder} has no stage {self.stage!r} with checkpoints; {known}"
+            return f"the run in {self.folder} has no stage {literal(self.stage)} with checkpoints; {known}"
         steps = sorted(manifest.parent.name for manifest in self.checkpoints.glob("step-*/manifest.json"))
         if not steps:
             return f"the run in {self.folder}: stage {self.stage} {without_checkpoint(self.checkpoints.parent)}"

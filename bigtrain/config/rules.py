@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.effects import known_steps, without_effect
-from bigtrain.config.files import KeyPath
+from bigtrain.config.files import KeyPath, literal
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Run, Source, Stage
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 from bigtrain.config.tracking import wrong_with_tracker
-from bigtrain.errors import ConfigError, literal, nearest
+from bigtrain.errors import ConfigError, nearest
 
 SIZES = (
     "vocab_size",
@@ -70,7 +70,7 @@ def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
 
 def _finite(value: Any, at: KeyPath) -> Broken:
     if isinstance(value, float) and not math.isfinite(value):
-        yield at, f"must be a finite number, got {value}."
+        yield at, f"must be a finite number, got {literal(value)}."
     elif isinstance(value, int) and abs(value) >= 2**63:
         yield at, f"is too large a number; the largest is {2**63 - 1}."
     elif isinstance(value, dict):
@@ -195,10 +195,10 @@ def _stage(run: Run, i: int) -> Broken:
     if stage.name in RESERVED:
         yield (*at, "name"), f"`{stage.name}` is the name of something else in a run's folder; choose another."
     if stage.name in earlier:
-        yield (*at, "name"), f"there are two stages named {stage.name!r}."
+        yield (*at, "name"), f"there are two stages named {literal(stage.name)}."
     if stage.from_stage is not None and stage.from_stage not in earlier:
         names = ", ".join(earlier) or "none"
-        yield (*at, "from"), f"{stage.from_stage!r} is no earlier stage (earlier: {names})."
+        yield (*at, "from"), f"{literal(stage.from_stage)} is no earlier stage (earlier: {names})."
     lengths = [key for key in ("steps", "tokens", "epochs") if getattr(stage, key) is not None]
     if len(lengths) != 1:
         found = " and ".join(lengths) or "none of them"
@@ -214,7 +214,7 @@ def _stage(run: Run, i: int) -> Broken:
     if any(not 0 <= beta < 1 for beta in stage.optimizer.betas):
         yield (
             (*at, "optimizer", "betas"),
-            f"each must be at least 0 and below 1, got {stage.optimizer.betas}.",
+            f"each must be at least 0 and below 1, got {literal(stage.optimizer.betas)}.",
         )
     yield from _weights(stage.data, (*at, "data"))
     yield from _epochs(stage, at)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from bigtrain.config.files import literal
 from bigtrain.config.schema import Source
 from bigtrain.errors import nearest
 
@@ -54,7 +55,9 @@ def parse_split(split: str | None) -> tuple[str | None, int, int | None]:
     match = ROWS.fullmatch(split)
     if match is None:
         percent = " A percentage would need the number of rows first." if "%" in split else ""
-        raise ValueError(f"write a split, like `train`, or rows of it, like `train[:1000]`, got {split!r}.{percent}")
+        raise ValueError(
+            f"write a split, like `train`, or rows of it, like `train[:1000]`, got {literal(split)}.{percent}"
+        )
     start, stop = int(match[2] or 0), int(match[3]) if match[3] else None
     if stop is not None and stop <= start:
         raise ValueError(f"{split} holds no rows.")
@@ -143,7 +146,7 @@ def wrong_with(source: Source) -> str | None:
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}."
         return f"the folder {name} holds no files." if path.is_dir() else f"no file matches {name} in {path.cwd()}."
-    return f"there is no file or folder {name!r} (looked in {path.cwd()}).{_other_reading(name)}"
+    return f"there is no file or folder {literal(name)} (looked in {path.cwd()}).{_other_reading(name)}"
 
 
 def _other_reading(name: str) -> str:

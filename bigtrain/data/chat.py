@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from bigtrain.config.files import literal
 from bigtrain.data.conversations import Message
 from bigtrain.data.marks import MARK, any_of, check_marks, marked, texts_of
 from bigtrain.data.templates import REASONING, Rendering, Span, Template
@@ -252,8 +253,8 @@ class ChatTemplate:
         answer = _learned(text, start, stop, rendering.generated if template.has_marks else None)
         if answer.learned and answer.learned[-1][1] != stop:
             raise DataError(
-                f"the generation marks of the chat template leave out {self.end!r}, which ends turn {number + 1}, "
-                "so the model would never learn to stop. Put the token between the marks."
+                f"the generation marks of the chat template leave out {literal(self.end)}, which ends turn "
+                f"{number + 1}, so the model would never learn to stop. Put the token between the marks."
             )
         return answer
 
@@ -318,8 +319,8 @@ def _sources(tokenizer: Any) -> tuple[str, str]:
         return given, given
     if "default" not in given:
         raise DataError(
-            f"the tokenizer has the chat templates {', '.join(map(repr, sorted(given)))}, and none is the `default`. "
-            "Rename one of them in the tokenizer's folder."
+            f"the tokenizer has the chat templates {', '.join(map(literal, sorted(given)))}, and none is the "
+            "`default`. Rename one of them in the tokenizer's folder."
         )
     default: str = given["default"]
     return default, given.get("tool_use", default)

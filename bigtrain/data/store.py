@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bigtrain.data.batches import IGNORE
 from bigtrain.data.columns import CHECKSUMS, MADE_AGAIN, Column, columns
 from bigtrain.disk import file_within
-from bigtrain.errors import DataError
+from bigtrain.errors import DataError, reason
 
 FORMAT = 3
 
@@ -251,8 +251,7 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
         if missing := [name for name, facts in stored.items() if not isinstance(facts["sha256"], str)]:
             raise ValueError(f"{missing[0]} has no checksum")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} cannot be used: {reason}. {MADE_AGAIN}") from error
+        raise DataError(f"{path} cannot be used: {reason(error)}. {MADE_AGAIN}") from error
     for name, (file, facts) in files.items():
         size = file.stat().st_size if file.is_file() else None
         if size != facts["bytes"]:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from bigtrain.checkpoint import Checkpoint
+from bigtrain.config.files import literal
 from bigtrain.config.schema import Run, Stage
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.errors import ConfigError, DamagedError, nearest, shorten
+from bigtrain.errors import ConfigError, DamagedError, nearest, reason, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.models.causal_lm import empty_model, kept_config, model_config
@@ -43,7 +44,9 @@ class Trained:
             facts = json.loads(file.read_text(encoding="utf-8"))
             return cls(str(facts["task"]), int(facts["sequence_length"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} does not say how the model was trained ({error}); export it again.") from None
+            raise ConfigError(
+                f"{file} does not say how the model was trained ({reason(error)}); export it again."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 def _dtype(name: str) -> torch.dtype:
     if name not in PRECISIONS:
-        raise ConfigError(f"dtype: there is no {name!r}; {nearest(name, PRECISIONS)}")
+        raise ConfigError(f"dtype: there is no {literal(name)}; {nearest(name, PRECISIONS)}")
     return PRECISIONS[name]
 
 

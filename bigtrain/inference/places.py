@@ -10,6 +10,7 @@ from pathlib import Path
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.format import MANIFEST
 from bigtrain.config import Run, load_config
+from bigtrain.config.files import literal
 from bigtrain.config.origin import damaged_ones, without_checkpoint
 from bigtrain.config.schema import Stage
 from bigtrain.errors import CheckpointError, ConfigError, nearest
@@ -116,7 +117,7 @@ def _load(folder: Path) -> Run:
 def _stage(run: Run, name: str, folder: Path) -> Stage:
     stages = {stage.name: stage for stage in run.stages}
     if name not in stages:
-        raise ConfigError(f"{folder} has no stage {name!r}; {nearest(name, stages)}")
+        raise ConfigError(f"{folder} has no stage {literal(name)}; {nearest(name, stages)}")
     return stages[name]
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import Model
 from bigtrain.data.tokenizer import num_ids
@@ -169,7 +170,9 @@ def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     architecture = values.pop("model_type")
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = nearest(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(f"model.from_config.model_type: no causal model {architecture!r} in transformers; {hint}")
+        raise ConfigError(
+            f"model.from_config.model_type: no causal model {literal(architecture)} in transformers; {hint}"
+        )
     kind = CONFIG_MAPPING[architecture]
     known = {*kind().to_dict(), *kind.attribute_map, "torch_dtype"}
     known |= {new for old, new in PUBLISHED if old in known}

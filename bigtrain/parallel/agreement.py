@@ -21,7 +21,8 @@ import yaml
 import bigtrain
 from bigtrain.config import Run, to_yaml, without_secrets
 from bigtrain.config.environment import tell
-from bigtrain.errors import BigtrainError, ConfigError, Told, literal
+from bigtrain.config.files import literal
+from bigtrain.errors import BigtrainError, ConfigError, Told
 from bigtrain.parallel.meeting import Member, named
 from bigtrain.run_folder import VERSIONS, RunFolder
 

@@ -74,7 +74,7 @@ def test_a_run_that_was_moved_away_from_its_stores_still_opens(run, tmp_path, mo
 def test_names_that_lead_nowhere(run, tmp_path):
     with pytest.raises(ConfigError, match="there is no such folder; did you mean `small`"):
         open_model(run.parent / "smal")
-    with pytest.raises(ConfigError, match="has no stage 'finetun'; did you mean `finetune`"):
+    with pytest.raises(ConfigError, match="has no stage finetun; did you mean `finetune`"):
         open_model(run / "finetun")
     with pytest.raises(ConfigError, match="neither a run"):
         open_model(tmp_path)

@@ -102,7 +102,7 @@ def test_it_goes_on_when_the_other_run_is_gone_or_has_gone_on(source, tmp_path):
     ("from_run", "told"),
     [
         ("{run}", r"there is no run in .*; name RUN_DIR/STAGE, or one checkpoint of it"),
-        ("{run}/pretran", r"has no stage 'pretran' with checkpoints; did you mean `pretrain`\?"),
+        ("{run}/pretran", r"has no stage pretran with checkpoints; did you mean `pretrain`\?"),
         ("{run}/pretrain/checkpoints/step-00000003", r"of step 3; it has step-00000002, step-00000004"),
         ("{run}/../unbegun/more", "is this run itself"),
     ],

@@ -429,7 +429,7 @@ def test_marks_that_leave_the_end_out(smollm2) -> None:
     tokenizer = load_tokenizer(smollm2)
     marked = "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + marked + "{% endfor %}"
-    with pytest.raises(DataError, match=r"^chats.jsonl:7: .*leave out '<\|im_end\|>', which ends turn 2"):
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: .*leave out <\|im_end\|>, which ends turn 2"):
         encode(tokenizer, [turn("user", "a"), turn("assistant", "b")])
 
 
@@ -694,7 +694,7 @@ def test_named_templates(smollm2) -> None:
     assert_spelt(tokenizer, plain, SPELT["smollm2"])
     assert tokenizer.decode(with_tools[0][0]).startswith("<|im_start|>T:system")
     tokenizer.chat_template = {"rag": default, "tool_use": tools}
-    with pytest.raises(DataError, match=r"has the chat templates 'rag', 'tool_use', and none is the `default`"):
+    with pytest.raises(DataError, match=r"has the chat templates rag, tool_use, and none is the `default`"):
         encode(tokenizer, CONVERSATION)
 
 

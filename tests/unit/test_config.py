@@ -4,8 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from bigtrain.config import differences, load, load_config, to_yaml
+from bigtrain.config.files import Loader, literal
 from bigtrain.config.schema import Run, Section, mark_of
 from bigtrain.errors import ConfigError
 
@@ -78,7 +82,7 @@ def test_reads_values_and_overrides(config):
         (
             "task: sft",
             "task: stf",
-            "run.yaml:13: stages.finetune.task: 'stf' is not one of 'pretrain' or 'sft'",
+            "run.yaml:13: stages.finetune.task: stf is not one of pretrain or sft",
         ),
         (
             "name: finetune",
@@ -86,7 +90,7 @@ def test_reads_values_and_overrides(config):
             "run.yaml:12: stages.first-weights.name: `first-weights` is the name of something else in a run's folder",
         ),
         ("    steps: 10\n", "", "stages.pretrain: give one of steps, tokens and epochs; found none"),
-        ("from: pretrain", "from: pretrian", "stages.finetune.from: 'pretrian' is no earlier stage"),
+        ("from: pretrain", "from: pretrian", "stages.finetune.from: pretrian is no earlier stage"),
         (
             "sequence_length: 256",
             "sequence_length: 512",
@@ -100,7 +104,7 @@ def test_reads_values_and_overrides(config):
             "{source: stdlib, weight: 0}",
             "stages.pretrain.data.0.weight: input should be greater",
         ),
-        ("name: test", "name: test\nparallel: {engine: zero4}", "'zero4' is not one of"),
+        ("name: test", "name: test\nparallel: {engine: zero4}", "zero4 is not one of"),
         (
             "name: test",
             "name: test\nparallel: {replicate: 2}",
@@ -116,7 +120,7 @@ def test_names_key_line_and_remedy(config, old, new, message):
 
 def test_wrong_overrides(config):
     for override, message in [
-        ("stages.pretrian.steps=1", "there is no 'pretrian' here; did you mean `pretrain`?"),
+        ("stages.pretrian.steps=1", "there is no pretrian here; did you mean `pretrain`?"),
         (
             "stages.pretrain.stepz=1",
             "command line: stages.pretrain.stepz: unknown key; did you mean `steps`?",
@@ -206,3 +210,29 @@ def test_the_epochs_of_weighted_sources_are_those_of_one(config, data, changes, 
     with pytest.raises(ConfigError) as error:
         config(text, *(f"stages.finetune.{change}" for change in changes))
     assert f"stages.finetune.{message}" in str(error.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(), below, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(value=VALUES)
+@example(
+    ["cosine", "two words", "1e5", "10", "true", "~", "", "a, b", "a: b", "#", "it's", "\n", "\\", "[", 1e-05, 3.0]
+)
+@settings(max_examples=100, deadline=None)
+def test_a_value_in_a_message_is_what_a_file_would_say(value):
+    text = literal(value)
+    assert text.count("\n") == 0
+    assert yaml.load(f"[{text}]", Loader) == [value]
+
+
+def test_a_value_in_a_message_is_in_quotes_only_where_it_must_be():
+    values = ["cosine", "<|im_end|>", "a/b.jsonl", "two words", "1e5", "null", "", 1e-05, True, None, {"a": ["b", 2.0]}]
+    assert [literal(value) for value in values] == [
+        *("cosine", "<|im_end|>", "a/b.jsonl", '"two words"', "'1e5'", "'null'", '""', "1e-05", "true", "null"),
+        "{a: [b, 2.0]}",
+    ]

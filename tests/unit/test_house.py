@@ -56,3 +56,16 @@ def test_rooms_import_only_from_below():
 
 def test_every_room_has_a_floor():
     assert {room(path) for path in ROOT.rglob("*.py")} == set(FLOOR)
+
+
+def test_no_message_shows_a_value_as_python_writes_it():
+    """`literal` of config/files.py writes it as the run's file does."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.FormattedValue) and node.conversion == ord("r"))
+        or (isinstance(node, ast.Call) and any(getattr(part, "id", "") == "repr" for part in (node.func, *node.args)))
+    }
+    # numbers, which YAML writes alike; an error of Python's own; a control character; a hash
+    assert found == {"config/files.py", "__init__.py", "launching/job.py", "data/order.py"}

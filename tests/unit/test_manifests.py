@@ -105,8 +105,8 @@ def test_any_odd_value_of_a_checkpoints_manifest_is_refused_or_makes_no_differen
         (("state", "embed", "weight", "boxes", 0, "lengths"), [10**9, 10**9], r"lies outside the shape \[6, 4\]"),
         (("state", "embed", "weight", "boxes", 0, "begin"), 10**18, r"bytes from 10{18} on lie outside weights-00000"),
         (("state", "embed", "weight", "boxes", 0, "checksums"), [], "blocks have no checksum"),
-        (("state", "embed", "weight", "boxes", 1, "file"), "../w.safetensors", r"it has no '\.\./w\.safetensors'"),
-        (("files", "progress.json", "checksum"), ..., "it has no 'checksum'"),
+        (("state", "embed", "weight", "boxes", 1, "file"), "../w.safetensors", r"it has no \.\./w\.safetensors"),
+        (("files", "progress.json", "checksum"), ..., "it has no checksum"),
     ],
 )
 def test_what_is_wrong_is_said(saved, at, new, told):
@@ -147,12 +147,12 @@ def store(folder):
 @pytest.mark.parametrize(
     ("at", "new", "told"),
     [
-        (("files", "../tokens.bin"), {"bytes": 1, "sha256": "x"}, r"names '\.\./tokens\.bin', which is no file of its"),
-        (("files", "/etc/passwd"), {"bytes": 1, "sha256": "x"}, "names '/etc/passwd', which is no file of its folder"),
-        (("files", "tokens.bin", "sha256"), ..., "it has no 'sha256'"),
+        (("files", "../tokens.bin"), {"bytes": 1, "sha256": "x"}, r"names \.\./tokens\.bin, which is no file of its"),
+        (("files", "/etc/passwd"), {"bytes": 1, "sha256": "x"}, "names /etc/passwd, which is no file of its folder"),
+        (("files", "tokens.bin", "sha256"), ..., "it has no sha256"),
         (("files", "tokens.bin", "sha256"), None, r"tokens\.bin has no checksum"),
-        (("files",), ..., "it has no 'files'"),
-        (("checksums", "sha256"), ..., "it has no 'sha256'"),
+        (("files",), ..., "it has no files"),
+        (("checksums", "sha256"), ..., "it has no sha256"),
     ],
 )
 def test_a_stores_manifest(tmp_path, at, new, told):

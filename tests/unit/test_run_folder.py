@@ -187,9 +187,9 @@ def test_another_mathematics_is_refused_with_the_choice(run):
     [
         ("model.from_config.hidden_size=64", "model.from_config.hidden_size: 32 in the run, 64 now"),
         ("tokenizer.train.vocab_size=500", "tokenizer.train.vocab_size: 400 in the run, 500 now"),
-        ("stages.pretrain.data.0.split=train", "stages.pretrain.data.0.split: null in the run, 'train' now"),
+        ("stages.pretrain.data.0.split=train", "stages.pretrain.data.0.split: null in the run, train now"),
         ("stages.pretrain.global_batch_size=7", "stages.pretrain.global_batch_size: 5 in the run, 7 now"),
-        ("stages.pretrain.schedule.name=linear", "stages.pretrain.schedule.name: 'cosine' in the run, 'linear' now"),
+        ("stages.pretrain.schedule.name=linear", "stages.pretrain.schedule.name: cosine in the run, linear now"),
     ],
 )
 def test_what_differs_is_named_and_each_choice_is_told_with_what_it_means(run, override, told):
@@ -426,7 +426,7 @@ def test_the_words_of_a_difference(tmp_path):
         "model.from_config.tie_word_embeddings: true in the run, false now"
     )
     assert told("model.from_config.head_dim=8") == "model.from_config.head_dim: absent in the run, 8 now"
-    assert told("tokenizer.add_tokens=[<a>]") == "tokenizer.add_tokens:\n    + '<a>'"
+    assert told("tokenizer.add_tokens=[<a>]") == "tokenizer.add_tokens:\n    + <a>"
 
 
 def events(folder):
