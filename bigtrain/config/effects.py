@@ -2,50 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from bigtrain.config.files import KeyPath
 from bigtrain.config.schema import Run, Section, Stage
+
+# Key of a stage, when it has no effect although it is given, what is said then.
+OF_STAGES: tuple[tuple[KeyPath, Callable[[Stage], bool], str], ...] = (
+    (
+        ("schedule", "min_ratio"),
+        lambda stage: stage.schedule.name == "constant",
+        "has no effect with `constant`; remove it, or choose cosine or linear.",
+    ),
+    (
+        ("schedule", "warmup_ratio"),
+        lambda stage: stage.schedule.warmup_steps is not None,
+        "has no effect beside warmup_steps; remove one of them.",
+    ),
+    (
+        ("checkpoint", "keep_weights_only"),
+        lambda stage: stage.checkpoint.keep_every is None,
+        "is about what keep_every keeps; add keep_every, or remove it.",
+    ),
+    (
+        ("checkpoint", "keep_every"),
+        lambda stage: stage.checkpoint.every is None,
+        "needs checkpoints to keep; add `every`, or remove it.",
+    ),
+    (
+        ("max_cut_answers",),
+        lambda stage: stage.task == "pretrain",
+        "is for task sft, where there are answers; remove it.",
+    ),
+    (
+        ("max_cut_answers",),
+        lambda stage: stage.task == "sft" and stage.long_conversations == "drop",
+        "has no effect with `long_conversations: drop`, which cuts no answer; remove it.",
+    ),
+    (
+        ("long_conversations",),
+        lambda stage: stage.task == "pretrain",
+        "is for task sft, where there are conversations; remove it.",
+    ),
+    (
+        ("clean", "repetition"),
+        lambda stage: all(value is None for name, value in stage.clean.repetition if name != "min_words"),  # type: ignore[union-attr]
+        "has no limit, so it drops nothing; give one, or remove it.",
+    ),
+    (
+        ("prompts",),
+        lambda stage: not stage.export,
+        "the exported model answers them, and `export` is false; remove one of them.",
+    ),
+    (
+        ("data", 0, "weight"),
+        lambda stage: len(stage.data) == 1,
+        "is relative to other sources, and there is none; remove it.",
+    ),
+)
 
 
 def without_effect(run: Run) -> Iterator[tuple[KeyPath, str]]:
     """(path of the key, message) for every option that is given and changes nothing."""
     for i, stage in enumerate(run.stages):
-        yield from ((("stages", i, *at), message) for at, message in _of_stage(stage))
+        for at, has_none, message in OF_STAGES:
+            if _given(stage, at) and has_none(stage):
+                yield ("stages", i, *at), message
+    if run.deterministic and run.parallel.device == "cpu":
+        yield ("deterministic",), "is for GPUs; with parallel.device: cpu it is so anyway. Remove it."
     yield from _of_profile(run)
     for name in type(run.stages[0].parallel).model_fields:
-        if _given(run.parallel, name) and all(getattr(stage.parallel, name) is not None for stage in run.stages):
+        if _given(run, ("parallel", name)) and all(getattr(stage.parallel, name) is not None for stage in run.stages):
             yield ("parallel", name), "has no effect, as every stage has its own; remove it, or those of the stages."
 
 
 def known_steps(stage: Stage) -> int | None:
     """Steps of a stage; None where they depend on its data."""
     return None if stage.epochs is not None else stage.sequences(0) // stage.global_batch_size
-
-
-def _of_stage(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
-    schedule, checkpoint = stage.schedule, stage.checkpoint
-    if schedule.name == "constant" and _given(schedule, "min_ratio"):
-        yield ("schedule", "min_ratio"), "has no effect with `constant`; remove it, or choose cosine or linear."
-    if schedule.warmup_steps is not None and _given(schedule, "warmup_ratio"):
-        yield ("schedule", "warmup_ratio"), "has no effect beside warmup_steps; remove one of them."
-    if checkpoint.keep_every is None and _given(checkpoint, "keep_weights_only"):
-        yield ("checkpoint", "keep_weights_only"), "is about what keep_every keeps; add keep_every, or remove it."
-    if checkpoint.every is None and _given(checkpoint, "keep_every"):
-        yield ("checkpoint", "keep_every"), "needs checkpoints to keep; add `every`, or remove it."
-    if stage.task == "pretrain" and _given(stage, "max_cut_answers"):
-        yield ("max_cut_answers",), "is for task sft, where there are answers; remove it."
-    if stage.task == "pretrain" and _given(stage, "long_conversations"):
-        yield ("long_conversations",), "is for task sft, where there are conversations; remove it."
-    if stage.long_conversations == "drop" and _given(stage, "max_cut_answers"):
-        yield ("max_cut_answers",), "has no effect with `long_conversations: drop`, which cuts no answer; remove it."
-    limits = stage.clean.repetition if stage.clean else None
-    if limits is not None and all(value is None for name, value in limits if name != "min_words"):
-        yield ("clean", "repetition"), "has no limit, so it drops nothing; give one, or remove it."
-    if not stage.export and stage.prompts:
-        yield ("prompts",), "the exported model answers them, and `export` is false; remove one of them."
-    if len(stage.data) == 1 and stage.data[0].weight is not None:
-        yield ("data", 0, "weight"), "is relative to other sources, and there is none; remove it."
 
 
 def _of_profile(run: Run) -> Iterator[tuple[KeyPath, str]]:
@@ -58,5 +92,10 @@ def _of_profile(run: Run) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
-def _given(section: Section, name: str) -> bool:
-    return getattr(section, name) != type(section).model_fields[name].get_default()
+def _given(section: Section, at: KeyPath) -> bool:
+    value: Any = section
+    for key in at:
+        if value is None:
+            return False
+        above, value = value, value[key] if isinstance(key, int) else getattr(value, key)
+    return value != type(above).model_fields[at[-1]].get_default()

@@ -58,7 +58,7 @@ def literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
-        return f".{value}" if isinstance(value, float) and not math.isfinite(value) else repr(value)
+        return repr(value).replace("inf", ".inf").replace("nan", ".nan")
     text = str(value)
     style = None if [text] == text.split() else '"'
     return yaml.dump([text], None, Dumper, default_style=style, default_flow_style=True, width=math.inf,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bigtrain.config import load_config, to_yaml
+from bigtrain.config.effects import OF_STAGES
 from bigtrain.config.unusual import unusual
 from bigtrain.data.prepare import StageData
 from bigtrain.errors import ConfigError
@@ -46,6 +47,7 @@ WITHOUT_EFFECT = [  # what is given, the key that has no effect, and what makes 
     ((P + "export=false", P + "prompts=[a]"), P + "prompts", P + "export=true"),
     ((P + "data=[{source: stdlib, weight: 2}]",), P + "data.0.weight",
      P + "data=[{source: stdlib, weight: 2}, {source: a, weight: 1}]"),
+    (("deterministic=true", "parallel.device=cpu"), "deterministic", "parallel.device=auto"),
     (("profile={steps: [11, 12]}", F + "epochs=null", F + "steps=3"), "profile.steps", P + "steps=11"),
     (("profile={steps: [11, 12]}", F + "epochs=null", F + "tokens=1024"), "profile.steps", F + "tokens=11264"),
     *(((f"parallel.{key}={top}", *(f"{stage}parallel.{key}={own}" for stage in (P, F))), f"parallel.{key}",
@@ -75,6 +77,11 @@ def test_an_option_without_effect_is_refused_until_it_has_one(config, given, key
     assert str(refused.value).startswith(f"command line: {key}: ")
     assert str(refused.value).count("\n") == 0
     config(*given, remedy)
+
+
+def test_each_row_of_the_table_is_tried():
+    rows = {".".join(map(str, at)) for at, _, _ in OF_STAGES}
+    assert rows == {key.removeprefix(P).removeprefix(F) for _, key, _ in WITHOUT_EFFECT if key.startswith((P, F))}
 
 
 @pytest.mark.parametrize(("given", "key"), REFUSED_BY_OTHER_RULES, ids=lambda value: str(value)[-30:])
