@@ -163,7 +163,7 @@ def hidden(source: str) -> int:
 def _nothing(source: str, folder: bool) -> list[File]:
     if folder:
         raise DataError(f"{source}: the folder holds no files.")
-    if glob.has_magic(source):
+    if glob.has_magic(without_query(source)):
         raise DataError(f"{source}: no file matches.")
     where = "" if "://" in source else f" (looked in {Path.cwd()})"
     raise DataError(f"{source}: there is no such file or folder{where}.")

@@ -221,8 +221,27 @@ VALUES = st.recursive(
 
 @given(value=VALUES)
 @example(
-    ["cosine", "two words", "1e5", "10", "true", "~", "", "a, b", "a: b", "#", "it's", "\n", "\\", "[", 1e-05, 3.0]
+    [
+        "cosine",
+        "two words",
+        "1e5",
+        "10",
+        "true",
+        "~",
+        "",
+        "a, b",
+        "a: b",
+        "#",
+        "it's",
+        "\n",
+        "\\",
+        "[",
+        1e-05,
+        3.0,
+        float("-inf"),
+    ]
 )
+@example([1e-05, 3.0, float("-inf")])
 @settings(max_examples=100, deadline=None)
 def test_a_value_in_a_message_is_what_a_file_would_say(value):
     text = literal(value)

@@ -18,7 +18,7 @@ import pytest
 from bigtrain.config.schema import Source
 from bigtrain.config.sources import wrong_with
 from bigtrain.data import fingerprints, stdlib
-from bigtrain.data.files import BUFFER, File, hidden
+from bigtrain.data.files import BUFFER, File, _nothing, hidden
 from bigtrain.data.fingerprints import fingerprint, is_known
 from bigtrain.data.sources import documents, is_held_out
 from bigtrain.errors import DataError
@@ -75,6 +75,8 @@ def test_the_suffix_of_a_url_is_that_of_its_path(query: str) -> None:
     file = File(None, url, url)
     assert (file.kind, file.compression, file.stem) == (".jsonl", "gzip", "a.jsonl")
     assert File(None, "what?.txt", "what?.txt").kind == ".txt"
+    with pytest.raises(DataError, match="there is no such file"):  # and no pattern that nothing matches
+        _nothing(url, folder=False)
 
 
 def test_urls_of_the_web_without_their_package_are_refused_before_anything_starts(monkeypatch) -> None:
