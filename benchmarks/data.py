@@ -11,7 +11,8 @@ tokenizing  `prepare_stage` (sources read, shards and the shuffled store written
             processes of it against `datasets`' map(batched=True, num_proc=2) with the same tokenizer.
 chats       `ChatTemplate.documents` (text, answers and what is learned) against transformers' apply_chat_template
             (text alone) on conversations of 4 to 16 turns and a system turn, with the templates of trl and a tokenizer
-            that is trained here; and all that finetuning does to them, ids included.
+            that is trained here; and all that finetuning does to them, ids included. Qwen3's rewrites earlier turns, so
+            that each answer needs a text of its own; it is measured with reasoning in every answer, too.
 feeding     `batches(step)` of 8 x 2048 tokens against a torch DataLoader over a tokenized `datasets` set with a
             collator that packs documents and restarts positions; one core each.
 checking    what the checksums of a store cost a sample, in blocks that were compared before and in the first pass over
@@ -204,6 +205,8 @@ FAMILIES = {  # templates of trl, with their tokens; the first two are those of 
     "qwen2_5": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
     "phi3": ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    "qwen3": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "qwen3 with reasoning": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
 }
 
 
@@ -224,6 +227,12 @@ def conversations(number: int) -> list[list[dict[str, str]]]:
     ]
 
 
+def reasoned(message: dict[str, str]) -> dict[str, str]:
+    if message["role"] != "assistant":
+        return message
+    return {**message, "reasoning_content": message["content"][:150].strip()}
+
+
 def list_of(work: Callable[[Any], Any], given: list[Any]) -> list[Any]:
     return [work(one) for one in given]
 
@@ -237,10 +246,11 @@ def chats(rounds: int, folder: Path) -> None:
     for family, tokens in FAMILIES.items():
         tokenizer = load_tokenizer(prepare_tokenizer(run), tokens)
         tokenizer.bos_token, tokenizer.eos_token = tokens[:2]
-        tokenizer.chat_template = (templates / f"{family}.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = (templates / f"{family.split()[0]}.jinja").read_text(encoding="utf-8")
         documents_of = ChatTemplate.of(tokenizer).documents
         text_of = partial(tokenizer.apply_chat_template, tokenize=False)
-        rows = [{"key": "", "where": "", "messages": messages} for messages in chosen]
+        said = [[*map(reasoned, messages)] for messages in chosen] if "reasoning" in family else chosen
+        rows = [{"key": "", "where": "", "messages": messages} for messages in said]
 
         def rate(work: Callable[[], Any]) -> float:
             return len(chosen) / seconds_of(work)
@@ -248,8 +258,8 @@ def chats(rounds: int, folder: Path) -> None:
         found = turns(
             rounds,
             {
-                "ours": partial(rate, partial(list_of, documents_of, chosen)),
-                "theirs": partial(rate, partial(list_of, text_of, chosen)),
+                "ours": partial(rate, partial(list_of, documents_of, said)),
+                "theirs": partial(rate, partial(list_of, text_of, said)),
                 "ids": partial(rate, partial(Sft().encode, rows, tokenizer)),
             },
         )

@@ -9,13 +9,13 @@ meet when it is asked.
 Where a template has generation marks, they narrow that down: only what they enclose is learned.
 
 To follow the rule to the letter, a conversation is rendered twice for each of its answers. That is done once for each
-kind of answer, and what comes before it is remembered (`_Kind`); the next conversations are rendered once.
+kind of answer, and what comes before it is remembered, or what stands around it where a template writes it
+differently once more follow (`_Frame`); the next conversations are rendered once.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import operator
 import re
 from collections.abc import Hashable
@@ -24,17 +24,16 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from bigtrain.config.files import literal
+from bigtrain.data.call_arguments import CALL, takes_text, with_arguments
 from bigtrain.data.conversations import Message
-from bigtrain.data.marks import MARK, any_of, check_marks, marked, texts_of
+from bigtrain.data.marks import ANSWER, MARK, QUESTION, any_of, check_marks, marked, texts_of
 from bigtrain.data.templates import REASONING, Rendering, Span, Template
 from bigtrain.errors import DataError
 
-QUESTION, ANSWER = (
-    "\ue001",
-    "\ue002",
-)  # contents whose place a template cannot hide: no text has them, nothing trims them
+SLOT = re.compile(f"[{QUESTION}{ANSWER}]")
+OTHER = "\ue003"  # content of the messages before
+PLAIN = {"role", "content", *REASONING}
 REMEMBERED = 100_000  # kinds of answers
-CALL: Message = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {QUESTION: ANSWER}}}
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,19 @@ class _Answer(NamedTuple):
         return self.text is other.text or self.text.startswith(other.text[: other.stop])
 
 
+class _Frame(NamedTuple):
+    """An answer that no turn follows, from where its turn begins: what leads over to it, and the rest, where QUESTION
+    stands for its reasoning and ANSWER for its content."""
+
+    before: str
+    rest: str
+
+
 @dataclass
 class _Conversation:
     """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. is_special: some text of
-    them is one that the template looks for. forms: those of the messages, numbered; seen: of those before each, a set
+    them is one that the template looks for. is_opaque: a template can but copy its texts, as there is nothing to trim,
+    to part them at or to compare them with. forms: those of the messages, numbered; seen: of those before each, a set
     as bits."""
 
     messages: list[Message]
@@ -73,6 +81,7 @@ class _Conversation:
     tools: Any
     whole: Rendering
     is_special: bool
+    is_opaque: bool
     forms: list[int]
     seen: list[int]
 
@@ -108,8 +117,10 @@ class ChatTemplate:
         self._of_template = any_of(self.tokens)
         self._marked_or_not = re.compile(f"{MARK}(?:{self._of_template.pattern}){MARK}|({self._of_template.pattern})")
         self._is_alone = not any(self.end in token for token in self.tokens - {self.end})
-        self._takes_text = {template: _takes_text(template) for template in templates.values()}
-        self._before: dict[Hashable, str | None] = {}  # kind of an answer -> what leads over to it; None: look at each
+        self._takes_text = {template: takes_text(template) for template in templates.values()}
+        self._before: dict[
+            Hashable, str | _Frame | None
+        ] = {}  # kind of an answer -> what leads over; None: look at each
         self._forms: dict[Hashable, int] = {}  # of messages
         self._silent: dict[Hashable, bool] = {}  # role -> whether the template leaves out what it says
 
@@ -177,8 +188,9 @@ class ChatTemplate:
         return {*self._any_token.findall(asked), end[0]}
 
     def _conversation(self, messages: list[Message], tools: Any, template: Template) -> _Conversation:
-        plain = [self._for_template(message, template) for message in messages]
-        texts = "\0".join(texts_of(plain))
+        plain = [message if len(message) == 2 else self._for_template(message, template) for message in messages]
+        held = [*texts_of(plain)]
+        texts = "\0".join(held)
         guarded = plain
         if self._of_template.search(texts):
             guarded = marked(plain, self._of_turns, self._of_template)
@@ -187,22 +199,34 @@ class ChatTemplate:
             check_marks(whole.text, template.render(plain, tools=tools).text)
         self._check_roles(plain, whole.text, template)
         is_special = any(literal in texts for literal in template.literals)
+        is_special |= whole.ahead and not template.constants.isdisjoint(held)
+        is_opaque = not is_special
+        if whole.ahead and is_opaque:
+            is_plain = guarded is plain and not tools and all(message.keys() <= PLAIN for message in plain)
+            is_plain = is_plain and all(text == text.strip() for text in held)
+            is_opaque = is_plain and not any(piece in texts for piece in template.pieces)
         numbers = self._forms
         forms = [numbers.setdefault(_form(message), len(numbers)) for message in plain]
         seen = [*itertools.accumulate((1 << form for form in forms), operator.or_, initial=0)]
-        return _Conversation(guarded, plain, tools, whole, is_special, forms, seen)
+        return _Conversation(guarded, plain, tools, whole, is_special, is_opaque, forms, seen)
 
     def _answer(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
         whole, kind = conversation.whole, conversation.kind(number)
         before = self._before.get((template, kind))
         answer = None
-        if before is not None and not conversation.is_special:
+        if isinstance(before, _Frame):
+            answer = self._framed(conversation, number, before)
+        elif before is not None and not conversation.is_special:
             answer = self._within_whole(whole, number, before, template)
         if answer is not None:
             return self._checked(answer, conversation.messages[number])
         answer = self._checked(self._alone(conversation, number, template), conversation.messages[number])
         if (template, kind) not in self._before and len(self._before) < REMEMBERED:
-            self._before[template, kind] = self._lead(whole, number, answer, template)
+            lead: str | _Frame | None = self._lead(whole, number, answer, template)
+            if lead is None and whole.ahead and conversation.is_opaque and not template.has_marks:
+                lead = self._frame(conversation, number, answer, template)
+            if lead is not None or conversation.is_opaque:
+                self._before[template, kind] = lead
         return answer
 
     def _within_whole(self, whole: Rendering, number: int, before: str, template: Template) -> _Answer | None:
@@ -225,6 +249,37 @@ class ChatTemplate:
         before = answer.text[begin : answer.start]
         same = self._within_whole(whole, number, before, template)
         return before if same is not None and same[1:] == answer[1:] else None
+
+    def _framed(self, conversation: _Conversation, number: int, frame: _Frame) -> _Answer | None:
+        """An answer within a frame, behind what all messages have before it; None if the texts may matter."""
+        begin = conversation.whole.turns.get(number)
+        if begin is None or not conversation.is_opaque:
+            return None
+        message = conversation.messages[number]
+        slots = {
+            QUESTION: next((message[name] for name in REASONING if message.get(name)), ""),
+            ANSWER: message["content"],
+        }
+        rest = SLOT.sub(lambda slot: slots[slot[0]], frame.rest)
+        text, start = conversation.whole.text[:begin] + frame.before + rest, begin + len(frame.before)
+        stop = self._end(text, start, len(text))
+        return None if stop is None else _learned(text, start, stop, None)
+
+    def _frame(self, conversation: _Conversation, number: int, answer: _Answer, template: Template) -> _Frame | None:
+        """What stands around an answer, if all messages have the same before it and its texts stand as they are."""
+        begin = conversation.whole.turns.get(number, answer.start + 1)
+        if begin > answer.start:
+            return None
+        stand_ins = [_filled(message, OTHER, OTHER) for message in conversation.messages[:number]]
+        stand_ins.append(_filled(conversation.messages[number], QUESTION, ANSWER))
+        try:
+            rendering = template.render(stand_ins)
+        except DataError:  # it says nothing of the conversation: the answers of its kind are looked at one by one
+            return None
+        text = rendering.text[rendering.turns.get(number, 0) :]
+        start = answer.start - begin
+        frame = _Frame(text[:start], text[start:])
+        return frame if self._framed(conversation, number, frame) == answer else None
 
     def _alone(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
         """The last turn of the messages up to it: from behind the generation prompt through the token that ends it."""
@@ -278,9 +333,10 @@ class ChatTemplate:
 
     def _check_roles(self, messages: list[Message], text: str, template: Template) -> None:
         """Raises DataError for a template that leaves out what a role says."""
-        for message in messages:
-            role, content = message["role"], message["content"].strip()
-            if role != "assistant" and content not in text and self._leaves_out(template, role):
+        roles = {message["role"] for message in messages} - {"assistant"}
+        silent = {role for role in roles if self._leaves_out(template, role)}
+        for role, content in ((m["role"], m["content"].strip()) for m in messages if silent):
+            if role in silent and content not in text:
                 raise DataError(
                     f"the chat template leaves out what the role `{role}` says. Use a template that writes it, or "
                     "leave these turns out of the data."
@@ -300,12 +356,10 @@ class ChatTemplate:
 
     def _for_template(self, message: Message, template: Template) -> Message:
         """As the template takes it: arguments of tool calls are decoded, or text where it writes them as they are."""
-        if len(message) == 2:
-            return message
         message = {key: value for key, value in message.items() if key != "train"}
         if message.get("tool_calls"):
             as_text = self._takes_text[template]
-            message["tool_calls"] = [_with_arguments(call, as_text) for call in message["tool_calls"]]
+            message["tool_calls"] = [with_arguments(call, as_text) for call in message["tool_calls"]]
         return message
 
 
@@ -326,35 +380,10 @@ def _sources(tokenizer: Any) -> tuple[str, str]:
     return default, given.get("tool_use", default)
 
 
-def _takes_text(template: Template) -> bool:
-    """Whether it writes the arguments of tool calls as they are, so that only their text comes out as JSON."""
-
-    def shown(arguments: Any) -> str | None:
-        call = CALL | {"function": {"name": "f", "arguments": arguments}}
-        called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        asked: list[Message] = [{"role": "user", "content": "a"}, called]
-        try:
-            return template.render(asked).text
-        except DataError:
-            return None
-
-    decoded = shown({QUESTION: ANSWER})
-    return (decoded is None and shown("{}") is not None) or (decoded is not None and f"{{'{QUESTION}'" in decoded)
-
-
-def _with_arguments(call: Message, as_text: bool) -> Message:
-    """A tool call with its arguments as text or decoded. Raises DataError for arguments that are no JSON."""
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str) and not as_text:
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:  # `clean` may have changed the text
-            raise DataError(f"the arguments of the tool call `{function.get('name')}` are no JSON: {error}.") from error
-    elif not isinstance(arguments, str) and as_text:
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = function | {"arguments": arguments}
-    return call | {"function": function} if "function" in call else function
+def _filled(message: Message, reasoning: str, content: str) -> Message:
+    """A message with other texts where it has some."""
+    texts = {"content": content} | dict.fromkeys(REASONING, reasoning)
+    return message | {name: text for name, text in texts.items() if message.get(name)}
 
 
 def _learned(text: str, start: int, stop: int, generated: list[Span] | None) -> _Answer:

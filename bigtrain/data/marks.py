@@ -10,6 +10,8 @@ from bigtrain.data.conversations import Message, every_text
 from bigtrain.errors import DataError
 
 MARK = "\U000fffff"
+# Contents whose place a template cannot hide: no text has them, nothing trims them.
+QUESTION, ANSWER = "\ue001", "\ue002"
 PRIVATE = re.compile("[\U000f0000-\U000fffff]")
 
 

@@ -17,6 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from bigtrain.errors import DataError
 
@@ -26,6 +27,7 @@ STEPS = 2_000_000  # items of loops of a rendering, at most; a call counts as CA
 CALL = 10
 CHARACTERS = 100_000_000  # of its text, at most
 AHEAD = frozenset({"last", "length", "revindex", "revindex0", "nextitem"})  # of `loop`: what depends on later messages
+TRIMS = frozenset({"strip", "lstrip", "rstrip"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same, as in transformers
 
 
@@ -51,8 +53,9 @@ class Rendering:
 class Template:
     """A chat template, compiled.
 
-    literals: texts that it looks for in messages. names: all attributes and keys that it reads. takes_tools: whether it
-    reads descriptions of tools. has_marks: whether generation marks say what an assistant generates.
+    literals: texts that it looks for in messages; pieces: also those of one character; constants: all texts that it
+    has. names: all attributes and keys that it reads. takes_tools: whether it reads descriptions of tools. has_marks:
+    whether generation marks say what an assistant generates.
     """
 
     def __init__(self, source: str, variables: dict[str, Any]):
@@ -61,23 +64,26 @@ class Template:
         try:
             tree = self._environment.parse(source)
             self._template = self._environment.from_string(source)
+            self._variables = {**self._template.globals, **variables}
         except Exception as error:  # nested too deeply, for one
             raise DataError(f"the tokenizer's chat template is not valid: {_told(error)}.") from error
-        self._variables = variables
         reads: list[nodes.Getattr | nodes.Getitem] = [*tree.find_all(nodes.Getattr), *tree.find_all(nodes.Getitem)]
         self.names = frozenset(name for node in reads if isinstance(name := _name(node), str))
         self.takes_tools = any(variable.name == "tools" for variable in tree.find_all(nodes.Name))
-        self.literals = _literals(tree) - self.names
+        self.pieces = _literals(tree) - self.names
+        self.literals = frozenset(text for text in self.pieces if len(text.strip()) > 1)
+        self.constants = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
         self.has_marks = any(made.name == "__generated" for made in tree.find_all(nodes.Filter))
         self._ahead = any(_is_loop(node.node) and _name(node) in AHEAD for node in reads)
 
     def render(self, messages: list[dict[str, Any]], ask: bool = False, tools: Any = None) -> Rendering:
         """What it makes of them, with the generation prompt if `ask`. Raises DataError for whatever it raises, and
         for more than STEPS and CHARACTERS."""
-        run = _Run([_with_reasoning(message) for message in messages])
+        run = _Run([{**message} if len(message) == 2 else _with_reasoning(message) for message in messages])
         self._environment.run = run
+        self._environment.filters["__turn"] = run.at
         given = {"messages": run.messages, "tools": tools, "documents": None, "add_generation_prompt": ask}
-        context = self._template.new_context(self._variables | given)
+        context = Context(self._environment, self._variables | given, None, self._template.blocks)
         try:
             run.rendering.text = run.text(self._template.root_render_func(context))
         except TemplateError as error:
@@ -133,7 +139,7 @@ class _Run:
             raise Unbounded(f"its loops and calls take more than {STEPS:,} steps.")
 
     def at(self, item: Any) -> str:
-        """A mark, if a loop has come to a message."""
+        """A filter: a mark, if a loop has come to a message."""
         number = self.numbers.get(id(item))
         if number is None:
             return ""
@@ -191,10 +197,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """The same as the sandbox's, without an exception for each key of a dict."""
-        if type(obj) is dict and attribute in obj and attribute not in _DICT:
-            return obj[attribute]
-        if type(obj) is LoopContext and attribute in _LOOP:
+        if type(obj) is dict and attribute not in _DICT:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if attribute in _SAFE.get(type(obj), ()):
             return getattr(obj, attribute)
+        if type(obj) is Namespace and not attribute.startswith("_"):
+            found = getattr(obj, attribute, self)
+            return found if found is not self else self.undefined(obj=obj, name=attribute)
         if type(obj) is _Messages:  # its methods are about the whole list
             self.run.looked_ahead = True
         return super().getattr(obj, attribute)
@@ -208,10 +217,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         if len(sizes) == 2 and sizes[0] * sizes[1] > STEPS and not (operator == "*" and _are_numbers(left, right)):
             raise Unbounded(f"`{operator}` makes something larger than {STEPS:,}.")
         return super().call_binop(context, operator, left, right)
-
-    def turn(self, item: Any) -> str:
-        """A filter; what `_Run.at` says."""
-        return self.run.at(item)
 
     def counted(self, items: Any) -> Any:
         """A filter: what a loop goes through, counted."""
@@ -250,7 +255,10 @@ class _Generation(Extension):
 
 
 _DICT = frozenset(dir(dict))
-_LOOP = frozenset({"first", "last", "index", "index0", "previtem", "nextitem", "length"})
+_SAFE: dict[type, frozenset[str]] = {
+    LoopContext: frozenset({"first", "last", "index", "index0", "previtem", "nextitem", "length"}),
+    str: frozenset({"startswith", "endswith", "split", "strip", "lstrip", "rstrip", "upper", "lower", "replace"}),
+}
 
 
 def _environment() -> _Environment:
@@ -263,7 +271,7 @@ def _environment() -> _Environment:
     )
     ours.filters.update(theirs.filters)
     ours.globals.update(theirs.globals)
-    ours.filters |= {"__counted": ours.counted, "__turn": ours.turn, "__generated": _generated}
+    ours.filters |= {"__counted": ours.counted, "__generated": _generated, "__turn": str}  # a rendering sets the last
     return ours
 
 
@@ -320,18 +328,24 @@ def _is_loop(node: nodes.Node) -> bool:
 
 
 def _literals(tree: nodes.Template) -> frozenset[str]:
-    """Texts that are looked for: `'x' in ...`, and what methods, filters and tests are given."""
+    """Texts that are looked for: `'x' in ...`, and what methods, filters and tests are given; but for space that
+    is trimmed."""
     places: list[nodes.Node] = []
     for compare in tree.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in compare.ops):
             places.append(compare.expr)
     for call in tree.find_all(nodes.Call):
-        if not isinstance(call.node, nodes.Name):  # raise_exception, namespace
-            places += call.args
+        trims = isinstance(call.node, nodes.Getattr) and call.node.attr in TRIMS
+        if not isinstance(call.node, nodes.Name) and not (trims and all(map(_is_space, call.args))):
+            places += call.args  # not of raise_exception, namespace
     for applied in (*tree.find_all(nodes.Filter), *tree.find_all(nodes.Test)):
         places += applied.args
     found = (node.value for place in places for node in _constants(place))
-    return frozenset(text for text in found if isinstance(text, str) and len(text.strip()) > 1)
+    return frozenset(text for text in found if isinstance(text, str) and text)
+
+
+def _is_space(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and isinstance(node.value, str) and node.value.isspace()
 
 
 def _constants(node: nodes.Node) -> Iterator[nodes.Const]:

@@ -813,6 +813,51 @@ def test_what_a_template_remembers_of_earlier_turns_counts(smollm2, name, specia
     assert last.text[: last.answers[-1]].endswith("<|im_start|>assistant\n<think></think>")
 
 
+OPAQUE = st.sampled_from(["a", "Yes.\nOr no.", "é b", "user", "system", " b\n", "c</think>d", "\nx", "x, y"])
+ECHOES = WRITES.replace("{{ m.content }}", "{% if loop.last %}{{ messages[0].content }}{% endif %}{{ m.content }}")
+REWRITES = {
+    "echoes": STATE + "{% for m in messages %}" + ECHOES,
+    "compares": STATE + "{% for m in messages %}" + ECHOES.replace("loop.last", "loop.last and m.content == 'a'"),
+    "parts": STATE + "{% for m in messages %}" + WRITES.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split(',')[0] | trim }}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3", *REWRITES])
+@pytest.mark.parametrize("reasons", [False, True])
+def test_rewritten_turns_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2, name, reasons) -> None:
+    """Conversations of one form, whose texts alone differ."""
+    tokenizer = opened(name) if name == "qwen3" else with_template(smollm2, REWRITES[name])
+    fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    exact._before = Forgetful()
+
+    @given(texts=st.lists(OPAQUE, min_size=9, max_size=9))
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    def check(texts):
+        messages = [turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:6])]
+        for message, thought in zip(messages[1::2], texts[6:] * reasons, strict=False):
+            message["reasoning_content"] = thought
+        assert outcome(fast, messages) == outcome(exact, messages)
+
+    check()
+
+
+@pytest.mark.parametrize("reasons", [False, True])
+def test_rewritten_turns_do_not_cost_a_rendering_each(opened, monkeypatch, reasons) -> None:
+    calls = Counter()
+    real = Template.render
+    monkeypatch.setattr(Template, "render", lambda *given, **more: calls.update(n=1) or real(*given, **more))
+    template = ChatTemplate(opened("qwen3"))
+    more = {"reasoning_content": "so"} if reasons else {}
+    for number in range(10):
+        said = [turn("assistant" if n % 2 else "user", f"{n} {number}", **more if n % 2 else {}) for n in range(16)]
+        if number == 1:
+            calls.clear()
+        assert len(template.documents(said)) == 8
+    assert calls["n"] == 9
+
+
 class Forgetful(dict):
     def __setitem__(self, kind, before):
         pass
