@@ -72,7 +72,7 @@ class _Frame(NamedTuple):
 @dataclass
 class _Conversation:
     """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. is_special: some text of
-    them is one that the template looks for. is_opaque: a template can but copy its texts, as there is nothing to trim,
+    them is one that the template looks for. is_opaque: a template can but copy texts, as there is nothing to trim,
     to part them at or to compare them with. forms: those of the messages, numbered; seen: of those before each, a set
     as bits."""
 
@@ -202,9 +202,9 @@ class ChatTemplate:
         is_special |= whole.ahead and not template.constants.isdisjoint(held)
         is_opaque = not is_special
         if whole.ahead and is_opaque:
-            is_plain = guarded is plain and not tools and all(message.keys() <= PLAIN for message in plain)
-            is_plain = is_plain and all(text == text.strip() for text in held)
-            is_opaque = is_plain and not any(piece in texts for piece in template.pieces)
+            is_opaque = guarded is plain and not tools and all(said.keys() <= PLAIN for said in plain)
+            is_opaque &= not any(piece in texts for piece in template.pieces)
+            is_opaque &= not template.trims or all(text == text.strip() for text in held)
         numbers = self._forms
         forms = [numbers.setdefault(_form(message), len(numbers)) for message in plain]
         seen = [*itertools.accumulate((1 << form for form in forms), operator.or_, initial=0)]
@@ -221,7 +221,8 @@ class ChatTemplate:
         if answer is not None:
             return self._checked(answer, conversation.messages[number])
         answer = self._checked(self._alone(conversation, number, template), conversation.messages[number])
-        if (template, kind) not in self._before and len(self._before) < REMEMBERED:
+        is_new = (template, kind) not in self._before and len(self._before) < REMEMBERED
+        if is_new and not conversation.is_special:
             lead: str | _Frame | None = self._lead(whole, number, answer, template)
             if lead is None and whole.ahead and conversation.is_opaque and not template.has_marks:
                 lead = self._frame(conversation, number, answer, template)

@@ -55,7 +55,7 @@ class Template:
 
     literals: texts that it looks for in messages; pieces: also those of one character; constants: all texts that it
     has. names: all attributes and keys that it reads. takes_tools: whether it reads descriptions of tools. has_marks:
-    whether generation marks say what an assistant generates.
+    whether generation marks say what an assistant generates. trims: whether it takes space off texts.
     """
 
     def __init__(self, source: str, variables: dict[str, Any]):
@@ -73,7 +73,9 @@ class Template:
         self.pieces = _literals(tree) - self.names
         self.literals = frozenset(text for text in self.pieces if len(text.strip()) > 1)
         self.constants = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-        self.has_marks = any(made.name == "__generated" for made in tree.find_all(nodes.Filter))
+        filters = {applied.name for applied in tree.find_all(nodes.Filter)}
+        self.trims = "trim" in filters or not TRIMS.isdisjoint(self.names)
+        self.has_marks = "__generated" in filters
         self._ahead = any(_is_loop(node.node) and _name(node) in AHEAD for node in reads)
 
     def render(self, messages: list[dict[str, Any]], ask: bool = False, tools: Any = None) -> Rendering:

@@ -819,7 +819,7 @@ REWRITES = {
     "echoes": STATE + "{% for m in messages %}" + ECHOES,
     "compares": STATE + "{% for m in messages %}" + ECHOES.replace("loop.last", "loop.last and m.content == 'a'"),
     "parts": STATE + "{% for m in messages %}" + WRITES.replace(
-        "{{ m.content }}", "{{ m.content if loop.last else m.content.split(',')[0] | trim }}"
+        "{{ m.content }}", "{{ '<think>' + m.content if loop.last else m.content.split(',')[0] | trim }}"
     ),
 }  # fmt: skip
 
