@@ -15,8 +15,6 @@ differently once more follow (`_Frame`); the next conversations are rendered onc
 
 from __future__ import annotations
 
-import itertools
-import operator
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -162,7 +160,8 @@ class ChatTemplate:
     def answers(self, messages: list[Message], tools: Any = None) -> list[int]:
         """Numbers of the messages that are learned."""
         template = self._with_tools if tools else self._plain
-        return [i for i, message in enumerate(messages) if message.get("train", True) and _says(message, template)]
+        said = ((i, message) for i, message in enumerate(messages) if message["role"] == "assistant")
+        return [i for i, message in said if message.get("train", True) and _says(message, template)]
 
     def unread(self, messages: list[Message], tools: Any = None) -> tuple[str, ...]:
         """What of a conversation the template has no place for: `tools`, or the assistant's reasoning."""
@@ -207,7 +206,9 @@ class ChatTemplate:
             is_opaque &= not template.trims or all(text == text.strip() for text in held)
         numbers = self._forms
         forms = [numbers.setdefault(_form(message), len(numbers)) for message in plain]
-        seen = [*itertools.accumulate((1 << form for form in forms), operator.or_, initial=0)]
+        seen = [0]
+        for form in forms:
+            seen.append(seen[-1] | 1 << form)
         return _Conversation(guarded, plain, tools, whole, is_special, is_opaque, forms, seen)
 
     def _answer(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
@@ -219,7 +220,8 @@ class ChatTemplate:
         elif before is not None and not conversation.is_special:
             answer = self._within_whole(whole, number, before, template)
         if answer is not None:
-            return self._checked(answer, conversation.messages[number])
+            message = conversation.messages[number]
+            return self._checked(answer, message) if "tool_calls" in message else answer
         answer = self._checked(self._alone(conversation, number, template), conversation.messages[number])
         is_new = (template, kind) not in self._before and len(self._before) < REMEMBERED
         if is_new and not conversation.is_special:
@@ -232,14 +234,17 @@ class ChatTemplate:
 
     def _within_whole(self, whole: Rendering, number: int, before: str, template: Template) -> _Answer | None:
         """An answer as it stands in the text of all messages, behind what leads over to it; None if it does not."""
-        begin, end = whole.turns.get(number), whole.turns.get(number + 1, len(whole.text))
-        if begin is None or not whole.text.startswith(before, begin):
+        text, turns = whole.text, whole.turns
+        begin = turns.get(number)
+        if begin is None or not text.startswith(before, begin):
             return None
         start = begin + len(before)
-        stop = self._end(whole.text, start, end)
+        stop = self._end(text, start, turns.get(number + 1, len(text)))
         if stop is None:
             return None
-        answer = _learned(whole.text, start, stop, whole.generated if template.has_marks else None)
+        if not template.has_marks:
+            return _Answer(text, start, stop, ((start, stop),))
+        answer = _learned(text, start, stop, whole.generated)
         return None if answer.learned and answer.learned[-1][1] != stop else answer
 
     def _lead(self, whole: Rendering, number: int, answer: _Answer, template: Template) -> str | None:
@@ -403,10 +408,9 @@ def _document(chain: list[_Answer]) -> Rendered:
 
 
 def _says(message: Message, template: Template) -> bool:
-    if message["role"] != "assistant":
-        return False
-    thinks = not template.names.isdisjoint(REASONING) and any(message.get(name) for name in REASONING)
-    return bool(message["content"] or message.get("tool_calls") or thinks)
+    if message["content"] or message.get("tool_calls"):
+        return True
+    return not template.names.isdisjoint(REASONING) and any(message.get(name) for name in REASONING)
 
 
 def _form(message: Message) -> Hashable:

@@ -814,33 +814,40 @@ def test_what_a_template_remembers_of_earlier_turns_counts(smollm2, name, specia
 
 
 OPAQUE = st.sampled_from(["a", "Yes.\nOr no.", "é b", "user", "system", " b\n", "c</think>d", "\nx", "x, y"])
-ECHOES = WRITES.replace("{{ m.content }}", "{% if loop.last %}{{ messages[0].content }}{% endif %}{{ m.content }}")
+LAST = "{% if loop.last and m.role == 'assistant' %}<think>"
 REWRITES = {
-    "echoes": STATE + "{% for m in messages %}" + ECHOES,
-    "compares": STATE + "{% for m in messages %}" + ECHOES.replace("loop.last", "loop.last and m.content == 'a'"),
-    "parts": STATE + "{% for m in messages %}" + WRITES.replace(
-        "{{ m.content }}", "{{ '<think>' + m.content if loop.last else m.content.split(',')[0] | trim }}"
-    ),
-}  # fmt: skip
+    "echoes": LAST + "{{ messages[0].content }}{% endif %}{{ m.content }}",
+    "compares": LAST + "{% if m.content == 'é b' %}b{% endif %}{% endif %}{{ m.content }}",
+    "parts": LAST + "{{ m.content.split(',')[0] }}{% else %}{{ m.content | trim }}{% endif %}",
+}
 
 
 @pytest.mark.parametrize("name", ["qwen3", *REWRITES])
 @pytest.mark.parametrize("reasons", [False, True])
 def test_rewritten_turns_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2, name, reasons) -> None:
     """Conversations of one form, whose texts alone differ."""
-    tokenizer = opened(name) if name == "qwen3" else with_template(smollm2, REWRITES[name])
+    tokenizer = (
+        opened(name)
+        if name == "qwen3"
+        else with_template(
+            smollm2, STATE + "{% for m in messages %}" + WRITES.replace("{{ m.content }}", REWRITES[name])
+        )
+    )
     fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
     exact._before = Forgetful()
 
     @given(texts=st.lists(OPAQUE, min_size=9, max_size=9))
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     def check(texts):
         messages = [turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:6])]
         for message, thought in zip(messages[1::2], texts[6:] * reasons, strict=False):
             message["reasoning_content"] = thought
         assert outcome(fast, messages) == outcome(exact, messages)
+        met.add(type(outcome(fast, messages)))
 
+    met = set[type]()
     check()
+    assert list in met
 
 
 @pytest.mark.parametrize("reasons", [False, True])
