@@ -9,27 +9,28 @@ meet when it is asked.
 Where a template has generation marks, they narrow that down: only what they enclose is learned.
 
 To follow the rule to the letter, a conversation is rendered twice for each of its answers. That is done once for each
-kind of answer, and what comes before it is remembered, or what stands around it where a template writes it
-differently once more follow (`_Frame`); the next conversations are rendered once.
+kind of answer, and what comes before it is remembered; the next conversations are rendered once. Of a template that
+looks ahead it is done with characters that stand for the texts (frames.py), and what stands around an answer is
+remembered where more that follow change it. Texts that the template may look into are rendered for each answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from bigtrain.config.files import literal
+from bigtrain.data.answers import Answer, Border, Conversation, answer_in, form_of
 from bigtrain.data.call_arguments import CALL, takes_text, with_arguments
 from bigtrain.data.conversations import Message
+from bigtrain.data.frames import SLOTS, TIME, WatchedTemplate, filled, stand_ins
 from bigtrain.data.marks import ANSWER, MARK, QUESTION, any_of, check_marks, marked, texts_of
 from bigtrain.data.templates import REASONING, Rendering, Span, Template
 from bigtrain.errors import DataError
 
-SLOT = re.compile(f"[{QUESTION}{ANSWER}]")
-OTHER = "\ue003"  # content of the messages before
 PLAIN = {"role", "content", *REASONING}
 REMEMBERED = 100_000  # kinds of answers
 
@@ -42,54 +43,6 @@ class Rendered:
     text: str = ""
     answers: tuple[int, ...] = ()
     learned: tuple[Span, ...] = ()
-
-
-class _Answer(NamedTuple):
-    """An answer is `text[start:stop]`, after all before. learned: what of it is."""
-
-    text: str
-    start: int
-    stop: int
-    learned: tuple[Span, ...]
-
-    def follows(self, other: _Answer) -> bool:
-        """Whether all up to the other's end stands before it, word for word."""
-        if other.stop > self.start:
-            return False
-        return self.text is other.text or self.text.startswith(other.text[: other.stop])
-
-
-class _Frame(NamedTuple):
-    """An answer that no turn follows, from where its turn begins: what leads over to it, and the rest, where QUESTION
-    stands for its reasoning and ANSWER for its content."""
-
-    before: str
-    rest: str
-
-
-@dataclass
-class _Conversation:
-    """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. is_special: some text of
-    them is one that the template looks for. is_opaque: a template can but copy texts, as there is nothing to trim,
-    to part them at or to compare them with. forms: those of the messages, numbered; seen: of those before each, a set
-    as bits."""
-
-    messages: list[Message]
-    plain: list[Message]
-    tools: Any
-    whole: Rendering
-    is_special: bool
-    is_opaque: bool
-    forms: list[int]
-    seen: list[int]
-
-    def kind(self, number: int) -> Hashable:
-        """What decides how a template leads over to an answer, if no text does: all messages where it looks ahead, else
-        the two at hand, and which forms have come before."""
-        if self.whole.ahead:
-            return number, bool(self.tools), *self.forms
-        before = self.forms[number - 1] if number else None
-        return min(number, 2), bool(self.tools), before, self.forms[number], self.seen[number]
 
 
 class ChatTemplate:
@@ -116,9 +69,8 @@ class ChatTemplate:
         self._marked_or_not = re.compile(f"{MARK}(?:{self._of_template.pattern}){MARK}|({self._of_template.pattern})")
         self._is_alone = not any(self.end in token for token in self.tokens - {self.end})
         self._takes_text = {template: takes_text(template) for template in templates.values()}
-        self._before: dict[
-            Hashable, str | _Frame | None
-        ] = {}  # kind of an answer -> what leads over; None: look at each
+        self._watched: dict[Template, WatchedTemplate] = {}
+        self._before: dict[Hashable, Border | None] = {}  # kind of an answer -> what is known; None: look at each
         self._forms: dict[Hashable, int] = {}  # of messages
         self._silent: dict[Hashable, bool] = {}  # role -> whether the template leaves out what it says
 
@@ -148,7 +100,7 @@ class ChatTemplate:
             return []
         template = self._with_tools if tools else self._plain
         conversation = self._conversation(messages[: learned[-1] + 1], tools, template)
-        chains: list[list[_Answer]] = []
+        chains: list[list[Answer]] = []
         for number in learned:
             answer = self._answer(conversation, number, template)
             if answer.learned and chains and answer.follows(chains[-1][-1]):
@@ -186,53 +138,73 @@ class ChatTemplate:
             self.end = end[0]
         return {*self._any_token.findall(asked), end[0]}
 
-    def _conversation(self, messages: list[Message], tools: Any, template: Template) -> _Conversation:
+    def _conversation(self, messages: list[Message], tools: Any, template: Template) -> Conversation:
         plain = [message if len(message) == 2 else self._for_template(message, template) for message in messages]
-        held = [*texts_of(plain)]
-        texts = "\0".join(held)
-        guarded = plain
-        if self._of_template.search(texts):
+        texts = [*texts_of(plain)]
+        joined = "\0".join(texts)
+        guarded, has_tokens = plain, self._of_template.search(joined) is not None
+        if has_tokens:
             guarded = marked(plain, self._of_turns, self._of_template)
         whole = template.render(guarded, tools=tools)
         if guarded is not plain:
             check_marks(whole.text, template.render(plain, tools=tools).text)
         self._check_roles(plain, whole.text, template)
-        is_special = any(literal in texts for literal in template.literals)
-        is_special |= whole.ahead and not template.constants.isdisjoint(held)
-        is_opaque = not is_special
-        if whole.ahead and is_opaque:
-            is_opaque = guarded is plain and not tools and all(said.keys() <= PLAIN for said in plain)
-            is_opaque &= not any(piece in texts for piece in template.pieces)
-            is_opaque &= not template.trims or all(text == text.strip() for text in held)
+        is_plain = not has_tokens and not tools and all(said.keys() <= PLAIN for said in plain)
         numbers = self._forms
-        forms = [numbers.setdefault(_form(message), len(numbers)) for message in plain]
+        forms = [numbers.setdefault(form_of(message), len(numbers)) for message in plain]
         seen = [0]
         for form in forms:
             seen.append(seen[-1] | 1 << form)
-        return _Conversation(guarded, plain, tools, whole, is_special, is_opaque, forms, seen)
+        conversation = Conversation(guarded, plain, tools, whole, texts, joined, is_plain, forms, seen)
+        conversation.is_opaque = self._is_opaque(conversation, template)
+        return conversation
 
-    def _answer(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
-        whole, kind = conversation.whole, conversation.kind(number)
-        before = self._before.get((template, kind))
-        answer = None
-        if isinstance(before, _Frame):
-            answer = self._framed(conversation, number, before)
-        elif before is not None and not conversation.is_special:
-            answer = self._within_whole(whole, number, before, template)
-        if answer is not None:
-            message = conversation.messages[number]
-            return self._checked(answer, message) if "tool_calls" in message else answer
-        answer = self._checked(self._alone(conversation, number, template), conversation.messages[number])
-        is_new = (template, kind) not in self._before and len(self._before) < REMEMBERED
-        if is_new and not conversation.is_special:
-            lead: str | _Frame | None = self._lead(whole, number, answer, template)
-            if lead is None and whole.ahead and conversation.is_opaque and not template.has_marks:
-                lead = self._frame(conversation, number, answer, template)
-            if lead is not None or conversation.is_opaque:
-                self._before[template, kind] = lead
+    def _is_opaque(self, conversation: Conversation, template: Template) -> bool:
+        if not conversation.whole.ahead:
+            return not any(literal in conversation.joined for literal in template.literals)
+        watched = self._watched.get(template)
+        if (
+            watched is None
+            or not conversation.is_plain
+            or any(piece in conversation.joined for piece in watched.pieces)
+        ):
+            return False
+        return all(text == text.strip() for text in conversation.texts)
+
+    def _answer(self, conversation: Conversation, number: int, template: Template) -> Answer:
+        kind = (template, conversation.kind(number))
+        border, message = self._before.get(kind), conversation.messages[number]
+        if border is not None and conversation.is_opaque:
+            known = self._bordered(conversation, number, border, template)
+            if known is not None:
+                return self._checked(known, message) if "tool_calls" in message else known
+        answer, more = self._alone(conversation, number, template)
+        self._checked(answer, message)
+        if kind not in self._before and len(self._before) < REMEMBERED:
+            if not conversation.whole.ahead:
+                if conversation.is_opaque:
+                    self._before[kind] = self._lead(conversation.whole, number, answer, more, template)
+            elif conversation.is_plain:
+                self._before[kind] = self._watched_border(conversation, number, template)
         return answer
 
-    def _within_whole(self, whole: Rendering, number: int, before: str, template: Template) -> _Answer | None:
+    def _bordered(self, conversation: Conversation, number: int, border: Border, template: Template) -> Answer | None:
+        """An answer by what is known of its kind; None if that does not hold for it."""
+        whole, (before, more, rest) = conversation.whole, border
+        if whole.ahead:
+            before, more = filled(before, conversation.messages), filled(more, conversation.messages)
+        if rest is None:
+            answer = self._within_whole(whole, number, before, template)
+        else:
+            begin = whole.turns[number]
+            text, start = whole.text[:begin] + before + filled(rest, conversation.messages), begin + len(before)
+            stop = self._end(text, start, len(text))
+            answer = None if stop is None else answer_in(text, start, stop, None)
+        if answer is not None and more and answer.text.startswith(more, answer.start):
+            return None
+        return answer
+
+    def _within_whole(self, whole: Rendering, number: int, before: str, template: Template) -> Answer | None:
         """An answer as it stands in the text of all messages, behind what leads over to it; None if it does not."""
         text, turns = whole.text, whole.turns
         begin = turns.get(number)
@@ -243,63 +215,56 @@ class ChatTemplate:
         if stop is None:
             return None
         if not template.has_marks:
-            return _Answer(text, start, stop, ((start, stop),))
-        answer = _learned(text, start, stop, whole.generated)
+            return Answer(text, start, stop, ((start, stop),))
+        answer = answer_in(text, start, stop, whole.generated)
         return None if answer.learned and answer.learned[-1][1] != stop else answer
 
-    def _lead(self, whole: Rendering, number: int, answer: _Answer, template: Template) -> str | None:
-        """What leads over to an answer from where its turn begins, if the text of all messages has the answer too."""
+    def _lead(self, whole: Rendering, number: int, answer: Answer, more: str, template: Template) -> Border | None:
+        """What is known of an answer if the text of all messages has it too."""
         begin = whole.turns.get(number, answer.start + 1)
         if begin > answer.start or not whole.text.startswith(answer.text[: answer.stop]):
             return None
         before = answer.text[begin : answer.start]
         same = self._within_whole(whole, number, before, template)
-        return before if same is not None and same[1:] == answer[1:] else None
+        return Border(before, more) if same is not None and same[1:] == answer[1:] else None
 
-    def _framed(self, conversation: _Conversation, number: int, frame: _Frame) -> _Answer | None:
-        """An answer within a frame, behind what all messages have before it; None if the texts may matter."""
-        begin = conversation.whole.turns.get(number)
-        if begin is None or not conversation.is_opaque:
+    def _watched_border(self, conversation: Conversation, number: int, template: Template) -> Border | None:
+        """What is known of answers in conversations of the same forms, whatever their texts, if anything is."""
+        messages = stand_ins(conversation.plain)
+        if len(messages) > SLOTS:
             return None
-        message = conversation.messages[number]
-        slots = {
-            QUESTION: next((message[name] for name in REASONING if message.get(name)), ""),
-            ANSWER: message["content"],
-        }
-        rest = SLOT.sub(lambda slot: slots[slot[0]], frame.rest)
-        text, start = conversation.whole.text[:begin] + frame.before + rest, begin + len(frame.before)
-        stop = self._end(text, start, len(text))
-        return None if stop is None else _learned(text, start, stop, None)
-
-    def _frame(self, conversation: _Conversation, number: int, answer: _Answer, template: Template) -> _Frame | None:
-        """What stands around an answer, if all messages have the same before it and its texts stand as they are."""
-        begin = conversation.whole.turns.get(number, answer.start + 1)
-        if begin > answer.start:
-            return None
-        stand_ins = [_filled(message, OTHER, OTHER) for message in conversation.messages[:number]]
-        stand_ins.append(_filled(conversation.messages[number], QUESTION, ANSWER))
         try:
-            rendering = template.render(stand_ins)
+            watched = self._watched.get(template) or WatchedTemplate(*template.given)
+            self._watched[template] = watched
+            watched.looked = False
+            whole = watched.render(messages)
+            stood_in = replace(conversation, messages=messages, plain=messages)
+            answer, more = self._alone(stood_in, number, watched)
         except DataError:  # it says nothing of the conversation: the answers of its kind are looked at one by one
             return None
-        text = rendering.text[rendering.turns.get(number, 0) :]
-        start = answer.start - begin
-        frame = _Frame(text[:start], text[start:])
-        return frame if self._framed(conversation, number, frame) == answer else None
+        begin = whole.turns.get(number, answer.start + 1)
+        if watched.looked or begin > answer.start or whole.text[:begin] != answer.text[:begin]:
+            return None
+        border = self._lead(whole, number, answer, more, watched)
+        if border is None and not template.has_marks:
+            border = Border(answer.text[begin : answer.start], more, answer.text[answer.start :])
+        return None if border is None or any(TIME in (part or "") for part in border) else border
 
-    def _alone(self, conversation: _Conversation, number: int, template: Template) -> _Answer:
-        """The last turn of the messages up to it: from behind the generation prompt through the token that ends it."""
+    def _alone(self, conversation: Conversation, number: int, template: Template) -> tuple[Answer, str]:
+        """The last turn of the messages up to it: from behind the generation prompt through the token that ends it.
+        With what the prompt says beyond it."""
         messages, tools = conversation.messages[: number + 1], conversation.tools
         rendering = template.render(messages, tools=tools)
         text, before = rendering.text, messages[:number]
         if conversation.messages is not conversation.plain:
             check_marks(text, template.render(conversation.plain[: number + 1], tools=tools).text)
         asked = template.render(before, ask=True, tools=tools).text if before else ""
-        start = len(asked)
+        start, more = len(asked), ""
         if not before or not text.startswith(asked):
             # The prompt says more than answered turns show (DeepSeek's <think>), or there is none to answer to.
             answered = template.render([*before, {"role": "assistant", "content": ANSWER}], tools=tools).text
             start = answered.rfind(ANSWER)
+            more = asked[max(start, 0) :]
             if start < 0 or (before and not asked.startswith(text[:start])):
                 raise DataError(
                     f"the chat template writes what comes before turn {number + 1} differently once that turn is "
@@ -311,13 +276,13 @@ class ChatTemplate:
                 f"the chat template ends turn {number + 1} without a special token, "
                 "so the model would never learn to stop."
             )
-        answer = _learned(text, start, stop, rendering.generated if template.has_marks else None)
+        answer = answer_in(text, start, stop, rendering.generated if template.has_marks else None)
         if answer.learned and answer.learned[-1][1] != stop:
             raise DataError(
                 f"the generation marks of the chat template leave out {literal(self.end)}, which ends turn "
                 f"{number + 1}, so the model would never learn to stop. Put the token between the marks."
             )
-        return answer
+        return answer, more
 
     def _end(self, text: str, start: int, end: int) -> int | None:
         """Where the last token of a turn ends that starts and ends there, if it has one."""
@@ -327,7 +292,7 @@ class ChatTemplate:
         chosen = [match for match in ends if match[1] == self.end] or ends
         return chosen[-1].end() if chosen else None
 
-    def _checked(self, answer: _Answer, message: Message) -> _Answer:
+    def _checked(self, answer: Answer, message: Message) -> Answer:
         for call in message.get("tool_calls") or ():
             name = call.get("function", call).get("name", "")
             if answer.text.find(name, answer.start, answer.stop) < 0:
@@ -386,21 +351,7 @@ def _sources(tokenizer: Any) -> tuple[str, str]:
     return default, given.get("tool_use", default)
 
 
-def _filled(message: Message, reasoning: str, content: str) -> Message:
-    """A message with other texts where it has some."""
-    texts = {"content": content} | dict.fromkeys(REASONING, reasoning)
-    return message | {name: text for name, text in texts.items() if message.get(name)}
-
-
-def _learned(text: str, start: int, stop: int, generated: list[Span] | None) -> _Answer:
-    """The answer in text[start:stop], with what of it generation marks enclose; without marks all of it."""
-    if generated is None:
-        return _Answer(text, start, stop, ((start, stop),))
-    parts = ((max(begin, start), min(end, stop)) for begin, end in generated)
-    return _Answer(text, start, stop, tuple((begin, end) for begin, end in parts if begin < end))
-
-
-def _document(chain: list[_Answer]) -> Rendered:
+def _document(chain: list[Answer]) -> Rendered:
     """One document of answers that follow one another."""
     last = chain[-1]
     learned = tuple(span for answer in chain for span in answer.learned)
@@ -411,13 +362,3 @@ def _says(message: Message, template: Template) -> bool:
     if message["content"] or message.get("tool_calls"):
         return True
     return not template.names.isdisjoint(REASONING) and any(message.get(name) for name in REASONING)
-
-
-def _form(message: Message) -> Hashable:
-    """What a template may look at in a message but for its texts."""
-    content = message["content"]
-    says = bool(content) and not content.isspace()
-    if len(message) == 2:
-        return message["role"], says
-    others = tuple(sorted(key for key, value in message.items() if value and key not in ("role", "content")))
-    return message["role"], says, others, len(message.get("tool_calls", ()))

@@ -27,7 +27,6 @@ STEPS = 2_000_000  # items of loops of a rendering, at most; a call counts as CA
 CALL = 10
 CHARACTERS = 100_000_000  # of its text, at most
 AHEAD = frozenset({"last", "length", "revindex", "revindex0", "nextitem"})  # of `loop`: what depends on later messages
-TRIMS = frozenset({"strip", "lstrip", "rstrip"})
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same, as in transformers
 
 
@@ -53,14 +52,14 @@ class Rendering:
 class Template:
     """A chat template, compiled.
 
-    literals: texts that it looks for in messages; pieces: also those of one character; constants: all texts that it
-    has. names: all attributes and keys that it reads. takes_tools: whether it reads descriptions of tools. has_marks:
-    whether generation marks say what an assistant generates. trims: whether it takes space off texts.
+    literals: texts that it looks for in messages. names: all attributes and keys that it reads. takes_tools: whether it
+    reads descriptions of tools. has_marks: whether generation marks say what an assistant generates.
     """
 
-    def __init__(self, source: str, variables: dict[str, Any]):
+    def __init__(self, source: str, variables: dict[str, Any], sandbox: Sandbox | None = None):
         """variables: those of every rendering. Raises DataError for what is no template."""
-        self._environment = _environment()
+        self.given = source, variables
+        self._environment = sandbox or Sandbox()
         try:
             tree = self._environment.parse(source)
             self._template = self._environment.from_string(source)
@@ -70,12 +69,8 @@ class Template:
         reads: list[nodes.Getattr | nodes.Getitem] = [*tree.find_all(nodes.Getattr), *tree.find_all(nodes.Getitem)]
         self.names = frozenset(name for node in reads if isinstance(name := _name(node), str))
         self.takes_tools = any(variable.name == "tools" for variable in tree.find_all(nodes.Name))
-        self.pieces = _literals(tree) - self.names
-        self.literals = frozenset(text for text in self.pieces if len(text.strip()) > 1)
-        self.constants = frozenset(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-        filters = {applied.name for applied in tree.find_all(nodes.Filter)}
-        self.trims = "trim" in filters or not TRIMS.isdisjoint(self.names)
-        self.has_marks = "__generated" in filters
+        self.literals = _literals(tree) - self.names
+        self.has_marks = any(made.name == "__generated" for made in tree.find_all(nodes.Filter))
         self._ahead = any(_is_loop(node.node) and _name(node) in AHEAD for node in reads)
 
     def render(self, messages: list[dict[str, Any]], ask: bool = False, tools: Any = None) -> Rendering:
@@ -191,11 +186,26 @@ for _of_the_whole in ("len", "iter", "reversed", "contains", "eq", "ne", "add", 
     setattr(_Messages, f"__{_of_the_whole}__", _noted(f"__{_of_the_whole}__"))
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' sandbox; the rendering at hand is `run`."""
+class Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' sandbox, with its filters, globals and white space; the rendering at hand is `run`."""
 
     intercepted_binops = frozenset({"*", "**"})
     run: _Run
+
+    def __init__(self) -> None:
+        theirs = _theirs()
+        super().__init__(
+            trim_blocks=theirs.trim_blocks,
+            lstrip_blocks=theirs.lstrip_blocks,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        self.filters |= theirs.filters
+        self.globals |= theirs.globals
+        self.filters |= {
+            "__counted": self.counted,
+            "__generated": _generated,
+            "__turn": str,
+        }  # a rendering sets the last
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """The same as the sandbox's, without an exception for each key of a dict."""
@@ -234,10 +244,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in [*tree.find_all(nodes.For)]:
-            loop.iter = _filter(loop.iter, "__counted")
+            loop.iter = filtered(loop.iter, "__counted")
             if isinstance(loop.target, nodes.Name):
                 item = nodes.Name(loop.target.name, "load", lineno=loop.lineno)
-                loop.body.insert(0, nodes.Output([_filter(item, "__turn")], lineno=loop.lineno))
+                loop.body.insert(0, nodes.Output([filtered(item, "__turn")], lineno=loop.lineno))
         return tree
 
 
@@ -250,7 +260,7 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         before, behind = (
-            nodes.Output([_filter(nodes.Const(edge, lineno=line), "__generated")], lineno=line)
+            nodes.Output([filtered(nodes.Const(edge, lineno=line), "__generated")], lineno=line)
             for edge in (True, False)
         )
         return [before, nodes.Scope(body, lineno=line), behind]
@@ -261,20 +271,6 @@ _SAFE: dict[type, frozenset[str]] = {
     LoopContext: frozenset({"first", "last", "index", "index0", "previtem", "nextitem", "length"}),
     str: frozenset({"startswith", "endswith", "split", "strip", "lstrip", "rstrip", "upper", "lower", "replace"}),
 }
-
-
-def _environment() -> _Environment:
-    """With the filters, globals and white space of transformers' own."""
-    theirs = _theirs()
-    ours = _Environment(
-        trim_blocks=theirs.trim_blocks,
-        lstrip_blocks=theirs.lstrip_blocks,
-        extensions=["jinja2.ext.loopcontrols", _Generation],
-    )
-    ours.filters.update(theirs.filters)
-    ours.globals.update(theirs.globals)
-    ours.filters |= {"__counted": ours.counted, "__generated": _generated, "__turn": str}  # a rendering sets the last
-    return ours
 
 
 @lru_cache
@@ -315,8 +311,9 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return {**message} if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
-def _filter(node: nodes.Node, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def filtered(node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    """An expression with a filter on it."""
+    return nodes.Filter(node, name, [*arguments], [], None, None, lineno=node.lineno)
 
 
 def _name(node: nodes.Getattr | nodes.Getitem) -> Any:
@@ -330,24 +327,18 @@ def _is_loop(node: nodes.Node) -> bool:
 
 
 def _literals(tree: nodes.Template) -> frozenset[str]:
-    """Texts that are looked for: `'x' in ...`, and what methods, filters and tests are given; but for space that
-    is trimmed."""
+    """Texts that are looked for: `'x' in ...`, and what methods, filters and tests are given."""
     places: list[nodes.Node] = []
     for compare in tree.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in compare.ops):
             places.append(compare.expr)
     for call in tree.find_all(nodes.Call):
-        trims = isinstance(call.node, nodes.Getattr) and call.node.attr in TRIMS
-        if not isinstance(call.node, nodes.Name) and not (trims and all(map(_is_space, call.args))):
-            places += call.args  # not of raise_exception, namespace
+        if not isinstance(call.node, nodes.Name):  # raise_exception, namespace
+            places += call.args
     for applied in (*tree.find_all(nodes.Filter), *tree.find_all(nodes.Test)):
         places += applied.args
     found = (node.value for place in places for node in _constants(place))
-    return frozenset(text for text in found if isinstance(text, str) and text)
-
-
-def _is_space(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Const) and isinstance(node.value, str) and node.value.isspace()
+    return frozenset(text for text in found if isinstance(text, str) and len(text.strip()) > 1)
 
 
 def _constants(node: nodes.Node) -> Iterator[nodes.Const]:

@@ -813,41 +813,81 @@ def test_what_a_template_remembers_of_earlier_turns_counts(smollm2, name, specia
     assert last.text[: last.answers[-1]].endswith("<|im_start|>assistant\n<think></think>")
 
 
-OPAQUE = st.sampled_from(["a", "Yes.\nOr no.", "é b", "user", "system", " b\n", "c</think>d", "\nx", "x, y"])
-LAST = "{% if loop.last and m.role == 'assistant' %}<think>"
-REWRITES = {
-    "echoes": LAST + "{{ messages[0].content }}{% endif %}{{ m.content }}",
-    "compares": LAST + "{% if m.content == 'é b' %}b{% endif %}{% endif %}{{ m.content }}",
-    "parts": LAST + "{{ m.content.split(',')[0] }}{% else %}{{ m.content | trim }}{% endif %}",
-}
+SAID = [
+    "yes",
+    "No",
+    "ABC",
+    "abc d",
+    '{"k": 1}',
+    "42",
+    "a, b",
+    "one\ntwo",
+    "a  b",
+    "é <b>",
+    "x" * 60,
+    " b\n",
+    "c</think>d",
+    "ab.",
+]
+REWRITES = {  # what is written of a last answer
+    **{name: "{{ m.content | " + name + " }}" for name in ("upper", "title", "e", "tojson")},
+    **{f"is {name}": "{% if " + name + " %}<A>{% endif %}{{ m.content }}" for name in (
+        "m.content == 'abc d'", "m.content[:3] == 'abc'", "m.content[0] == '{'", "m.content | length > 3",
+        "m.content < 'b'", "m.content is upper", "m.content | int > 3", "('a' ~ 'b') in m.content",
+        "'xa' in ('x' ~ m.content)", "messages[0].content | length > 3", "loop.previtem.content == m.content",
+        "m.reasoning_content | length > 3", "m.reasoning_content is defined", "'ab.'.endswith(m.content)",
+    )},
+    "set": "{% set t = 'abc' %}{% if t in m.content %}<A>{% endif %}{{ m.content }}",
+    "list": "{% for t in ['abc', 'yes'] %}{% if t in m.content %}<A>{% endif %}{% endfor %}{{ m.content }}",
+    "block": "{% set t %}{{ m.content }}{% endset %}{{ t.title() }}",
+    "macro": "{% macro f(t) %}{{ t.split() | join(' ') }}{% endmacro %}{{ f(m.content) }}",
+    "parts": "{{ m.content.split(',')[0] | trim }}",
+    "trims": "{{ m.content.strip('.s') }}",
+    "echoes": "{{ messages[0].content }}{{ m.content }}",
+    "counts letters": "{% for t in m.content %}.{% endfor %}{{ m.content }}",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["qwen3", *REWRITES])
-@pytest.mark.parametrize("reasons", [False, True])
-def test_rewritten_turns_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2, name, reasons) -> None:
-    """Conversations of one form, whose texts alone differ."""
-    tokenizer = (
-        opened(name)
-        if name == "qwen3"
-        else with_template(
-            smollm2, STATE + "{% for m in messages %}" + WRITES.replace("{{ m.content }}", REWRITES[name])
-        )
-    )
-    fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+def said_of_one_form(number):
+    """Conversations of few forms, whose texts alone differ; the first has none that a template may look for."""
+    texts = [SAID[(number * (k + 1) + k * k) % len(SAID)] if number else "plain" for k in range(6)]
+    messages = [turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:4])]
+    for message, thought in zip(messages[1::2], [texts[4], ""] if number % 3 == 1 else [], strict=False):
+        message["reasoning_content"] = thought
+    return messages
+
+
+def test_last_turns_are_learned_as_a_rendering_for_each_gives_them(smollm2) -> None:
+    tokenizer = with_template(smollm2, "")
+    for name, written in REWRITES.items():
+        last = "{% if loop.last and m.role == 'assistant' %}<think></think>" + written + "{% else %}{{ m.content }}"
+        writes = WRITES.replace("{{ m.content }}", last + "{% endif %}")
+        tokenizer.chat_template = STATE + "{% for m in messages %}" + writes
+        fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+        exact._before = Forgetful()
+        for messages in map(said_of_one_form, range(24)):
+            assert outcome(fast, messages) == outcome(exact, messages), (name, messages)
+        assert isinstance(outcome(exact, said_of_one_form(0)), list)
+
+
+def test_qwen3_is_learned_as_a_rendering_for_each_gives_it(opened) -> None:
+    fast, exact = ChatTemplate(opened("qwen3")), ChatTemplate(opened("qwen3"))
     exact._before = Forgetful()
-
-    @given(texts=st.lists(OPAQUE, min_size=9, max_size=9))
-    @settings(max_examples=30, deadline=None, derandomize=True)
-    def check(texts):
-        messages = [turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:6])]
-        for message, thought in zip(messages[1::2], texts[6:] * reasons, strict=False):
-            message["reasoning_content"] = thought
+    for messages in map(said_of_one_form, range(24)):
         assert outcome(fast, messages) == outcome(exact, messages)
-        met.add(type(outcome(fast, messages)))
+    assert any(border is not None and border.rest for border in fast._before.values())
 
-    met = set[type]()
-    check()
-    assert list in met
+
+@pytest.mark.parametrize("first", ["Two.", "<think>\nhm\n</think>\n\nTwo."])
+def test_an_answer_that_begins_as_the_prompt_goes_on(smollm2, first) -> None:
+    """The prompt says more than answered turns."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    ask = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    template = ChatTemplate(with_template(smollm2, source + ask))
+    for said in (first, "Two.", "<think>\nhm\n</think>\n\nTwo.", "Two."):
+        (document,) = template.documents([turn("user", "2?"), turn("assistant", said)])
+        (begin, end), start = document.learned[0], document.answers[0]
+        assert begin == start and document.text[begin:end] == said.removeprefix("<think>\n") + "<|im_end|>"
 
 
 @pytest.mark.parametrize("reasons", [False, True])
