@@ -70,11 +70,15 @@ def fingerprint(source: Source, stores: Path | None = None) -> str:
 
 def is_known(source: Source, stores: Path) -> bool:
     """Whether `fingerprint` would read no file of the source."""
-    if kind_of(source) not in ("files", "saved", "stdlib"):
-        return True
-    files = map(str, stdlib.files()) if source.source == "stdlib" else (file.path for file in find(source.source))
+    match kind_of(source):
+        case "stdlib":
+            files = stdlib.files()
+        case "files" | "saved":
+            files = [Path(file.path) for file in find(source.source) if file.system is None]
+        case _:
+            return True
     known = _read(stores / KNOWN)
-    return all(_hash_of(Path(file), known) is not None for file in files)
+    return all(_hash_of(file, known) is not None for file in files)
 
 
 def _told(file: File) -> list[Any]:

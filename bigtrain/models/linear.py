@@ -9,7 +9,6 @@ with AVX2). There the operands are converted to fp32 and the result is rounded o
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-@cache
-def slow_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes in which PyTorch's own products do not use what this machine's processor can do."""
+def mkl_is_slow() -> bool:
+    """Whether this machine's processor has AVX-512 and MKL does not use it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and cpuinfo.exists()):
+        return False
+    first = cpuinfo.read_text().partition("\n\n")[0]
+    return "AuthenticAMD" in first and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
     slow = set()
     if mkl_is_slow():
         slow.add(torch.float32)
@@ -32,14 +38,7 @@ def slow_dtypes() -> frozenset[torch.dtype]:
     return frozenset(slow)
 
 
-@cache
-def mkl_is_slow() -> bool:
-    """Whether this machine's processor has AVX-512 and MKL does not use it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and cpuinfo.exists()):
-        return False
-    first = cpuinfo.read_text().partition("\n\n")[0]
-    return "AuthenticAMD" in first and torch.backends.cpu.get_cpu_capability() == "AVX512"
+SLOW_DTYPES = _slow_dtypes()  # in which PyTorch's own products do not use what this machine's processor can do
 
 
 def make_fast(model: nn.Module) -> None:
@@ -51,7 +50,7 @@ def make_fast(model: nn.Module) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, of shape (..., out), for x (..., in), W (out, in) and b (out) of one dtype."""
-    if x.device.type == "cpu" and x.dtype in slow_dtypes():
+    if x.device.type == "cpu" and x.dtype in SLOW_DTYPES:
         product: Tensor = _Product.apply(x, weight, bias)
         return product
     return functional.linear(x, weight, bias)

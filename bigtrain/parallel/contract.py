@@ -23,7 +23,7 @@ from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import CheckpointError
 from bigtrain.models.causal_lm import compile_layers, plain_head
 from bigtrain.models.head import GradientSum, use_in_chunks
-from bigtrain.models.linear import linear, make_fast, slow_dtypes
+from bigtrain.models.linear import SLOW_DTYPES, linear, make_fast
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class TaskModule(nn.Module):
         self.model = model
         self.task = task
         self._token_sums = _token_sums
-        if device.type == "cpu" and slow_dtypes():
+        if device.type == "cpu" and SLOW_DTYPES:
             make_fast(model)
         head = plain_head(model)
         if head is not None:

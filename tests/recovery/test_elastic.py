@@ -18,7 +18,7 @@ from tests.support import bigtrain, small_config
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 STEPS = 60
-QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"  # to notice that a node is lost
+QUICK = "last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=2"  # to notice that a node is lost
 
 
 @pytest.fixture(scope="module")

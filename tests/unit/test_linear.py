@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def slow_in_all(monkeypatch):
     """As on a processor without instructions for any dtype."""
     dtypes = frozenset([torch.float32, torch.bfloat16, torch.float16])
-    monkeypatch.setattr(linear, "slow_dtypes", lambda: dtypes)
+    monkeypatch.setattr(linear, "SLOW_DTYPES", dtypes)
 
 
 def both(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
@@ -78,7 +78,7 @@ def test_low_precision_sums_in_fp32_and_rounds_once(dtype):
 
 def test_dtypes_that_are_fast_stay_with_pytorch(monkeypatch):
     own, other = both(bias=False, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear, "slow_dtypes", lambda: frozenset())
+    monkeypatch.setattr(linear, "SLOW_DTYPES", frozenset())
     x = torch.randn(4, 48, dtype=torch.bfloat16)
     assert torch.equal(own(x), other(x))
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,24 @@ def test_a_byte_anywhere_changes_the_fingerprint(tmp_path: Path, place: int, mon
     file.write_bytes(content[:place] + b"b" + content[place + 1 :])
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert fingerprint(source, stores) != first
+
+
+def test_a_source_of_any_kind_is_known_once_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run asks, whatever the sources are."""
+    monkeypatch.setattr(fingerprints, "YOUNG", {False: 0.0, True: 0.0})  # files are remembered at once
+    rows = write_rows(tmp_path / "rows.jsonl", {"text": "a"})
+    packed = tmp_path / "a.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.txt", "a")
+    (tmp_path / "given_rows.py").write_text("def rows():\n    yield {'text': 'a'}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sources = ["stdlib", "stdlib-functions", str(rows), f"zip://a.txt::{packed}", "given_rows:rows"]
+    for source in (Source(source=text) for text in sources):
+        stores = tmp_path / "stores"
+        before = is_known(source, stores)
+        fingerprint(source, stores)
+        assert is_known(source, stores)
+        assert before == (source.source not in ("stdlib", str(rows)))  # no file of theirs was read yet
 
 
 def test_a_file_is_read_once_for_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
