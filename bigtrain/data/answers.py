@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bigtrain.data.conversations import Message
+from bigtrain.data.frames import shape_of
 from bigtrain.data.templates import Rendering, Span
 
 
@@ -37,8 +38,8 @@ class Border(NamedTuple):
 @dataclass
 class Conversation:
     """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. texts: those of all, held
-    together in `joined`. is_plain: they are all that it has, and none looks like a token of the template. forms: those
-    of the messages, numbered; seen: of those before each, a set as bits. is_opaque: no text of it is one that the
+    together in `joined`. is_plain: characters can stand for all that it has, and nothing looks like a token. forms:
+    those of the messages, numbered; seen: of those before each, a set as bits. is_opaque: no text of it is one that the
     template looks into."""
 
     messages: list[Message]
@@ -56,7 +57,7 @@ class Conversation:
         """What decides how a template leads over to an answer, if no text does: all messages where it looks ahead, else
         the two at hand, and which forms have come before."""
         if self.whole.ahead:
-            return True, number, *self.forms
+            return True, number, len(self.tools or ()), *self.forms
         before = self.forms[number - 1] if number else None
         return False, min(number, 2), bool(self.tools), before, self.forms[number], self.seen[number]
 
@@ -78,4 +79,4 @@ def form_of(message: Message) -> Hashable:
     others = tuple(
         (key, type(held), bool(held)) for key, held in sorted(message.items()) if key not in ("role", "content")
     )
-    return message["role"], says, others, len(message.get("tool_calls") or ())
+    return message["role"], says, others, *map(shape_of, message.get("tool_calls") or ())

@@ -16,6 +16,7 @@ remembered where more that follow change it. Texts that the template may look in
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -26,12 +27,12 @@ from bigtrain.config.files import literal
 from bigtrain.data.answers import Answer, Border, Conversation, answer_in, form_of
 from bigtrain.data.call_arguments import CALL, takes_text, with_arguments
 from bigtrain.data.conversations import Message
-from bigtrain.data.frames import SLOTS, TIME, WatchedTemplate, filled, stand_ins
+from bigtrain.data.frames import CALLS, SLOTS, TIME, WatchedTemplate, filled, shape_of, stand_ins, tool_stand_ins
 from bigtrain.data.marks import ANSWER, MARK, QUESTION, any_of, check_marks, marked, texts_of
 from bigtrain.data.templates import REASONING, Rendering, Span, Template
 from bigtrain.errors import DataError
 
-PLAIN = {"role", "content", *REASONING}
+PLAIN = {"role", "content", "tool_calls", *REASONING}
 REMEMBERED = 100_000  # kinds of answers
 
 
@@ -149,7 +150,7 @@ class ChatTemplate:
         if guarded is not plain:
             check_marks(whole.text, template.render(plain, tools=tools).text)
         self._check_roles(plain, whole.text, template)
-        is_plain = not has_tokens and not tools and all(said.keys() <= PLAIN for said in plain)
+        is_plain = whole.ahead and not has_tokens and self._can_stand_in(plain, tools)
         numbers = self._forms
         forms = [numbers.setdefault(form_of(message), len(numbers)) for message in plain]
         seen = [0]
@@ -158,6 +159,17 @@ class ChatTemplate:
         conversation = Conversation(guarded, plain, tools, whole, texts, joined, is_plain, forms, seen)
         conversation.is_opaque = self._is_opaque(conversation, template)
         return conversation
+
+    def _can_stand_in(self, messages: list[Message], tools: Any) -> bool:
+        """Whether characters can stand for all that messages and tools say."""
+        calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
+        if not all(message.keys() <= PLAIN for message in messages) or not all(map(_are_known, calls)):
+            return False
+        if not (calls or tools):
+            return True
+        if tools and not (isinstance(tools, list) and all(tool and isinstance(tool, dict) for tool in tools)):
+            return False
+        return self._of_template.search(json.dumps([tools, calls], ensure_ascii=False)) is None
 
     def _is_opaque(self, conversation: Conversation, template: Template) -> bool:
         if not conversation.whole.ahead:
@@ -237,8 +249,9 @@ class ChatTemplate:
             watched = self._watched.get(template) or WatchedTemplate(*template.given)
             self._watched[template] = watched
             watched.looked = False
-            whole = watched.render(messages)
-            stood_in = replace(conversation, messages=messages, plain=messages)
+            tools = tool_stand_ins(conversation.tools)
+            whole = watched.render(messages, tools=tools)
+            stood_in = replace(conversation, messages=messages, plain=messages, tools=tools)
             answer, more = self._alone(stood_in, number, watched)
         except DataError:  # it says nothing of the conversation: the answers of its kind are looked at one by one
             return None
@@ -335,6 +348,10 @@ class ChatTemplate:
 
 
 _KNOWN: WeakKeyDictionary[Any, tuple[Hashable, ChatTemplate]] = WeakKeyDictionary()
+
+
+def _are_known(calls: Any) -> bool:
+    return len(calls) <= CALLS and all(shape_of(call) is not None for call in calls)
 
 
 def _sources(tokenizer: Any) -> tuple[str, str]:

@@ -3,13 +3,15 @@
 A template that is watched is given one character of its own for each text. Whatever it does with one is held against
 lists of what comes out alike for all texts: writing, joining and storing it, asking whether it is there, and looking in
 it for constants, which are noted. Anything else with a text in it says `looked`, and nothing is known of other texts.
+Arguments of tool calls and descriptions of tools stand in as a whole: a template may write them as JSON, and no more.
 """
 
 from __future__ import annotations
 
+import json
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from jinja2 import nodes
@@ -21,11 +23,12 @@ from bigtrain.data.conversations import Message
 from bigtrain.data.templates import REASONING, Sandbox, Template, filtered
 
 NAMES = ("content", *REASONING)  # of the texts of a message
-FIRST, TIME = "\ue100", "\uf8ff"
-SLOT = re.compile(f"[{FIRST}-\uf8fe]")
-SLOTS = (ord(TIME) - ord(FIRST)) // 4  # messages, at most
+CALLS, WIDTH = 6, 16  # of a message, at most: calls, and characters that stand in
+FIRST, TIME = "\U00100000", "\U0010ffff"
+SLOT = re.compile(f"[{FIRST}-\U0010fffe]")
+SLOTS = (ord(TIME) - ord(FIRST)) // WIDTH  # messages, at most
 SCOPES = frozenset({"_loop_vars", "_block_vars"})  # that jinja gives to each call
-HELD = re.compile("[\ue000-\uf8ff]")
+HELD = re.compile("[\ue000-\uf8ff\U00100000-\U0010ffff]")
 CALCULATIONS = (nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Sub, nodes.Mod, nodes.Pow)
 KINDS = frozenset({"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "number", "boolean"})
 DEFAULTS = frozenset({"default", "d"})
@@ -40,22 +43,60 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def stand_ins(messages: list[Message]) -> list[Message]:
-    """The messages, with a character for each text that says something."""
-    return [
-        message | {name: chr(ord(FIRST) + 4 * i + k) for k, name in enumerate(NAMES) if message.get(name)}
-        for i, message in enumerate(messages)
-    ]
+    """The messages, with a character for each text that says something. Their calls have a `shape_of`."""
+    stood_in = []
+    for i, message in enumerate(messages):
+        base = ord(FIRST) + WIDTH * i
+        held: Message = {name: chr(base + k) for k, name in enumerate(NAMES) if message.get(name)}
+        if message.get("tool_calls"):
+            first = base + len(NAMES)
+            held["tool_calls"] = [_stand_in(call, first + 2 * k) for k, call in enumerate(message["tool_calls"])]
+        stood_in.append(message | held)
+    return stood_in
+
+
+def tool_stand_ins(tools: Any) -> Any:
+    """As many tools, of which nothing is known."""
+    return [Opaque({TIME: TIME}) for _ in tools] if tools else tools
+
+
+def shape_of(call: Message) -> Hashable:
+    """All of a tool call but its name and its arguments; None if it has anything that cannot stand in."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or call.get("type", "function") != "function":
+        return None
+    keys, name, arguments = {*call} - {"type"}, function.get("name"), function.get("arguments")
+    known = keys == {"function"} and function.keys() == {"name", "arguments"} if "function" in call else len(keys) == 2
+    if not known or not (name and isinstance(name, str) and arguments and isinstance(arguments, str | dict)):
+        return None
+    return "function" in call, "type" in call, isinstance(arguments, str)
+
+
+def _stand_in(call: Message, code: int) -> Message:
+    if "function" in call:
+        return call | {"function": _stand_in(call["function"], code)}
+    arguments = chr(code + 1)
+    opaque = arguments if isinstance(call["arguments"], str) else Opaque({arguments: arguments})
+    return call | {"name": chr(code), "arguments": opaque}
 
 
 def filled(text: str, messages: list[Message]) -> str:
     """A text of stand-ins, with the texts of messages for them."""
 
     def text_of(slot: re.Match[str]) -> str:
-        number, name = divmod(ord(slot[0]) - ord(FIRST), 4)
-        found: str = messages[number][NAMES[name]]
-        return found
+        number, name = divmod(ord(slot[0]) - ord(FIRST), WIDTH)
+        if name < len(NAMES):
+            return str(messages[number][NAMES[name]])
+        call, is_arguments = divmod(name - len(NAMES), 2)
+        called = messages[number]["tool_calls"][call]
+        found = called.get("function", called)["arguments" if is_arguments else "name"]
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
     return SLOT.sub(text_of, text)
+
+
+class Opaque(dict[str, str]):
+    """A dict of which a template knows nothing but that it is one, and not empty. It has the character for its JSON."""
 
 
 class WatchedTemplate(Template):
@@ -87,7 +128,7 @@ class _Watching(Sandbox):
     def __init__(self) -> None:
         super().__init__()
         self.pieces: set[str] = set()
-        ours = (self.plain, self.whole, self.listed, self.shown, self.trimmed, self.pairs, self.compared)
+        ours = (self.plain, self.whole, self.listed, self.shown, self.trimmed, self.pairs, self.compared, self.json)
         self.filters |= {f"__{method.__name__}": method for method in ours}
 
     def plain(self, value: Any) -> Any:
@@ -112,6 +153,7 @@ class _Watching(Sandbox):
         """A filter: the edges of texts are not among the characters."""
         for given in characters:
             self.plain(given)
+            self.looked |= not _has_texts_alone(value)
             if isinstance(given, str):
                 self.pieces.update(character for character in given if not character.isspace())
         return self.shown(value)
@@ -119,6 +161,10 @@ class _Watching(Sandbox):
     def pairs(self, items: Any) -> Any:
         """A filter: its items are taken apart."""
         return items if isinstance(items, type({}.items())) else self.plain(items)
+
+    def json(self, value: Any) -> Any:
+        """A filter: what `tojson` makes of it."""
+        return next(iter(value)) if isinstance(value, Opaque) else self.filters["tojson"](self.plain(value))
 
     def counted(self, items: Any) -> Any:
         return super().counted(self.listed(items))
@@ -134,7 +180,7 @@ class _Watching(Sandbox):
             text, other = (left, right) if _is_text(left) else (right, left)
             return _is_text(text) and not _holds(other) and self._noted([other])
         if how in ("in", "notin") and not _holds(left):
-            return isinstance(right, dict) or (_is_text(right) and self._noted([left]))
+            return type(right) is dict or (_is_text(right) and self._noted([left]))
         among = how in ("in", "notin") and isinstance(right, list | tuple | dict) and not _holds([*right])
         return among and _is_text(left) and self._noted([*right])
 
@@ -144,11 +190,13 @@ class _Watching(Sandbox):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self.looked |= isinstance(obj, str) and attribute not in LOOKS | TRIMS and _holds(obj)
+        self.looked |= isinstance(obj, Opaque)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         self.whole(obj)
         self.plain(argument)
+        self.looked |= isinstance(obj, Opaque)
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -221,6 +269,8 @@ class _Watcher(NodeTransformer):
             return node
         way = FILTERS.get(node.name)
         bare = not (node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
+        if node.name == "tojson" and bare and isinstance(node.node, nodes.Expr):
+            return filtered(node.node, "__json")
         return _all(node, way if way and bare else "__plain")
 
     def visit_Test(self, node: nodes.Test) -> nodes.Node:  # noqa: N802
@@ -246,7 +296,15 @@ def _is_ours(node: nodes.Node) -> bool:
 
 def _is_text(value: Any) -> bool:
     """Whether it is a text, and nothing else with it."""
-    return isinstance(value, str) and len(value) == 1 and _holds(value)
+    return isinstance(value, str) and len(value) == 1 and _holds(value) and _has_texts_alone(value)
+
+
+def _has_texts_alone(value: Any) -> bool:
+    """Whether no character in it stands for arguments or a tool."""
+    if not isinstance(value, str):
+        return True
+    places = ((ord(slot) - ord(FIRST)) % WIDTH - len(NAMES) for slot in SLOT.findall(value))
+    return TIME not in value and not any(place > 0 and place % 2 for place in places)
 
 
 def _holds(value: Any) -> bool:

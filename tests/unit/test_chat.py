@@ -765,9 +765,9 @@ STATE = "{% set ns = namespace(quiet=false) %}"
 OWN = {"zephyr": ZEPHYR, "counts": STATE + COUNTS, "remembers": STATE + REMEMBERS, "joins": STATE + JOINS}
 
 
-def outcome(template, messages):
+def outcome(template, messages, tools=None):
     try:
-        return template.documents(messages)
+        return template.documents(messages, tools)
     except DataError as error:
         return str(error)
 
@@ -876,6 +876,82 @@ def test_qwen3_is_learned_as_a_rendering_for_each_gives_it(opened) -> None:
     for messages in map(said_of_one_form, range(24)):
         assert outcome(fast, messages) == outcome(exact, messages)
     assert any(border is not None and border.rest for border in fast._before.values())
+
+
+GIVEN = [{"a": 2}, {"b": "abc d"}, {"a": {"b": [1.5, None]}, "é": 'q"\n\\'}, '{"a": 3}', {}, {"t": "x"}, {"a": "a"}]
+WRITES_CALLS = {  # what is written of the calls of a last answer
+    **{name: "{{ f.arguments" + name + " | tojson }}" for name in ("", ".a", "['b']", ".values() | list", ".get('a')")},
+    **{f"is {name}": "{% if " + name + " %}<A>{% endif %}{{ f.arguments | tojson }}" for name in (
+        "f.arguments.a", "'a' in f.arguments", "f.arguments | length > 1", "f.arguments is string", "f.arguments",
+        "f.arguments == {'a': 2}", "(f.arguments | tojson) == TWO", "'2' in (f.arguments | tojson)",
+        "(f.arguments | tojson).startswith(TWO[:3])", "f.arguments | tojson | length > 10", "f.name == 'add'",
+        "f.name in 'add, g'", "tools[0].name", "'x' in (tools | tojson)", "tools[0].function.name == f.name",
+        "loop.index0 in f.arguments", "messages[0].content in f.arguments",
+    )},
+    **{f"as {name}": "{{ " + name + " }}" for name in (
+        "f.arguments | tojson | trim", "(f.arguments | tojson).strip('{}')", "f | tojson",
+        "f.arguments | tojson(indent=2)",
+        "f.arguments | list | join", "f.arguments | items | list", "dict(f.arguments)", "f.name | upper",
+        "f.name ~ (tools | tojson)", "f.name | tojson", "(f.arguments | tojson)[1:]",
+    )},
+    "each": "{% for k, v in f.arguments.items() %}{{ k }}={{ v }};{% endfor %}",
+    "keys": "{% for k in f.arguments %}{{ k }}{% endfor %}",
+    "tools": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}",
+    "macro": "{% macro g(a) %}{{ a.a }}{{ a | tojson }}{% endmacro %}{{ g(f.arguments) }}",
+    "unpacked": "{% macro g(a) %}{{ a }}{% endmacro %}{{ g(*f.arguments) }}",
+}  # fmt: skip
+
+
+def called_in_one_form(number):
+    """Conversations of few forms with a tool call, and their tools."""
+    calls = []
+    for k in range(1, 2 + number % 2):
+        function = {"name": SAID[(number + k) % 4], "arguments": GIVEN[(number * k) % len(GIVEN)]}
+        calls.append({"type": "function", "function": function})
+    texts = [SAID[(number + k) % 10] for k in range(5)]
+    messages = [turn("user", texts[0]), turn("assistant", "" if number % 3 else texts[1], tool_calls=calls)]
+    messages += [turn("tool", texts[2]), turn("assistant", texts[3])]
+    return messages, [{"type": "function", "function": {"name": texts[4]}}, ADD][: number % 3] or None
+
+
+def assert_calls_are_exact(tokenizer, numbers):
+    fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    exact._before = Forgetful()
+    for number in numbers:
+        messages, tools = called_in_one_form(number)
+        assert outcome(fast, messages, tools) == outcome(exact, messages, tools), (tokenizer.chat_template, number)
+    return fast
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+def test_tool_calls_are_learned_as_a_rendering_for_each_gives_them(opened, family) -> None:
+    fast = assert_calls_are_exact(opened(family), range(24))
+    assert any(border is not None for border in fast._before.values())
+
+
+def test_tool_calls_that_a_template_looks_into_are_learned_as_a_rendering_for_each_gives_them(smollm2) -> None:
+    tokenizer = with_template(smollm2, "")
+    for written in WRITES_CALLS.values():
+        said = "{{ m.content }}{% if loop.last %}<think></think>{% endif %}"
+        calls = "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + written + "{% endfor %}"
+        writes = WRITES.replace("{{ m.content }}", said + calls)
+        tokenizer.chat_template = STATE + "{% set TWO = '{\"a\": 2}' %}{% for m in messages %}" + writes
+        assert_calls_are_exact(tokenizer, range(24))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+def test_a_conversation_with_tool_calls_is_rendered_once(opened, monkeypatch, family) -> None:
+    renderings = Counter()
+    real = Template.render
+    monkeypatch.setattr(Template, "render", lambda *given, **more: renderings.update(n=1) or real(*given, **more))
+    template = ChatTemplate(opened(family))
+    for number in range(10):
+        call = {"type": "function", "function": {"name": f"add{number}", "arguments": {"a": number, f"b{number}": "c"}}}
+        said = [turn("user", f"{number}?"), turn("assistant", "", tool_calls=[call]), turn("tool", f"{number}")]
+        if number == 1:
+            renderings.clear()
+        template.documents([*said, turn("assistant", f"It is {number}.")] * 3, [call])
+    assert renderings["n"] == 9
 
 
 @pytest.mark.parametrize("first", ["Two.", "<think>\nhm\n</think>\n\nTwo."])
