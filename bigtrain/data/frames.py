@@ -238,6 +238,10 @@ class _Watcher(NodeTransformer):
             node.left, node.right = filtered(node.left, "__plain"), filtered(node.right, "__plain")
         elif isinstance(node, nodes.Neg | nodes.Pos):
             node.node = filtered(node.node, "__plain")
+        elif isinstance(node, nodes.Call):
+            node.dyn_args, node.dyn_kwargs = (
+                given and filtered(given, "__plain") for given in (node.dyn_args, node.dyn_kwargs)
+            )
         elif isinstance(node, nodes.Concat):
             node.nodes = [filtered(part, "__shown") for part in node.nodes]
         elif isinstance(node, nodes.Output):

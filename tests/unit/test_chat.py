@@ -904,14 +904,12 @@ WRITES_CALLS = {  # what is written of the calls of a last answer
 
 def called_in_one_form(number):
     """Conversations of few forms with a tool call, and their tools."""
-    calls = []
-    for k in range(1, 2 + number % 2):
-        function = {"name": SAID[(number + k) % 4], "arguments": GIVEN[(number * k) % len(GIVEN)]}
-        calls.append({"type": "function", "function": function})
-    texts = [SAID[(number + k) % 10] for k in range(5)]
-    messages = [turn("user", texts[0]), turn("assistant", "" if number % 3 else texts[1], tool_calls=calls)]
-    messages += [turn("tool", texts[2]), turn("assistant", texts[3])]
-    return messages, [{"type": "function", "function": {"name": texts[4]}}, ADD][: number % 3] or None
+    texts = [SAID[(number * (k + 1) + k * k) % 10] if number else "plain" for k in range(6)]
+    function = {"name": texts[0], "arguments": GIVEN[number % len(GIVEN)] if number else {"plain": "plain"}}
+    call = {"type": "function", "function": function}
+    messages = [turn("user", texts[1]), turn("assistant", "" if number % 5 == 4 else texts[2], tool_calls=[call])]
+    messages += [turn("tool", texts[3]), turn("assistant", texts[4])]
+    return messages, [{"type": "function", "function": {"name": texts[5]}}] if number % 2 else None
 
 
 def assert_calls_are_exact(tokenizer, numbers):
@@ -932,7 +930,7 @@ def test_tool_calls_are_learned_as_a_rendering_for_each_gives_them(opened, famil
 def test_tool_calls_that_a_template_looks_into_are_learned_as_a_rendering_for_each_gives_them(smollm2) -> None:
     tokenizer = with_template(smollm2, "")
     for written in WRITES_CALLS.values():
-        said = "{{ m.content }}{% if loop.last %}<think></think>{% endif %}"
+        said = "{{ m.content }}{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
         calls = "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + written + "{% endfor %}"
         writes = WRITES.replace("{{ m.content }}", said + calls)
         tokenizer.chat_template = STATE + "{% set TWO = '{\"a\": 2}' %}{% for m in messages %}" + writes
