@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ from bigtrain.data.prepare import StageData, counts, prepare_stage
 from bigtrain.data.tokenizer import load_tokenizer, train_tokenizer
 from bigtrain.data.writing import Layout, gather, token_dtype
 from bigtrain.errors import DataError
-from bigtrain.observability.progress import dropped
+from bigtrain.observability.progress import Progress, dropped
 from bigtrain.tasks import TASKS
 
 ALTERNATING = (
@@ -238,6 +239,18 @@ def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
         "examples": {reason: "a:1"},
     }
     assert encoded.tally.counted == 2
+
+
+def test_files_that_are_passed_over_for_their_names_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    table = tmp_path / "table"
+    for name in ("_SUCCESS", ".part-0.txt.crc", "_temporary/a.txt", "part-0.txt"):
+        (table / name).parent.mkdir(parents=True, exist_ok=True)
+        (table / name).write_text("def f(): return 'a b c'\n" * 9)
+    [store] = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(table))).train
+    assert (store.manifest["hidden"], store.manifest["rows"]) == (3, 1)
+    shown = io.StringIO()
+    Progress(shown)({"kind": "prepared", "stage": "s", **counts(store)})
+    assert "; 3 files or folders whose names begin with _ or . not read" in " ".join(shown.getvalue().split())
 
 
 def test_tokens_behind_the_last_sequence_are_told(tmp_path: Path, tokenizer: Any) -> None:
