@@ -301,7 +301,9 @@ def feeding(rounds: int, folder: Path) -> None:
     documents_a_batch = max(1, round(ROWS * LENGTH / (len(tokens) / len(rows))))
     steps = 200
     numbers = itertools.count()
-    batches = Batches([store], None, seed=0, global_batch_size=ROWS, total_samples=ROWS * 10**6, rank=0, world_size=1)
+    batches = Batches(
+        [store], None, seed=0, global_batch_size=ROWS, total_samples=ROWS * 10**6, data_rank=0, data_size=1
+    )
 
     def ours() -> float:
         first = next(numbers) * steps
@@ -405,7 +407,7 @@ def packing(rounds: int, folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in shape.items() if k != "model_type"}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     packed_batches = Batches(
-        [store], None, seed=0, global_batch_size=rows, total_samples=rows * 10**6, rank=0, world_size=1
+        [store], None, seed=0, global_batch_size=rows, total_samples=rows * 10**6, data_rank=0, data_size=1
     )
     steps = itertools.count()
 
@@ -479,7 +481,9 @@ def seeking(rounds: int, folder: Path) -> None:
         begun = time.perf_counter()
         store = open_store(where, LENGTH)
         opens.append(time.perf_counter() - begun)
-        batches = Batches([store], None, seed=number, global_batch_size=ROWS, total_samples=10**8, rank=0, world_size=1)
+        batches = Batches(
+            [store], None, seed=number, global_batch_size=ROWS, total_samples=10**8, data_rank=0, data_size=1
+        )
         seeks.append(seconds_of(lambda batches=batches: batches(1_000_000)))
     print("seeking     in a store of 10 billion tokens")
     print(f"  batches(1,000,000)          {median([s * 1e3 for s in seeks])} ms   (bar: 10)")

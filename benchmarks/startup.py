@@ -100,7 +100,9 @@ def prepare(folder: Path) -> None:
     tokenizer = open_tokenizer(run)
     (stage,) = run.stages
     stores = prepare_stage(run, stage, TASKS[stage.task](), tokenizer).train
-    batch = Batches(stores, None, seed=run.seed, global_batch_size=ROWS, total_samples=ROWS, rank=0, world_size=1)(0)
+    batch = Batches(stores, None, seed=run.seed, global_batch_size=ROWS, total_samples=ROWS, data_rank=0, data_size=1)(
+        0
+    )
     ids = batch.tensors["input_ids"].tolist()
     Dataset.from_dict({"input_ids": ids, "labels": ids}).save_to_disk(str(folder / "dataset"))
     model_config(run.model, tokenizer).save_pretrained(folder)

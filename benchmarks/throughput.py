@@ -52,6 +52,7 @@ from bigtrain.models.weights import cut
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
 from bigtrain.parallel import build_engine
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.resilience.requests import Requests
 from bigtrain.state import WEIGHT, Shape
 from bigtrain.tasks.pretrain import Pretrain
@@ -219,7 +220,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
         "ddp",
         build,
         Pretrain(),
-        replicate=1,
+        dims=ParallelDims(rank=0, replicate=1),
         precision=setting.precision,
         compile=compile,
         micro_batch_size=size.rows,
@@ -312,7 +313,7 @@ def prepare(size: Size, steps: int, folder: Path, device: torch.device, precisio
         facts={"source": "random", "documents_are": "all"},
     )
     opened = open_store(store, size.length)
-    batches = Batches([opened], None, seed=0, global_batch_size=size.rows, total_samples=rows, rank=0, world_size=1)
+    batches = Batches([opened], None, seed=0, global_batch_size=size.rows, total_samples=rows, data_rank=0, data_size=1)
     return Setting(size, LlamaForCausalLM(config), batches, steps, folder, device, precision)
 
 

@@ -38,7 +38,7 @@ from bigtrain.parallel.contract import Engine, TaskModule
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
-from bigtrain.stages import check_execution, compiling, stage_engine, stage_model
+from bigtrain.stages import check_execution, compiling, stage_dims, stage_engine, stage_model
 from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -72,14 +72,15 @@ def bench_here(config: Run, stage: Stage, steps: int) -> None:
         engine = stage_engine(config, stage, task, build, world)
         empty = build(meta=True)
         engine.load(RandomWeights(empty, config.seed), {"updates": 0})
+        dims = stage_dims(config, stage, world)
         batches = Batches(
             data.train,
             data.weights,
             seed=config.seed,
             global_batch_size=stage.global_batch_size,
             total_samples=(WARMUP + steps + PROFILED) * stage.global_batch_size,
-            rank=world.rank,
-            world_size=world.size,
+            data_rank=dims.data_rank,
+            data_size=dims.data_size,
         )
         with Prefetched(batches, pin=world.device.type == "cuda") as prefetched:
             rows = _timed(stage, engine, prefetched, WARMUP + steps)

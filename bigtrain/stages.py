@@ -48,6 +48,7 @@ from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
 from bigtrain.parallel.contract import Engine
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.world import World, joined
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
@@ -201,17 +202,24 @@ def stage_model(config: Run, stage: Stage, model: PreTrainedConfig) -> Callable[
     return partial(empty_model, model, attention=config.attention, activation_checkpointing=checkpointing)
 
 
+def stage_dims(config: Run, stage: Stage, world: World) -> ParallelDims:
+    """How the ranks divide the stage's work."""
+    parallel = config.parallel_of(stage)
+    return ParallelDims.of(parallel.engine, world.rank, world.size, parallel.replicate)
+
+
 def stage_engine(config: Run, stage: Stage, task: Task, build: Callable[..., PreTrainedModel], world: World) -> Engine:
     """The engine of the stage's model, whose weights are still to be loaded; collective."""
     parallel = config.parallel_of(stage)
+    dims = stage_dims(config, stage, world)
     return build_engine(
         parallel.engine,
         build,
         task,
-        replicate=parallel.replicate,
+        dims=dims,
         precision=config.precision,
         compile=parallel.compile,
-        micro_batch_size=min(parallel.micro_batch_size, -(-stage.global_batch_size // world.size)),
+        micro_batch_size=min(parallel.micro_batch_size, -(-stage.global_batch_size // dims.data_size)),
         optimizer=stage.optimizer,
         seed=config.seed,
         device=world.device,
@@ -353,17 +361,20 @@ class _Pipeline:
         raise CheckpointError(f"{where} {told}.")
 
     def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
-        rank, size = self.world.rank, self.world.size
+        dims = stage_dims(self.config, stage, self.world)
         batches = Batches(
             data.train,
             data.weights,
             seed=self.config.seed,
             global_batch_size=stage.global_batch_size,
             total_samples=sequences,
-            rank=rank,
-            world_size=size,
+            data_rank=dims.data_rank,
+            data_size=dims.data_size,
         )
         limit = stage.evaluate.sequences if stage.evaluate else None
+        held_out = partial(
+            held_out_batches, data.held_out, stage.global_batch_size, limit, dims.data_rank, dims.data_size
+        )
         settings = stage.checkpoint
         retention = Retention(settings.keep, settings.keep_every, settings.keep_weights_only)
         saver = Saver(
@@ -379,7 +390,7 @@ class _Pipeline:
                 run,
                 engine,
                 prefetched,
-                held_out=partial(held_out_batches, data.held_out, stage.global_batch_size, limit, rank, size),
+                held_out=held_out,
                 saver=saver,
                 requests=self.requests,
             )

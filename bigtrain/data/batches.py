@@ -47,14 +47,15 @@ class Batches:
         seed: int,
         global_batch_size: int,
         total_samples: int,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        data_size: int,
     ):
-        """weights: shares of the stores, None to take them as one. total_samples: of the whole stage; the
-        last step has what is left. Raises DataError for a weight that is too small to be drawn."""
+        """weights: shares of the stores, None to take them as one. total_samples: of the whole stage; the last step
+        has what is left. data_rank, data_size: which share of each batch, and of how many (`ParallelDims`).
+        Raises DataError for a weight that is too small to be drawn."""
         self._stores = list(stores)
         self._order = Order([store.samples for store in stores], weights, seed)
-        self._shares = _Shares(global_batch_size, total_samples, rank, world_size)
+        self._shares = _Shares(global_batch_size, total_samples, data_rank, data_size)
 
     @property
     def steps(self) -> int:
@@ -117,8 +118,8 @@ def held_out_batches(
     stores: Sequence[Store],
     global_batch_size: int,
     sequences: int | None,
-    rank: int,
-    world_size: int,
+    data_rank: int,
+    data_size: int,
     documents: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of the first `sequences` samples (None: all), store after store, each sample once.
@@ -127,7 +128,7 @@ def held_out_batches(
     """
     ends = np.cumsum([store.samples for store in stores])
     total = int(ends[-1]) if sequences is None else min(int(ends[-1]), sequences)
-    shares = _Shares(global_batch_size, total, rank, world_size)
+    shares = _Shares(global_batch_size, total, data_rank, data_size)
     for step in range(shares.steps):
         rows, numbers = shares.of(step)
         which, samples = locate(numbers, ends)
@@ -141,8 +142,8 @@ class _Shares:
 
     global_batch_size: int
     total_samples: int
-    rank: int
-    world_size: int
+    data_rank: int
+    data_size: int
 
     @property
     def steps(self) -> int:
@@ -158,7 +159,7 @@ class _Shares:
         """(rows of the global batch, this rank's numbers)."""
         numbers = self.whole(step)
         rows = len(numbers)
-        return rows, numbers[self.rank * rows // self.world_size : (self.rank + 1) * rows // self.world_size]
+        return rows, numbers[self.data_rank * rows // self.data_size : (self.data_rank + 1) * rows // self.data_size]
 
 
 def _batch(stores: Sequence[Store], which: Indices, samples: Indices, *, rows: int, step: int) -> Batch:

@@ -136,7 +136,7 @@ def _evaluated(
     task = TASKS[stage.task]()
     batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size, file is not None)
     if file is None:
-        sums = contract.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.device)
+        sums = contract.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.size, world.device)
     else:
         each = sums_by_document(opened.model, task, stores, batches, micro, world)
         sums = {name: float(values.sum()) for name, values in each.items()}

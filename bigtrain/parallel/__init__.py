@@ -7,13 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bigtrain.config.schema import Optimizer
     from bigtrain.parallel.contract import Engine
+    from bigtrain.parallel.dims import ParallelDims
     from bigtrain.tasks import Task
 
 
@@ -22,7 +22,7 @@ def build_engine(
     build_model: Callable[..., PreTrainedModel],
     task: Task,
     *,
-    replicate: int,
+    dims: ParallelDims,
     precision: str,
     compile: bool,
     micro_batch_size: int,
@@ -32,9 +32,10 @@ def build_engine(
 ) -> Engine:
     """The engine that `parallel.engine` names, over all ranks of the process group. Its weights are still to be loaded.
 
-    `build_model(meta=...)` gives the model; `replicate` is the number of copies of a sharded model (fsdp only).
+    `build_model(meta=...)` gives the model; `dims` are the layout's.
     """
     common: dict[str, Any] = {
+        "dims": dims,
         "precision": precision,
         "compile": compile,
         "micro_batch_size": micro_batch_size,
@@ -45,8 +46,7 @@ def build_engine(
     if layout in ("ddp", "fsdp"):
         from bigtrain.parallel.mesh import MeshEngine
 
-        shard = 1 if layout == "ddp" else dist.get_world_size() // replicate
-        return MeshEngine(partial(build_model, meta=True), task, shard=shard, **common)
+        return MeshEngine(partial(build_model, meta=True), task, **common)
 
     from bigtrain.parallel.zero import ZeroEngine
 

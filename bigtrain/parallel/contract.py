@@ -191,7 +191,7 @@ def _token_sums(
 
 
 def micro_batches(
-    batch: Batch, size: int, world_size: int, *, fixed: bool = False, borders: bool = False
+    batch: Batch, size: int, data_size: int, *, fixed: bool = False, borders: bool = False
 ) -> list[dict[str, Tensor]]:
     """Split a rank's rows into micro-batches: as many, of the same shape, on every rank.
 
@@ -199,7 +199,7 @@ def micro_batches(
     `fixed`, as for a compiled module. With `borders` each has the entry BORDERS: where documents begin in its rows
     laid end to end, and where the last one ends, int32.
     """
-    fullest = -(-batch.rows // world_size)
+    fullest = -(-batch.rows // data_size)
     size = size if fixed else min(size, fullest)
     count = -(-fullest // size)
     tensors = {key: _padded(key, tensor, count * size) for key, tensor in batch.tensors.items()}
@@ -285,7 +285,12 @@ def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def evaluate(
-    module: nn.Module, batches: Iterable[Batch], micro_batch_size: int, device: torch.device, **shape: bool
+    module: nn.Module,
+    batches: Iterable[Batch],
+    micro_batch_size: int,
+    data_size: int,
+    device: torch.device,
+    **shape: bool,
 ) -> dict[str, float]:
     """`Engine.evaluate` for any module that maps a micro-batch to sums; `shape`: as `micro_batches` takes it."""
     was_training = module.training
@@ -293,7 +298,7 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     with torch.no_grad():
         for batch in batches:
-            for micro in micro_batches(batch, micro_batch_size, dist.get_world_size(), **shape):
+            for micro in micro_batches(batch, micro_batch_size, data_size, **shape):
                 sums = module({key: tensor.to(device, non_blocking=True) for key, tensor in micro.items()})
                 for key, value in sums.items():
                     value = value.detach().to(torch.float64)

@@ -12,9 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -24,6 +22,7 @@ from bigtrain.models.causal_lm import repeated_layers
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import NOTHING, PRECISIONS, Outcome, Say, TaskModule, seed_dropout
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.loss_scale import LossScale
 from bigtrain.parallel.memory import fill, give_back
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape
@@ -39,7 +38,7 @@ class MeshEngine:
     """Implements `contract.Engine` with PyTorch alone.
 
     `build_model` gives the model with its parameters on the meta device; they become real where they are kept.
-    `shard` processes share one copy of the parameters; the world holds world / shard copies.
+    `dims.shard` ranks share one copy of the parameters.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class MeshEngine:
         build_model: Callable[[], PreTrainedModel],
         task: Task,
         *,
-        shard: int,
+        dims: ParallelDims,
         precision: str,
         compile: bool,
         micro_batch_size: int,
@@ -59,8 +58,7 @@ class MeshEngine:
         self._micro_batch_size = micro_batch_size
         self._max_grad_norm = optimizer.max_grad_norm
         self._seed = seed
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._shard = shard
+        self._dims = dims
         self._updates = 0
         self._dtype = PRECISIONS[precision]
         self._loss_scale = LossScale() if precision == "fp16" else None
@@ -68,9 +66,9 @@ class MeshEngine:
         model = build_model()
         self._shape = contract.micro_batch_shape(model, compile)
         self._module: Any = TaskModule(model, task, device, compile)
-        self._wrapped = self._world_size > 1
+        self._wrapped = dims.world_size > 1
         if self._wrapped:
-            _lay_over_mesh(self._module, self._world_size // shard, shard, self._dtype, device)
+            _lay_over_mesh(self._module, dims, self._dtype, device)
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         model.tie_weights()  # making parameters real one by one has untied them
         self._parameters = dict(model.named_parameters())
@@ -80,13 +78,13 @@ class MeshEngine:
             self._copies = _Copies(model, self._parameters, self._dtype)
 
     def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
-        seed_dropout(self._seed, batch.step, self._rank)
+        seed_dropout(self._seed, batch.step, self._dims.data_rank)
         targets, said = contract.agree(batch, say, self._device)
         weight = 1.0 / targets.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        micros = contract.micro_batches(batch, self._micro_batch_size, self._world_size, **self._shape)
+        micros = contract.micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape)
         for i, micro in enumerate(micros):
             if self._wrapped:
                 self._module.set_requires_all_reduce(i == len(micros) - 1)
@@ -120,18 +118,19 @@ class MeshEngine:
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        return contract.evaluate(self._module, batches, self._micro_batch_size, self._device, **self._shape)
+        return contract.evaluate(
+            self._module, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape
+        )
 
     def boxes(self) -> Iterator[Box]:
-        copies, copy = self._world_size // self._shard, self._rank // self._shard
         for i, (name, parameter) in enumerate(self._parameters.items()):
-            if i % copies == copy:  # each copy of the parameters gives its share of the tensors
+            if i % self._dims.replicate == self._dims.copy:  # each copy gives its share of the tensors
                 for slot, tensor in self._slots(parameter).items():
                     offsets, shape = _place(tensor), tuple(tensor.shape)
                     local = _local(tensor)
                     if local.numel():
                         yield Box(name, slot, shape, offsets, local)
-        if self._rank == 0:
+        if self._dims.rank == 0:
             for name, buffer in contract.persistent_buffers(self._module.model):
                 yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
@@ -214,14 +213,14 @@ def _hand_over(master: torch.nn.Parameter, copy: torch.nn.Parameter) -> None:
     copy.grad = None
 
 
-def _lay_over_mesh(module: TaskModule, copies: int, shard: int, dtype: torch.dtype, device: torch.device) -> None:
+def _lay_over_mesh(module: TaskModule, dims: ParallelDims, dtype: torch.dtype, device: torch.device) -> None:
     """Shard each transformer layer and then the rest, gradients summed (not averaged) over the mesh."""
-    mesh = init_device_mesh(device.type, (copies, shard), mesh_dim_names=("replicate", "shard"))
+    mesh = dims.mesh(device.type)
     cast = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model: Any = module.model
     for layer in repeated_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=shard > 1)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=dims.shard > 1)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for child in module.modules():
         if isinstance(child, FSDPModule):

@@ -28,6 +28,7 @@ from torch.nn import functional
 from bigtrain.optim import build_optimizer
 from bigtrain.parallel import contract
 from bigtrain.parallel.contract import NOTHING, Batch, Outcome, Say, TaskModule
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.loss_scale import LossScale
 from bigtrain.parallel.memory import fill, give_back
 from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
@@ -55,6 +56,7 @@ class ZeroEngine:
         task: Task,
         *,
         stage: int,
+        dims: ParallelDims,
         precision: str,
         compile: bool,
         micro_batch_size: int,
@@ -68,6 +70,7 @@ class ZeroEngine:
         """
         deepspeed = _import_deepspeed(device)
         self._stage = stage
+        self._dims = dims
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._device = device
@@ -104,13 +107,13 @@ class ZeroEngine:
     def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
         """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
         targets, said = contract.agree(batch, say, self._device)
-        contract.seed_dropout(self._seed, batch.step, dist.get_rank())
+        contract.seed_dropout(self._seed, batch.step, self._dims.data_rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # DeepSpeed sums gradients over the ranks in stages 1 and 2, and takes their mean in stage 3.
-        weight = (dist.get_world_size() if self._stage == 3 else 1) / targets.clamp(min=1).float()
+        weight = (self._dims.data_size if self._stage == 3 else 1) / targets.clamp(min=1).float()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in contract.micro_batches(batch, self._micro_batch_size, dist.get_world_size(), **self._shape):
+        for micro in contract.micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape):
             there = {key: value.to(self._device, non_blocking=True) for key, value in micro.items()}
             sums = self._engine(there)
             self._engine.backward(sums["loss"] * weight, scale_wrt_gas=False)
@@ -124,7 +127,9 @@ class ZeroEngine:
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's sums over all rows of all batches and all ranks, without dropout."""
-        return contract.evaluate(self._engine, batches, self._micro_batch_size, self._device, **self._shape)
+        return contract.evaluate(
+            self._engine, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape
+        )
 
     def boxes(self) -> Iterator[Box]:
         """This rank's share, as views: weights and moments in fp32, and on rank 0 the persistent buffers.
@@ -132,7 +137,7 @@ class ZeroEngine:
         Moments are there once the optimizer has made them.
         """
         yield from self._trained_boxes()
-        if dist.get_rank() == 0:
+        if self._dims.rank == 0:
             yield from self._buffer_boxes()
 
     def not_finite(self) -> list[str]:

@@ -106,8 +106,8 @@ def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, 
         seed=config.seed,
         global_batch_size=stage.global_batch_size,
         total_samples=total,
-        rank=0,
-        world_size=1,
+        data_rank=0,
+        data_size=1,
     )
     if not 0 <= step < batches.steps:
         raise ConfigError(f"--step {step}: stage {stage.name} has steps 0 to {batches.steps - 1}.")

@@ -52,8 +52,8 @@ def views(path, step, rows):
             seed=run.seed,
             global_batch_size=stage.global_batch_size,
             total_samples=data[stage.name].samples(stage),
-            rank=0,
-            world_size=1,
+            data_rank=0,
+            data_size=1,
         )
         yield batches(step), view(run, stage, data[stage.name], tokenizer, step, rows), tokenizer
 

@@ -12,6 +12,7 @@ from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights
 from bigtrain.parallel import build_engine, contract
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks.causal_lm import CausalLM
 
 LENGTH = 24
@@ -85,7 +86,7 @@ def make(
         layout,
         build_model,
         task or CausalLM(),
-        replicate=replicate,
+        dims=ParallelDims.of(layout, dist.get_rank(), dist.get_world_size(), replicate),
         precision=precision,
         compile=compile,
         micro_batch_size=micro,

@@ -16,6 +16,7 @@ from bigtrain.data.batches import Batch
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.parallel import build_engine
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing import Ranks
 from tests.parity.cases import OPTIMIZER
@@ -47,7 +48,7 @@ def make(layout, values):
         layout,
         builder(values),
         CausalLM(),
-        replicate=1,
+        dims=ParallelDims.of(layout, dist.get_rank(), dist.get_world_size()),
         precision="fp32",
         compile=False,
         micro_batch_size=1,

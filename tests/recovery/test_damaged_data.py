@@ -20,7 +20,9 @@ SEQUENCE, STEPS = 64, 12
 
 def last_new_block(store, config):
     """(the last step that reads a block of tokens.bin which no step before it reads, that block)."""
-    batches = Batches([store], None, seed=config.seed, global_batch_size=1, total_samples=STEPS, rank=0, world_size=1)
+    batches = Batches(
+        [store], None, seed=config.seed, global_batch_size=1, total_samples=STEPS, data_rank=0, data_size=1
+    )
     seen, found = set(), None
     for step in range(STEPS):
         [(_, sample)] = batches.ids(step)

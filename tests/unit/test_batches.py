@@ -40,7 +40,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
 
 def ranks(stores, weights, size, total, world) -> list[Batches]:
     return [
-        Batches(stores, weights, seed=5, global_batch_size=size, total_samples=total, rank=rank, world_size=world)
+        Batches(stores, weights, seed=5, global_batch_size=size, total_samples=total, data_rank=rank, data_size=world)
         for rank in range(world)
     ]
 
@@ -207,7 +207,7 @@ def test_the_next_batch_is_built_behind_the_step(stores) -> None:
                 second.set()
             return super().__call__(step)
 
-    watched = Watched(stores, None, seed=0, global_batch_size=9, total_samples=48, rank=0, world_size=1)
+    watched = Watched(stores, None, seed=0, global_batch_size=9, total_samples=48, data_rank=0, data_size=1)
     with Prefetched(watched) as prefetched:
         prefetched(0)
         assert second.wait(60)  # nobody has asked for step 1

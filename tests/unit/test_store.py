@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
     )
     before = resident_bytes()
     store = open_store(folder, length)
-    batches = Batches([store], None, seed=0, global_batch_size=4, total_samples=10**9, rank=0, world_size=1)
+    batches = Batches([store], None, seed=0, global_batch_size=4, total_samples=10**9, data_rank=0, data_size=1)
     if layout == "windows":
         assert batches(1_000_000).tensors["input_ids"].shape == (4, length)
     else:
