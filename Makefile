@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 
-.PHONY: quickstart setup check test soak bench clean
+.PHONY: quickstart setup check test soak golden bench clean
 
 quickstart: setup
 	$(BIN)/bigtrain run configs/quickstart.yaml
@@ -36,6 +36,11 @@ test: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
+
+# What runs give, to the last bit: `make golden VERB=record` before a change, `make golden` after it
+VERB ?= compare
+golden: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden $(VERB) golden
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/throughput.py
