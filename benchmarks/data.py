@@ -45,7 +45,7 @@ import torch.nn.functional as F
 import xxhash
 from torch.utils.data import DataLoader
 
-from bigtrain.config import Run, load_config
+from bigtrain.config import RunConfig, load_config
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.columns import BLOCK, CHECKSUMS, Column
@@ -101,7 +101,7 @@ def library() -> Iterator[dict[str, str]]:
             yield {"key": f"{copy}/{row['key']}", "text": row["text"]}
 
 
-def pretraining(output: str, folder: Path) -> Run:
+def pretraining(output: str, folder: Path) -> RunConfig:
     given = [f"output={output}", "seed=1", f"stages.pretrain.data=[{{source: {folder / 'texts'}}}]"]
     return load_config(CONFIG, [*given, "stages.pretrain.held_out=0.0", "stages.pretrain.evaluate=null"])
 
@@ -115,7 +115,7 @@ def write_texts(folder: Path) -> list[str]:
     return texts
 
 
-def prepare(run: Run, tokenizer: Any) -> Store:
+def prepare(run: RunConfig, tokenizer: Any) -> Store:
     return prepare_stage(run, run.stages[0], TASKS["pretrain"](), tokenizer).train[0]
 
 

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bigtrain.checkpoint import NoSaver
-from bigtrain.config.schema import Optimizer, Schedule, Source, Stage
+from bigtrain.config.schema import OptimizerConfig, ScheduleConfig, SourceConfig, StageConfig
 from bigtrain.data.batches import Batches, Prefetched
 from bigtrain.data.store import open_store
 from bigtrain.data.writing import Layout, write_store
@@ -59,7 +59,7 @@ from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
 
-OPTIMIZER = Optimizer(lr=3e-4)
+OPTIMIZER = OptimizerConfig(lr=3e-4)
 WARMUP = 5  # rounds that are not counted
 # Relative, between the losses of a step: autocast and parameters cast to bf16 do not round alike.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -203,15 +203,15 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
     size = setting.size
     config = copy.deepcopy(setting.model.config)  # transformers writes the attention into it
     build = partial(empty_model, config, attention=attention, activation_checkpointing="none")
-    stage = Stage(
+    stage = StageConfig(
         name="bench",
         task="pretrain",
-        data=[Source(source="random")],
+        data=[SourceConfig(source="random")],
         sequence_length=size.length,
         global_batch_size=size.rows,
         steps=setting.steps,
         optimizer=OPTIMIZER,
-        schedule=Schedule(name="constant"),
+        schedule=ScheduleConfig(name="constant"),
     )
     if not dist.is_initialized():  # not before: the Trainer takes notice of a process group
         backend = "nccl" if setting.device.type == "cuda" else "gloo"
@@ -310,7 +310,7 @@ def prepare(size: Size, steps: int, folder: Path, device: torch.device, precisio
         Layout("windows"),
         vocabulary_size=config.vocab_size,
         seed=0,
-        facts={"source": "random", "documents_are": "all"},
+        metadata={"source": "random", "documents_are": "all"},
     )
     opened = open_store(store, size.length)
     batches = Batches([opened], None, seed=0, global_batch_size=size.rows, total_samples=rows, data_rank=0, data_size=1)

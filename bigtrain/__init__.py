@@ -6,7 +6,7 @@ for lr in (1e-3, 3e-3, 1e-2):
     result = run(load_config("configs/quickstart.yaml", [f"name=lr-{lr}", f"stages.pretrain.optimizer.lr={lr}"]))
     print(lr, result.stages["pretrain"].held_out_loss)
 
-generate(open_model("runs/lr-0.001"), "def is_empty(self):"), evaluate("runs/lr-0.001") and export("runs/lr-0.001") do
+generate(load_model("runs/lr-0.001"), "def is_empty(self):"), evaluate("runs/lr-0.001") and export("runs/lr-0.001") do
 what the commands of these names do.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigtrain.inference.evaluate import evaluate
     from bigtrain.inference.export import export
     from bigtrain.inference.generate import generate
-    from bigtrain.inference.opening import open_model
+    from bigtrain.inference.load import load_model
     from bigtrain.launching.start import RunError, run
     from bigtrain.observability.results import RunResult, StageResult
 
@@ -32,7 +32,7 @@ __all__ = [
     "export",
     "generate",
     "load_config",
-    "open_model",
+    "load_model",
     "run",
 ]
 __version__ = "0.1.0"
@@ -46,7 +46,7 @@ _HOMES = {
     "export": "bigtrain.inference.export",
     "generate": "bigtrain.inference.generate",
     "load_config": "bigtrain.config",
-    "open_model": "bigtrain.inference.opening",
+    "load_model": "bigtrain.inference.load",
     "run": "bigtrain.launching.start",
 }
 

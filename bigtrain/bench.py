@@ -22,10 +22,12 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigtrain.checkpoint import NoSaver
-from bigtrain.config import Run
-from bigtrain.config.schema import Checkpoint, Stage
+from bigtrain.config import RunConfig
+from bigtrain.config.schema import CheckpointConfig, StageConfig
 from bigtrain.data.batches import Batch, Batches, Prefetched
 from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.distributed.consistency import in_common
+from bigtrain.distributed.world import World, joined
 from bigtrain.models.causal_lm import model_config
 from bigtrain.models.flops import Arithmetic, arithmetic, peak_flops
 from bigtrain.models.weights import RandomWeights
@@ -33,9 +35,8 @@ from bigtrain.observability.console import console
 from bigtrain.observability.profiler import quiet_profile
 from bigtrain.observability.progress import plural
 from bigtrain.observability.stream import Event, Stream
-from bigtrain.parallel.agreement import in_common
-from bigtrain.parallel.contract import Engine, TaskModule
-from bigtrain.parallel.world import World, joined
+from bigtrain.parallel.engine import Engine
+from bigtrain.parallel.task_module import TaskModule
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
 from bigtrain.stages import check_execution, compiling, stage_dims, stage_engine, stage_model
@@ -59,7 +60,7 @@ class Measured(NamedTuple):
     memory: int
 
 
-def bench_here(config: Run, stage: Stage, steps: int) -> None:
+def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     """Measure `steps` steps of a stage with this process as one rank; rank 0 prints what was found."""
     quiet()
     task = TASKS[stage.task]()
@@ -92,10 +93,10 @@ def bench_here(config: Run, stage: Stage, steps: int) -> None:
         _show(config, stage, world, empty.config.model_type, arithmetic(empty, stage.sequence_length), measured)
 
 
-def _timed(stage: Stage, engine: Engine, batches: Callable[[int], Batch], steps: int) -> list[Event]:
+def _timed(stage: StageConfig, engine: Engine, batches: Callable[[int], Batch], steps: int) -> list[Event]:
     """Train as a run does, without evaluating or saving; the rows that it reports of its steps."""
     still = stage.optimizer.model_copy(update={"lr": 0.0})
-    plain = stage.model_copy(update={"optimizer": still, "evaluate": None, "checkpoint": Checkpoint()})
+    plain = stage.model_copy(update={"optimizer": still, "evaluate": None, "checkpoint": CheckpointConfig()})
     rows: list[Event] = []
     stream = Stream([rows.append])
     run = StageRun(plain, steps * stage.global_batch_size, 0, stream, skips_overflows=True)  # of random weights in fp16
@@ -174,11 +175,11 @@ def split(intervals: Iterable[Interval]) -> dict[str, float]:
     data, forward, backward or optimizer that it lies in; else to other. What is computed while a collective runs
     belongs to the computation: that communication is hidden.
     """
-    borders = sorted((time, change, kind) for kind, begin, end in intervals for time, change in ((begin, 1), (end, -1)))
+    ends = sorted((time, change, kind) for kind, begin, end in intervals for time, change in ((begin, 1), (end, -1)))
     running: Counter[str] = Counter()
     found = dict.fromkeys(PARTS, 0.0)
     before = 0.0
-    for time, change, kind in borders:
+    for time, change, kind in ends:
         if running["step"]:
             found[_part(running)] += time - before
         running[kind] += change
@@ -192,7 +193,9 @@ def _part(running: Counter[str]) -> str:
     return next((part for part in ("data", "optimizer", "forward", "backward") if running[part]), "other")
 
 
-def _show(config: Run, stage: Stage, world: World, model: str, needed: Arithmetic | None, measured: Measured) -> None:
+def _show(
+    config: RunConfig, stage: StageConfig, world: World, model: str, needed: Arithmetic | None, measured: Measured
+) -> None:
     out = console()
     tokens, seconds = stage.global_batch_size * stage.sequence_length, statistics.median(measured.seconds)
     parallel = config.parallel_of(stage)

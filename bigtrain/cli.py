@@ -224,13 +224,13 @@ def generate(
 ) -> None:
     """Answer PROMPT with a trained model."""
     from bigtrain.inference.generate import generate as answer
-    from bigtrain.inference.opening import open_model
+    from bigtrain.inference.load import load_model
     from bigtrain.pretrained import quiet
 
     quiet()
     with _product():
         answer(
-            open_model(where),
+            load_model(where),
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -50,8 +50,8 @@ class NotFiniteError(BigtrainError):
     done about it is said where the run's checkpoints are known."""
 
 
-class Told(BigtrainError):
-    """All ranks leave together for a reason that rank 0 has told already; exit_code is that of the reason."""
+class ReportedError(BigtrainError):
+    """Raised on every rank; rank 0 has already printed the reason. exit_code is that of the reason."""
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)

@@ -10,19 +10,18 @@ from typing import Any
 import torch.distributed as dist
 
 from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete, newest, set_aside, step_of
-from bigtrain.config import Run
+from bigtrain.config import RunConfig
 from bigtrain.config.origin import damaged_ones, put_back
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData
 from bigtrain.data.store import Store, content_of
 from bigtrain.disk import megabytes, told_as
+from bigtrain.distributed.collectives import from_first, read_together
+from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.inputs import open_origin
 from bigtrain.observability.stream import Stream
 from bigtrain.optim import slots
-from bigtrain.parallel.agreement import from_first
-from bigtrain.parallel.contract import read_together
-from bigtrain.parallel.world import World
 from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
 from bigtrain.training.run import StageRun
 
@@ -30,7 +29,7 @@ from bigtrain.training.run import StageRun
 class History:
     """Of one run, as one rank sees it."""
 
-    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream):
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, stream: Stream):
         self._config = config
         self._world = world
         self._folder = folder
@@ -52,7 +51,7 @@ class History:
         """The checkpoint of another run that this one starts from; collective. Raises CheckpointError on all ranks."""
 
         def checkpoint() -> str:
-            origin = self._folder.facts().get("origin")
+            origin = self._folder.metadata().get("origin")
             if origin is None:
                 raise CheckpointError(
                     f"{self._folder.path / 'run.json'} does not say any more from which checkpoint of model.from_run "
@@ -78,7 +77,7 @@ class History:
             self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
         dist.barrier()
 
-    def tell_of_dropout(self, stage: Stage, probabilities: dict[str, float], resumed: bool) -> None:
+    def tell_of_dropout(self, stage: StageConfig, probabilities: dict[str, float], resumed: bool) -> None:
         """Say where the draws of a stage's dropout come from, and at a resume whether they are others from here on."""
         if self._world.rank != 0:
             return
@@ -88,7 +87,7 @@ class History:
             "engine": parallel.engine,
             "micro-batch": min(parallel.micro_batch_size, -(-stage.global_batch_size // self._world.size)),
         }
-        before = self._folder.facts()["stages"].get(stage.name, {}).get("layout", now)
+        before = self._folder.metadata()["stages"].get(stage.name, {}).get("layout", now)
         self._folder.record(stage.name, layout=now)
         if not probabilities:
             return
@@ -100,7 +99,7 @@ class History:
             text = f"{named}: its draws depend on the number of processes, the engine and the micro-batch"
         self._stream.emit("dropout", stage=stage.name, text=text, **probabilities)
 
-    def check_begins(self, stage: Stage) -> None:
+    def check_begins(self, stage: StageConfig) -> None:
         """Raises CheckpointError, on all ranks, when a stage that has no checkpoint to go on from would begin at its
         first step although it has been trained; collective."""
 
@@ -110,7 +109,7 @@ class History:
 
         from_first(check)
 
-    def plan(self, stage: Stage, parameters: int, done: int) -> None:
+    def plan(self, stage: StageConfig, parameters: int, done: int) -> None:
         """Tell how large checkpoints will be and how much room there is, and set those aside that are ahead of a run
         that has `done` steps of the stage; collective.
 
@@ -136,7 +135,7 @@ class History:
 
         from_first(plan)
 
-    def way_on(self, stage: Stage) -> str:
+    def way_on(self, stage: StageConfig) -> str:
         """What can be done about numbers that are not finite, in sentences that `bigtrain run` accepts; collective."""
         name, optimizer, schedule = stage.name, stage.optimizer, stage.schedule
         lower = f"stages.{name}.optimizer.lr={min(optimizer.lr / 10, 1e-3):.3g}"
@@ -157,14 +156,14 @@ class History:
             f"like {lower}{also}."
         )
 
-    def is_over(self, stage: Stage) -> bool:
+    def is_over(self, stage: StageConfig) -> bool:
         """Whether a stage was finished once and its last checkpoint, that is gone, is needed no more; collective.
 
         Raises CheckpointError when it is needed: by a stage that starts from it, or for the stage's export.
         """
 
         def is_over() -> bool:
-            if not self._folder.facts()["stages"].get(stage.name, {}).get("finished"):
+            if not self._folder.metadata()["stages"].get(stage.name, {}).get("finished"):
                 return False
             waiting = [
                 f"stage {later.name} starts from {stage.name}"
@@ -179,9 +178,9 @@ class History:
 
         return from_first(is_over)
 
-    def check_same_data(self, stage: Stage, data: StageData) -> None:
+    def check_same_data(self, stage: StageConfig, data: StageData) -> None:
         """Raises DataError when a stage that has begun would go on with other documents than it began with."""
-        known = self._folder.facts()["stages"].get(stage.name, {})
+        known = self._folder.metadata()["stages"].get(stage.name, {})
         of_its_own = stage.evaluate is not None and stage.evaluate.data is not None
         for name, key, stores in (
             ("data", "data", data.train),
@@ -195,12 +194,12 @@ class History:
                         f"or begin the stage anew with `--restart {stage.name}`."
                     )
 
-    def begins_imported(self, stage: Stage, run: StageRun) -> str | None:
+    def begins_imported(self, stage: StageConfig, run: StageRun) -> str | None:
         """The folder that `bigtrain import` has taken a stage's first checkpoint from, until the stage has begun here.
 
         Raises CheckpointError when that checkpoint is gone, ConfigError when it leaves nothing to train.
         """
-        known = self._folder.facts()["stages"].get(stage.name, {})
+        known = self._folder.metadata()["stages"].get(stage.name, {})
         imported = known.get("imported")
         if imported is None or known.get("finished"):
             return None
@@ -219,7 +218,7 @@ class History:
         return imported
 
 
-def lost(config: Run, folder: RunFolder, stage: Stage) -> str:
+def lost(config: RunConfig, folder: RunFolder, stage: StageConfig) -> str:
     """What is left of a stage that cannot go on, and what can be done."""
     root, name = folder.checkpoints(stage.name), stage.name
     weights = newest(root, weights_only=True)

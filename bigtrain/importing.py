@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from bigtrain.checkpoint import Retention, newest, save
 from bigtrain.checkpoint.foreign import find_foreign
-from bigtrain.config import Run
-from bigtrain.config.schema import Stage
+from bigtrain.config import RunConfig
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.tokenizer import num_ids
+from bigtrain.distributed.world import joined
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.inputs import try_inputs
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.models.trial import try_architecture
-from bigtrain.parallel.world import joined
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder, ending_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def import_state(config: Run, where: Path, stage_name: str | None = None) -> str:
+def import_state(config: RunConfig, where: Path, stage_name: str | None = None) -> str:
     """Write the state in `where` as a checkpoint of a stage (None: the first), from which a run goes on; returns what
     was done, in words.
 
@@ -69,15 +69,15 @@ def import_state(config: Run, where: Path, stage_name: str | None = None) -> str
     )
 
 
-def _stage(config: Run, name: str | None) -> Stage:
+def _stage(config: RunConfig, name: str | None) -> StageConfig:
     stages = {stage.name: stage for stage in config.stages}
     if name is not None and name not in stages:
         raise ConfigError(f"--stage {name}: there is no such stage; {nearest(name, stages)}")
     return config.stages[0] if name is None else stages[name]
 
 
-def _check_not_begun(folder: RunFolder, stage: Stage) -> None:
-    begun = "data" in folder.facts().get("stages", {}).get(stage.name, {})
+def _check_not_begun(folder: RunFolder, stage: StageConfig) -> None:
+    begun = "data" in folder.metadata().get("stages", {}).get(stage.name, {})
     if begun or newest(folder.checkpoints(stage.name), weights_only=True) is not None:
         raise ConfigError(
             f"stage {stage.name} of {folder.path} has begun already, and an import would take the place of what it "
@@ -85,7 +85,7 @@ def _check_not_begun(folder: RunFolder, stage: Stage) -> None:
         )
 
 
-def _check_length(stage: Stage, step: int, where: Path) -> None:
+def _check_length(stage: StageConfig, step: int, where: Path) -> None:
     """Of a stage whose length is given in epochs, the run knows and tells."""
     if step < 1:
         raise ConfigError(f"{where} was written before the first step: there is nothing to continue.")
@@ -99,13 +99,13 @@ def _check_length(stage: Stage, step: int, where: Path) -> None:
         )
 
 
-def _model(config: Run) -> PreTrainedModel:
+def _model(config: RunConfig) -> PreTrainedModel:
     """On the meta device. Where the run's file does not give the size of the vocabulary, the tokenizer has to."""
     given = "vocab_size" in (config.model.from_config or {})
     return try_architecture(
         config.model,
         0 if given else num_ids(open_tokenizer(config)),
         attention=config.attention,
-        isolates=config.isolates,
+        needs_document_mask=config.needs_document_mask,
         added_tokens=config.adds_tokens,
     )

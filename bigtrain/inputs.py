@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.checkpoint import Checkpoint, complete, newest
 from bigtrain.checkpoint.format import step_folder
-from bigtrain.config import Run, load_config
+from bigtrain.config import RunConfig, load_config
 from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
 from bigtrain.data.prepare import open_tokenizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def try_inputs(config: Run) -> dict[str, Any] | None:
+def try_inputs(config: RunConfig) -> dict[str, Any] | None:
     """Open all that the run's file names; returns what is to be remembered of the other run that it starts from.
 
     Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
@@ -40,14 +40,14 @@ def try_inputs(config: Run) -> dict[str, Any] | None:
         config.model,
         _num_ids(config),
         attention=config.attention,
-        isolates=config.isolates,
+        needs_document_mask=config.needs_document_mask,
         added_tokens=config.adds_tokens,
         longest=max(stage.sequence_length for stage in config.stages),
     )
     return None if config.model.from_run is None else _try_origin(config.model.from_run, empty)
 
 
-def _num_ids(config: Run) -> int:
+def _num_ids(config: RunConfig) -> int:
     """How many ids the run's tokenizer has; at most, of one that is to be trained: a small text gives fewer."""
     if config.given_tokenizer is not None:
         return num_ids(open_tokenizer(config))
@@ -83,11 +83,11 @@ def _tasks(origin: Origin) -> list[str]:
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None:
         raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more.")
-    earlier = (stages.facts().get("origin") or {}).get("tasks", [])
+    earlier = (stages.metadata().get("origin") or {}).get("tasks", [])
     return [*earlier, *(passed.task for passed in lineage(run, stage))]
 
 
-def own_tokenizer(config: Run, folder: RunFolder) -> Any:
+def own_tokenizer(config: RunConfig, folder: RunFolder) -> Any:
     """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
 
     def keep(empty: Path) -> None:
@@ -98,7 +98,7 @@ def own_tokenizer(config: Run, folder: RunFolder) -> Any:
     return load_tokenizer(make_once(folder.tokenizer, keep))
 
 
-def own_architecture(config: Run, folder: RunFolder, tokenizer: Any) -> PreTrainedConfig:
+def own_architecture(config: RunConfig, folder: RunFolder, tokenizer: Any) -> PreTrainedConfig:
     """The model's configuration. It is kept as well, for runs that start from this one. One that was taken from another
     run is read from here alone: that run may be gone."""
 

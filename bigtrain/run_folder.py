@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import filelock
 
-from bigtrain.config import Run, difference, differences, load_config, to_yaml, without_secrets
+from bigtrain.config import RunConfig, difference, differences, load_config, to_yaml, without_secrets
 from bigtrain.config.files import literal
 from bigtrain.config.origin import damaged_ones, put_back
 from bigtrain.config.rules import LOCK, is_occupied
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.disk import append_lines, clean, remove, told_as
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, nearest
 from bigtrain.masking import masked_values
@@ -46,7 +46,7 @@ class RunFolder:
         self._lock = filelock.FileLock(path / LOCK, fallback_to_soft=False)
 
     @classmethod
-    def of(cls, config: Run) -> RunFolder:
+    def of(cls, config: RunConfig) -> RunFolder:
         return cls(Path(config.output) / config.name)
 
     def stage(self, name: str) -> Path:
@@ -83,13 +83,13 @@ class RunFolder:
         """The model's config.json, and generation_config.json if it has one, for runs that start from this one."""
         return self.path / "architecture"
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The content of run.json; empty for a run that has not begun. Raises ConfigError for one that bigtrain has not
         written."""
         file = self.path / "run.json"
         try:
-            facts = json.loads(file.read_bytes())
-            _check_facts(facts)
+            metadata = json.loads(file.read_bytes())
+            _check_metadata(metadata)
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError) as error:
@@ -97,20 +97,20 @@ class RunFolder:
                 f"{file} is not what bigtrain has written: {error}. Put a copy of it back, or take it away (`mv {file} "
                 f"{file}.damaged`): the run goes on from its checkpoints without what it said of earlier attempts."
             ) from None
-        return facts
+        return metadata
 
     def has_state(self, stage: str) -> bool:
         """Whether a stage has more behind it than steps that were never saved: a checkpoint, a damaged one among them,
         or its end, or an import. Only such a stage is bound to the values that it began with."""
-        facts = self.facts().get("stages", {}).get(stage, {})
-        return bool(facts.get("finished")) or "imported" in facts or _has_checkpoint(self.checkpoints(stage))
+        metadata = self.metadata().get("stages", {}).get(stage, {})
+        return bool(metadata.get("finished")) or "imported" in metadata or _has_checkpoint(self.checkpoints(stage))
 
     def is_kept(self) -> bool:
         """Whether any stage has a state, one that was set aside too: they share the model, tokenizer and seed."""
-        stages = {*self.facts().get("stages", {}), *(root.parent.name for root in self.path.glob("*/checkpoints"))}
+        stages = {*self.metadata().get("stages", {}), *(root.parent.name for root in self.path.glob("*/checkpoints"))}
         return any(self.has_state(stage) for stage in stages)
 
-    def check(self, config: Run, restart: str | None = None) -> None:
+    def check(self, config: RunConfig, restart: str | None = None) -> None:
         """Raises ConfigError when something else lives in the folder, or a run that trains something else.
 
         What no state depends on may change: a stage that has saved nothing takes the values of `config`.
@@ -138,7 +138,7 @@ class RunFolder:
             "Nothing was changed. Choose:\n" + "\n".join(_choices(config, [key for key, _, _ in changed]))
         )
 
-    def _check_origins(self, config: Run, anew: list[str]) -> None:
+    def _check_origins(self, config: RunConfig, anew: list[str]) -> None:
         """Raises ConfigError when a stage that is to begin anew starts from one that has lost its checkpoints."""
         for stage in config.stages:
             origin = stage.from_stage
@@ -153,11 +153,11 @@ class RunFolder:
                     f"more. Nothing was changed. Choose:\n{restart_choice(config, origin)}\n  {others}."
                 )
 
-    def _written(self) -> Run:
+    def _written(self) -> RunConfig:
         """The run as it was begun, without secrets."""
         return without_secrets(load_config(self.path / "config.yaml"))
 
-    def is_finished(self, config: Run) -> bool:
+    def is_finished(self, config: RunConfig) -> bool:
         """Whether every stage is trained to its end, and its last checkpoint and the export it asks for are there.
 
         Where its data lies elsewhere now, it is not known: the data must be looked at.
@@ -168,19 +168,21 @@ class RunFolder:
             self._stage_is_finished(stage) for stage in config.stages
         )
 
-    def _stage_is_finished(self, stage: Stage) -> bool:
-        facts = self.facts().get("stages", {}).get(stage.name, {})
-        if not facts.get("finished"):
+    def _stage_is_finished(self, stage: StageConfig) -> bool:
+        metadata = self.metadata().get("stages", {}).get(stage.name, {})
+        if not metadata.get("finished"):
             return False
-        last = self.checkpoints(stage.name) / f"step-{facts.get('steps', 0):08d}" / "manifest.json"
+        last = self.checkpoints(stage.name) / f"step-{metadata.get('steps', 0):08d}" / "manifest.json"
         return last.exists() and (self.is_exported(stage.name) or not stage.export)
 
     def is_exported(self, stage: str) -> bool:
         """Whether the stage's export is there and of its last step."""
-        facts = self.facts()["stages"].get(stage, {})
-        return self.export(stage).exists() and facts.get("exported_step") == facts.get("steps")
+        metadata = self.metadata()["stages"].get(stage, {})
+        return self.export(stage).exists() and metadata.get("exported_step") == metadata.get("steps")
 
-    def begin(self, config: Run, restart: str | None, origin: dict[str, Any] | None = None, **execution: Any) -> int:
+    def begin(
+        self, config: RunConfig, restart: str | None, origin: dict[str, Any] | None = None, **execution: Any
+    ) -> int:
         """Check, set a restarted stage and its dependents aside, and record a new attempt; returns its number.
 
         origin: what run.json is to say of the other run that this one starts from, while it has no state of its own.
@@ -196,22 +198,24 @@ class RunFolder:
             clean(Path(config.output) / "stores")
             return self._begin(config, restart, origin, execution)
 
-    def _begin(self, config: Run, restart: str | None, origin: dict[str, Any] | None, execution: dict[str, Any]) -> int:
+    def _begin(
+        self, config: RunConfig, restart: str | None, origin: dict[str, Any] | None, execution: dict[str, Any]
+    ) -> int:
         for stage in _with_dependents(config, restart):
             self._set_aside(stage)
-        for name in sorted({*self.facts().get("stages", {}), *(stage.name for stage in config.stages)}):
+        for name in sorted({*self.metadata().get("stages", {}), *(stage.name for stage in config.stages)}):
             if not self.has_state(name):
                 self._forget(name)
         if not self.is_kept():
             remove(self.tokenizer)  # the next one may be another
             remove(self.architecture)
         self._replace("config.yaml", to_yaml(without_secrets(config)))
-        facts = {"attempts": [], "stages": {}, **self.facts(), "name": config.name, "seed": config.seed}
+        metadata = {"attempts": [], "stages": {}, **self.metadata(), "name": config.name, "seed": config.seed}
         if not self.is_kept():
-            facts["origin"] = origin
-        self._close(facts["attempts"])
+            metadata["origin"] = origin
+        self._close(metadata["attempts"])
         self._attempt = uuid.uuid4().hex
-        facts["attempts"].append(
+        metadata["attempts"].append(
             {
                 "id": self._attempt,
                 "started": time.time(),
@@ -221,12 +225,12 @@ class RunFolder:
                 **execution,
             }
         )
-        self._write(facts)
+        self._write(metadata)
         remove(self.first_weights)  # an earlier attempt was killed before it had
         self.preempted.unlink(missing_ok=True)
         for file in self.path.glob(f"{self.save_request.name}*"):
             file.unlink()
-        return len(facts["attempts"])
+        return len(metadata["attempts"])
 
     def end(self, how: Ending, reason: str | None, since: float) -> None:
         """Record in run.json how the attempt ended that was begun after `since` (seconds since 1970), and why.
@@ -242,15 +246,15 @@ class RunFolder:
                 return
             if not held:
                 self._lock.acquire(timeout=0)
-            facts = self.facts()
-            attempts = facts["attempts"]
+            metadata = self.metadata()
+            attempts = metadata["attempts"]
             if self._attempt is not None and self.newest_attempt() != self._attempt:
                 return  # another run has taken the folder's place
             if not attempts or attempts[-1]["started"] < since:
                 self._close(attempts)
                 attempts.append({"id": uuid.uuid4().hex, "started": since, "machine": platform.node()})
             attempts[-1]["ended"] = {"how": how, "reason": reason, "time": time.time()}
-            self._write(facts)
+            self._write(metadata)
         if not held:
             self.leave()
 
@@ -319,7 +323,7 @@ class RunFolder:
             ) from None
 
     def _job(self) -> str:
-        attempts = self.facts().get("attempts")
+        attempts = self.metadata().get("attempts")
         if not attempts:
             return f"another job has begun in {self.path}"
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempts[-1]["started"]))
@@ -327,34 +331,34 @@ class RunFolder:
 
     def newest_attempt(self) -> str | None:
         """The id of the attempt that was begun last, different for each one of each run; None where there is none."""
-        attempts = self.facts().get("attempts") or [{}]
+        attempts = self.metadata().get("attempts") or [{}]
         return attempts[-1].get("id")
 
-    def record(self, stage: str, **facts: Any) -> None:
+    def record(self, stage: str, **metadata: Any) -> None:
         """Add to what run.json says of a stage."""
-        everything = self.facts()
-        everything["stages"].setdefault(stage, {}).update(facts)
+        everything = self.metadata()
+        everything["stages"].setdefault(stage, {}).update(metadata)
         self._write(everything)
 
     def _set_aside(self, stage: str) -> None:
         """Rename a stage's folder, so that nothing is lost, and let its rows of metrics.jsonl no longer count."""
-        facts = self.facts()
+        metadata = self.metadata()
         if self.has_state(stage) or _has_files(self.stage(stage)):
             names = (f"{stage}.{number}" for number in itertools.count(1))
-            aside = next(n for n in names if n not in facts["stages"] and not self.stage(n).exists())
+            aside = next(n for n in names if n not in metadata["stages"] and not self.stage(n).exists())
             if self.stage(stage).exists():
                 self.stage(stage).rename(self.stage(aside))
-            facts["stages"][aside] = facts["stages"].pop(stage, {})
-            self._write(facts)
+            metadata["stages"][aside] = metadata["stages"].pop(stage, {})
+            self._write(metadata)
             self._end_rows(stage, kept_as=aside)
         self._forget(stage)
 
     def _forget(self, stage: str) -> None:
         """Take away what a stage that has saved nothing has left: what run.json says of it, its rows of metrics.jsonl
         (they count no longer), half-made folders."""
-        facts = self.facts()
-        if facts.get("stages", {}).pop(stage, None) is not None:
-            self._write(facts)
+        metadata = self.metadata()
+        if metadata.get("stages", {}).pop(stage, None) is not None:
+            self._write(metadata)
         self._end_rows(stage)
         if self.stage(stage).exists() and not _has_files(self.stage(stage)):
             shutil.rmtree(self.stage(stage))
@@ -373,8 +377,8 @@ class RunFolder:
                 row = {"kind": "restarted", "time": time.time(), "stage": stage, "step": 0, **where}
                 metrics.write(json.dumps(row) + "\n")
 
-    def _write(self, facts: dict[str, Any]) -> None:
-        self._replace("run.json", json.dumps(masked_values(facts), indent=1) + "\n")
+    def _write(self, metadata: dict[str, Any]) -> None:
+        self._replace("run.json", json.dumps(masked_values(metadata), indent=1) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         """Write a file so that it is the old one or the new one, never a half."""
@@ -387,12 +391,12 @@ class RunFolder:
             raise
 
 
-def _check_facts(facts: Any) -> None:
+def _check_metadata(metadata: Any) -> None:
     """Raises ValueError, TypeError or AttributeError unless all is there that is relied on, and names are names."""
-    for attempt in facts.get("attempts", []):
+    for attempt in metadata.get("attempts", []):
         if not isinstance(attempt.get("started"), float | int):
             raise ValueError("an attempt has no time")
-    for name, stage in facts.get("stages", {}).items():
+    for name, stage in metadata.get("stages", {}).items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.\d+)?", name):
             raise ValueError(f"{literal(name)} is no name of a stage")
         if type(stage.get("steps", 0)) is not int:
@@ -426,7 +430,7 @@ def _stage_of(key: str) -> str | None:
     return key.split(".")[1] if key.startswith("stages.") else None
 
 
-def _choices(config: Run, changed: list[str]) -> list[str]:
+def _choices(config: RunConfig, changed: list[str]) -> list[str]:
     """What can be done about keys that differ from those of the run, and what each would mean."""
     choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
     stage, *more = {_stage_of(key) for key in changed}
@@ -436,7 +440,7 @@ def _choices(config: Run, changed: list[str]) -> list[str]:
     return choices
 
 
-def restart_choice(config: Run, stage: str, values: str = "") -> str:
+def restart_choice(config: RunConfig, stage: str, values: str = "") -> str:
     """A line about what `--restart` would do."""
     others = _with_dependents(config, stage)[1:]
     also = f", and {', '.join(others)}, which starts from it," if others else ""
@@ -446,7 +450,7 @@ def restart_choice(config: Run, stage: str, values: str = "") -> str:
     )
 
 
-def _with_dependents(config: Run, stage: str | None) -> list[str]:
+def _with_dependents(config: RunConfig, stage: str | None) -> list[str]:
     """A stage and all later ones whose weights come from it."""
     names = [stage] if stage is not None else []
     for later in config.stages:

@@ -14,29 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 import bigtrain
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, newest, set_aside
-from bigtrain.config import Run
+from bigtrain.config import RunConfig
 from bigtrain.config.environment import has_launcher
 from bigtrain.config.rules import check_replicas, too_long_a_warmup
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.config.unusual import unusual
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
 from bigtrain.data.prepare import StageData, counts, prepare_stages
 from bigtrain.data.store import Store
 from bigtrain.disk import remove
+from bigtrain.distributed.collectives import from_first
+from bigtrain.distributed.consistency import check_same_folder, in_common
+from bigtrain.distributed.world import World, joined
 from bigtrain.errors import (
     BigtrainError,
     CheckpointError,
     ConfigError,
     DamagedError,
     NotFiniteError,
-    Told,
+    ReportedError,
     shorten,
 )
 from bigtrain.history import History, lost
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.generation import left_out
-from bigtrain.inference.opening import Opened, open_model
+from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.inputs import lost_origin, own_architecture, own_tokenizer, try_inputs
 from bigtrain.models.causal_lm import dropouts, empty_model, parameter_shapes, plain_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
@@ -46,14 +49,12 @@ from bigtrain.observability.stream import Event, Files, Stream
 from bigtrain.observability.summary import Summary
 from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
-from bigtrain.parallel.agreement import check_same_folder, from_first, in_common
-from bigtrain.parallel.contract import Engine
 from bigtrain.parallel.dims import ParallelDims
-from bigtrain.parallel.world import World, joined
+from bigtrain.parallel.engine import Engine
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
 from bigtrain.run_folder import RunFolder, ending_of
-from bigtrain.state import Reader
+from bigtrain.state import StateReader
 from bigtrain.tasks import TASKS, Task
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 64  # of an answer to one of a stage's `prompts`
 
 
-def run_here(config: Run, restart: str | None = None) -> int:
+def run_here(config: RunConfig, restart: str | None = None) -> int:
     """Run all stages with this process as one rank: that of the launcher's environment, or the only one.
 
     Returns the exit code: 0, or 75 if it was asked to stop and has saved.
@@ -81,14 +82,16 @@ def run_here(config: Run, restart: str | None = None) -> int:
             how, reason = ending_of(error)
             if first:
                 folder.end(how, reason, since)
-            elif not isinstance(error, Told | RuntimeError):  # RuntimeError: torch's word for another rank that is gone
+            elif not isinstance(
+                error, ReportedError | RuntimeError
+            ):  # RuntimeError: torch's word for another rank that is gone
                 folder.note(how, reason=reason, rank=int(os.environ["RANK"]))
         raise
     finally:
         folder.leave()
 
 
-def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
+def _run(config: RunConfig, folder: RunFolder, restart: str | None) -> int:
     begun, stream = time.monotonic(), Stream()
     try:
         with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
@@ -117,14 +120,14 @@ def _run(config: Run, folder: RunFolder, restart: str | None) -> int:
         stream.close()  # what a run that failed has reported is not lost either
 
 
-def check_execution(config: Run, world: World) -> None:
+def check_execution(config: RunConfig, world: World) -> None:
     """Raises ConfigError for an attention that this rank's device does not have, and replicas that do not come out."""
     check_replicas(config, world.size)
     if config.attention in ("flash", "flex") and world.device.type == "cpu":
         raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
-def check_warmups(config: Run, data: dict[str, StageData]) -> None:
+def check_warmups(config: RunConfig, data: dict[str, StageData]) -> None:
     """Raises ConfigError for a warm-up that is longer than its stage, whose length the data has told."""
     for stage in config.stages:
         steps = -(-data[stage.name].samples(stage) // stage.global_batch_size)
@@ -132,7 +135,7 @@ def check_warmups(config: Run, data: dict[str, StageData]) -> None:
             raise ConfigError(f"stages.{stage.name}.schedule.warmup_steps: {told}")
 
 
-def _open(config: Run, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
+def _open(config: RunConfig, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
     """Begin an attempt and see that all ranks find it; what rank 0 finds wrong ends all of them."""
     execution = {
         "world_size": world.size,
@@ -175,20 +178,20 @@ def _open(config: Run, folder: RunFolder, world: World, restart: str | None, req
     return stream
 
 
-def _finish(config: Run, folder: RunFolder, stream: Stream) -> None:
+def _finish(config: RunConfig, folder: RunFolder, stream: Stream) -> None:
     """Export each stage that asks for it and let it answer its prompts."""
     for stage in config.stages:
         if not stage.export or folder.is_exported(stage.name):
             continue
         stream.emit("exporting", stage=stage.name, folder=str(folder.export(stage.name)))
         where = export(folder.path, stage.name)
-        opened = open_model(str(folder.stage(stage.name))) if stage.prompts else None
+        opened = load_model(str(folder.stage(stage.name))) if stage.prompts else None
         answers = [{"prompt": prompt, "answer": _answer(opened, prompt)} for prompt in stage.prompts if opened]
-        steps = folder.facts()["stages"][stage.name]["steps"]
+        steps = folder.metadata()["stages"][stage.name]["steps"]
         folder.record(stage.name, export=str(where), exported_step=steps, answers=answers)
 
 
-def _answer(opened: Opened, prompt: str) -> str:
+def _answer(opened: LoadedModel, prompt: str) -> str:
     """To be read; a prompt that cannot be answered ends no run."""
     try:
         return generate(opened, prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
@@ -196,19 +199,21 @@ def _answer(opened: Opened, prompt: str) -> str:
         return f"(none: {error})"
 
 
-def stage_model(config: Run, stage: Stage, model: PreTrainedConfig) -> Callable[..., PreTrainedModel]:
+def stage_model(config: RunConfig, stage: StageConfig, model: PreTrainedConfig) -> Callable[..., PreTrainedModel]:
     """What builds the stage's model, empty."""
     checkpointing = config.parallel_of(stage).activation_checkpointing
     return partial(empty_model, model, attention=config.attention, activation_checkpointing=checkpointing)
 
 
-def stage_dims(config: Run, stage: Stage, world: World) -> ParallelDims:
+def stage_dims(config: RunConfig, stage: StageConfig, world: World) -> ParallelDims:
     """How the ranks divide the stage's work."""
     parallel = config.parallel_of(stage)
     return ParallelDims.of(parallel.engine, world.rank, world.size, parallel.replicate)
 
 
-def stage_engine(config: Run, stage: Stage, task: Task, build: Callable[..., PreTrainedModel], world: World) -> Engine:
+def stage_engine(
+    config: RunConfig, stage: StageConfig, task: Task, build: Callable[..., PreTrainedModel], world: World
+) -> Engine:
     """The engine of the stage's model, whose weights are still to be loaded; collective."""
     parallel = config.parallel_of(stage)
     dims = stage_dims(config, stage, world)
@@ -229,7 +234,7 @@ def stage_engine(config: Run, stage: Stage, task: Task, build: Callable[..., Pre
 class _Pipeline:
     """One rank's way through the stages."""
 
-    def __init__(self, config: Run, world: World, folder: RunFolder, stream: Stream, requests: Requests):
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, stream: Stream, requests: Requests):
         self.requests = requests
         self.config = config
         self.world = world
@@ -257,7 +262,7 @@ class _Pipeline:
                 except DamagedError as damaged:
                     self.history.set_aside(damaged)
 
-    def _stage(self, stage: Stage, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
+    def _stage(self, stage: StageConfig, task: Task, data: StageData, model: PreTrainedConfig) -> bool:
         """Train a stage, or what is left of it; False if it was asked to stop before its end."""
         sequences = data.samples(stage)
         folder = self.history.newest(stage.name)
@@ -273,7 +278,7 @@ class _Pipeline:
         if resumed:
             self.history.check_same_data(stage, data)
         imported = self.history.begins_imported(stage, run)
-        known = from_first(lambda: "data" in self.folder.facts()["stages"].get(stage.name, {}))
+        known = from_first(lambda: "data" in self.folder.metadata()["stages"].get(stage.name, {}))
         if (run.done == run.steps and known) or (resumed is None and self.history.is_over(stage)):
             self.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
             if self.world.rank == 0:
@@ -289,7 +294,7 @@ class _Pipeline:
             reader.check_fit(empty)
         engine = self._load(stage, task, build, reader, resumed.progress if resumed else {"updates": 0})
         parameters = sum(math.prod(shape) for shape in shapes.values())
-        facts = {
+        metadata = {
             "from": origin,
             "model": model.model_type,
             "parameters": parameters,
@@ -299,11 +304,11 @@ class _Pipeline:
             "sequences": sequences,
             "sequence_length": stage.sequence_length,
         }
-        self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **facts)
+        self.stream.emit("stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **metadata)
         if self.world.rank == 0 and (not resumed or imported or not known):
             self.folder.record(
                 stage.name,
-                **facts,
+                **metadata,
                 data=_lineage(data.train),
                 held_out=_lineage(data.held_out),
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
@@ -325,10 +330,10 @@ class _Pipeline:
 
     def _load(
         self,
-        stage: Stage,
+        stage: StageConfig,
         task: Task,
         build: Callable[..., PreTrainedModel],
-        reader: Reader,
+        reader: StateReader,
         progress: dict[str, float],
     ) -> Engine:
         """The stage's engine, with what the reader has; it is closed afterwards."""
@@ -348,7 +353,7 @@ class _Pipeline:
             remove(self.folder.first_weights)  # all ranks have read them
         return engine
 
-    def _check_start(self, engine: Engine, reader: Reader) -> None:
+    def _check_start(self, engine: Engine, reader: StateReader) -> None:
         """Raises on all ranks if what was loaded is not finite: DamagedError for a checkpoint, else CheckpointError."""
         names = engine.not_finite()
         if not names:
@@ -360,7 +365,7 @@ class _Pipeline:
         where = "model.from_config: of the first weights" if source is None else f"model.from_pretrained: in {source}"
         raise CheckpointError(f"{where} {told}.")
 
-    def _train(self, stage: Stage, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
+    def _train(self, stage: StageConfig, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
         dims = stage_dims(self.config, stage, self.world)
         batches = Batches(
             data.train,
@@ -395,7 +400,7 @@ class _Pipeline:
                 requests=self.requests,
             )
 
-    def _first_weights(self, stage: Stage, empty: PreTrainedModel) -> tuple[str, Reader]:
+    def _first_weights(self, stage: StageConfig, empty: PreTrainedModel) -> tuple[str, StateReader]:
         if stage.from_stage is not None:
             folder = self.history.newest(stage.from_stage, weights_only=True)
             if folder is None:

@@ -2,7 +2,7 @@
 
 For every parameter name there is one tensor per *slot*: `weight`, and the optimizer's own slots under the
 names that torch gives them (`exp_avg`, `exp_avg_sq`). An engine yields the boxes that its rank holds and
-takes boxes from a `Reader`; nothing here knows about ranks, files or engines.
+takes boxes from a `StateReader`; nothing here knows about ranks, files or engines.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Box(NamedTuple):
     tensor: torch.Tensor
 
 
-class Reader(Protocol):
+class StateReader(Protocol):
     """Where an engine takes its share of the state from: random weights, a pretrained model, a checkpoint."""
 
     @property
@@ -54,7 +54,7 @@ def lies_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[
     return len(offsets) == len(shape) and all(o + n <= size for o, n, size in zip(offsets, lengths, shape, strict=True))
 
 
-class Span(NamedTuple):
+class FlatSpan(NamedTuple):
     """The elements [first, stop) of a flattened tensor from a box's first to its last, and the tensor's strides."""
 
     first: int
@@ -62,16 +62,16 @@ class Span(NamedTuple):
     strides: Shape
 
 
-def flat_span(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Span:
+def flat_span(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> FlatSpan:
     """Where the box of `lengths` at `offsets` lies in a row-major tensor that has it."""
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
     if 0 in lengths:
-        return Span(first, first, strides)
-    return Span(first, first + 1 + sum((n - 1) * s for n, s in zip(lengths, strides, strict=True)), strides)
+        return FlatSpan(first, first, strides)
+    return FlatSpan(first, first + 1 + sum((n - 1) * s for n, s in zip(lengths, strides, strict=True)), strides)
 
 
-class Part(NamedTuple):
+class FlatBox(NamedTuple):
     """A box of a tensor that is one run of elements in its flattened form."""
 
     offsets: Shape
@@ -79,7 +79,7 @@ class Part(NamedTuple):
     start: int  # of its first element, counted from the beginning of the flat range it was cut from
 
 
-def flat_range_parts(shape: Shape, start: int, stop: int) -> Iterator[Part]:
+def flat_range_boxes(shape: Shape, start: int, stop: int) -> Iterator[FlatBox]:
     """Cut the flat range [start, stop) of a row-major tensor into boxes, in order.
 
     A range that begins and ends inside rows becomes a head, full rows, and a tail, in each dimension;
@@ -87,7 +87,7 @@ def flat_range_parts(shape: Shape, start: int, stop: int) -> Iterator[Part]:
     """
     assert 0 <= start <= stop <= math.prod(shape), (shape, start, stop)
     for offsets, lengths, at in _cut(shape, start, stop):
-        yield Part(offsets, lengths, at - start)
+        yield FlatBox(offsets, lengths, at - start)
 
 
 def _cut(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:

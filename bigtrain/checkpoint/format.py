@@ -160,7 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         _check_format(folder, manifest)
         _check_values(manifest)
-        files = {name: (file_within(folder, name), facts["bytes"]) for name, facts in manifest["files"].items()}
+        files = {name: (file_within(folder, name), metadata["bytes"]) for name, metadata in manifest["files"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(folder, f"{path} cannot be used: {reason(error)}") from None
     for file, expected in files.values():
@@ -183,11 +183,11 @@ def _check_values(manifest: dict[str, Any]) -> None:
             if entry["dtype"] not in MANIFEST_DTYPES or not all(map(_is_count, entry["shape"])):
                 raise ValueError(f"{name} ({slot}) has no shape or dtype that is known here")
     manifest["files"][PROGRESS].items()
-    for name, facts in manifest["files"].items():
-        if not isinstance(facts["checksum"], str):
+    for name, metadata in manifest["files"].items():
+        if not isinstance(metadata["checksum"], str):
             raise ValueError(f"{name} has no checksum")
-        header = facts["header"] if name.endswith(".safetensors") else 0
-        if not (_is_count(facts["bytes"]) and _is_count(header) and header <= facts["bytes"]):
+        header = metadata["header"] if name.endswith(".safetensors") else 0
+        if not (_is_count(metadata["bytes"]) and _is_count(header) and header <= metadata["bytes"]):
             raise ValueError(f"the size of {name} is none")
 
 

@@ -23,8 +23,7 @@ from bigtrain.checkpoint.format import (
 )
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
-from bigtrain.models.causal_lm import parameter_shapes
-from bigtrain.parallel.contract import persistent_buffers
+from bigtrain.models.causal_lm import parameter_shapes, persistent_buffers
 from bigtrain.state import BUFFER, WEIGHT, Shape, flat_span, lies_inside
 from bigtrain.tensor_files import read_whole
 
@@ -35,7 +34,7 @@ def newest(root: Path, weights_only: bool = False) -> Path | None:
 
 
 class Checkpoint:
-    """A `Reader` of a complete checkpoint; reads only what it is asked for, and nothing that fails its checksum.
+    """A `StateReader` of a complete checkpoint; reads only what it is asked for, and nothing that fails its checksum.
 
     weights_only: leave the optimizer's slots out, for a stage that starts from another one's weights.
     Raises DamagedError for a folder that holds no complete checkpoint, CheckpointError for another format.

@@ -10,6 +10,16 @@ from bigtrain.config.load import (
     to_yaml,
     without_secrets,
 )
-from bigtrain.config.schema import Run
+from bigtrain.config.schema import RunConfig
 
-__all__ = ["Loaded", "Run", "difference", "differences", "lacking", "load", "load_config", "to_yaml", "without_secrets"]
+__all__ = [
+    "Loaded",
+    "RunConfig",
+    "difference",
+    "differences",
+    "lacking",
+    "load",
+    "load_config",
+    "to_yaml",
+    "without_secrets",
+]

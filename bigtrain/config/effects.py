@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtrain.config.files import KeyPath
-from bigtrain.config.schema import Run, Section, Stage
+from bigtrain.config.schema import RunConfig, Section, StageConfig
 
 # Key of a stage, when it has no effect although it is given, what is said then.
-OF_STAGES: tuple[tuple[KeyPath, Callable[[Stage], bool], str], ...] = (
+OF_STAGES: tuple[tuple[KeyPath, Callable[[StageConfig], bool], str], ...] = (
     (
         ("schedule", "min_ratio"),
         lambda stage: stage.schedule.name == "constant",
@@ -63,7 +63,7 @@ OF_STAGES: tuple[tuple[KeyPath, Callable[[Stage], bool], str], ...] = (
 )
 
 
-def without_effect(run: Run) -> Iterator[tuple[KeyPath, str]]:
+def without_effect(run: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     """(path of the key, message) for every option that is given and changes nothing."""
     for i, stage in enumerate(run.stages):
         for at, has_none, message in OF_STAGES:
@@ -77,12 +77,12 @@ def without_effect(run: Run) -> Iterator[tuple[KeyPath, str]]:
             yield ("parallel", name), "has no effect, as every stage has its own; remove it, or those of the stages."
 
 
-def known_steps(stage: Stage) -> int | None:
+def known_steps(stage: StageConfig) -> int | None:
     """Steps of a stage; None where they depend on its data."""
     return None if stage.epochs is not None else stage.sequences(0) // stage.global_batch_size
 
 
-def _of_profile(run: Run) -> Iterator[tuple[KeyPath, str]]:
+def _of_profile(run: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     lengths = [known_steps(stage) for stage in run.stages]
     known = [length for length in lengths if length is not None]
     if run.profile is not None and len(known) == len(lengths) and run.profile.steps[0] > max(known):

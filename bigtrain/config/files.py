@@ -66,7 +66,7 @@ def literal(value: Any) -> str:
 
 
 @dataclass
-class Document:
+class ConfigFile:
     """A parsed mapping and where each of its values stands: `origins[path]` is 'file.yaml:12' or 'command line'."""
 
     values: dict[str, Any]
@@ -79,7 +79,7 @@ class Document:
         return self.origins.get(path, "")
 
 
-def read_yaml(path: Path) -> Document:
+def read_yaml(path: Path) -> ConfigFile:
     """Raises ConfigError for a missing or unreadable file, bad YAML, a key given twice, or no mapping at the top."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -92,7 +92,7 @@ def read_yaml(path: Path) -> Document:
         raise ConfigError(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    document = Document({}, {(): str(path)})
+    document = ConfigFile({}, {(): str(path)})
     values = parse(text, (), lambda line: f"{path}:{line}", document.origins)
     if not isinstance(values, dict):
         found = "the file is empty" if values is None else f"found {_kind(values)}"

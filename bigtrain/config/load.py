@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from bigtrain.config.files import Document, Dumper, KeyPath, literal, parse, read_yaml
+from bigtrain.config.files import ConfigFile, Dumper, KeyPath, literal, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
-from bigtrain.config.schema import Run, Section, Source, mark_of
+from bigtrain.config.schema import RunConfig, Section, SourceConfig, mark_of
 from bigtrain.config.texts import MEANINGS
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.masking import masked_values
@@ -25,6 +25,7 @@ from bigtrain.masking import masked_values
 DEFAULT = "default"  # the origin of a value that nobody has given
 
 
+RENAMED = {"documents_may_read_each_other": "cross_document_attention"}
 ABSENT, A_STAGE = "absent", "a stage"  # in the place of a value, in `differences`
 
 
@@ -32,14 +33,14 @@ ABSENT, A_STAGE = "absent", "a stage"  # in the place of a value, in `difference
 class Loaded:
     """A checked run's file, and where each of its values came from."""
 
-    run: Run
-    document: Document
+    run: RunConfig
+    document: ConfigFile
 
     def origin(self, path: KeyPath) -> str:
         return self.document.origins.get(path, DEFAULT)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a run's file and apply `KEY=VALUE` overrides. Raises ConfigError, naming key, file and line."""
     return load(path, overrides).run
 
@@ -53,7 +54,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
     for override in overrides:
         _override(document, override)
     try:
-        run = Run.model_validate(document.values)
+        run = RunConfig.model_validate(document.values)
     except ValidationError as error:
         raise ConfigError(_explain(error, document)) from None
     loaded = Loaded(run, document)
@@ -63,10 +64,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
     return loaded
 
 
-def source(text: str, option: str) -> Source:
+def source(text: str, option: str) -> SourceConfig:
     """A source that is named on the command line. Raises ConfigError, which names the option."""
     try:
-        return Source(source=text)
+        return SourceConfig(source=text)
     except ValidationError as error:
         raise ConfigError(f"{option} {text}: {_message(error.errors(include_url=False)[0], ('source',))}") from None
 
@@ -76,14 +77,14 @@ def lacking(loaded: Loaded) -> list[str]:
     return [_line(loaded.document, at, message) for at, message in broken_here(loaded.run)]
 
 
-def to_yaml(run: Run) -> str:
+def to_yaml(run: RunConfig) -> str:
     """The resolved run as YAML: what `load_config` reads to the same Run."""
     return yaml.dump(run.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, width=100)
 
 
-def without_secrets(run: Run) -> Run:
+def without_secrets(run: RunConfig) -> RunConfig:
     """The run with the secrets in its texts masked: to be written down and compared, not to read its sources from."""
-    return Run.model_validate(masked_values(run.model_dump(by_alias=True)))
+    return RunConfig.model_validate(masked_values(run.model_dump(by_alias=True)))
 
 
 def difference(key: str, old: Any, new: Any) -> str:
@@ -104,7 +105,7 @@ def _item(value: Any) -> str:
     return ", ".join([*words, *(f"{key} {literal(below).removesuffix('.0')}" for key, below in said.items())])
 
 
-def differences(old: Run, new: Run, mark: str) -> list[tuple[str, Any, Any]]:
+def differences(old: RunConfig, new: RunConfig, mark: str) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of the fields with this mark that differ; a stage added is no difference."""
     found: list[tuple[str, Any, Any]] = []
     _compare(old, new, (), mark, found)
@@ -148,7 +149,7 @@ def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:
         yield at, a, b
 
 
-def _override(document: Document, override: str) -> None:
+def _override(document: ConfigFile, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {literal(override)}: expected KEY=VALUE, like stages.pretrain.optimizer.lr=1e-4")
@@ -192,7 +193,7 @@ def _index(items: list[Any], part: str, override: str) -> int:
     raise ConfigError(f"override {literal(override)}: there is no {literal(part)} here; {nearest(part, known)}")
 
 
-def _explain(error: ValidationError, document: Document) -> str:
+def _explain(error: ValidationError, document: ConfigFile) -> str:
     messages: dict[KeyPath, list[str]] = {}
     details = error.errors(include_url=False)
     misspelt = {
@@ -229,6 +230,8 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
     match detail["type"]:
         case "extra_forbidden":
             key = str(path[-1])
+            if key in RENAMED:
+                return f"this key is called `{RENAMED[key]}` now."
             if homes := sorted(_homes(key)):
                 return f"unknown key; it belongs below {' or '.join(f'`{home}`' for home in homes)}."
             return f"unknown key; {nearest(key, _keys_at(path[:-1]))}"
@@ -283,7 +286,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _line(document: Document, path: KeyPath, message: str) -> str:
+def _line(document: ConfigFile, path: KeyPath, message: str) -> str:
     named: list[str] = []
     at: Any = document.values
     for part in path:
@@ -293,7 +296,7 @@ def _line(document: Document, path: KeyPath, message: str) -> str:
 
 
 def _keys_at(path: KeyPath) -> list[str]:
-    section: type[BaseModel] | None = Run
+    section: type[BaseModel] | None = RunConfig
     for part in path:
         if isinstance(part, str) and section is not None:
             fields = {info.alias or name: info for name, info in section.model_fields.items()}
@@ -302,7 +305,7 @@ def _keys_at(path: KeyPath) -> list[str]:
     return [info.alias or name for name, info in section.model_fields.items()]
 
 
-def _homes(key: str, section: type[BaseModel] = Run, path: str = "") -> Iterator[str]:
+def _homes(key: str, section: type[BaseModel] = RunConfig, path: str = "") -> Iterator[str]:
     """The sections below which a key of this name stands, with dots."""
     for name, info in section.model_fields.items():
         known = info.alias or name

@@ -13,7 +13,7 @@ from typing import Any
 from bigtrain.config.effects import known_steps, without_effect
 from bigtrain.config.files import KeyPath, literal
 from bigtrain.config.origin import Origin
-from bigtrain.config.schema import Run, Source, Stage
+from bigtrain.config.schema import RunConfig, SourceConfig, StageConfig
 from bigtrain.config.sources import HUB_ID, kind_of, parse_split, wrong_with
 from bigtrain.config.tracking import wrong_with_tracker
 from bigtrain.errors import ConfigError, nearest
@@ -43,7 +43,7 @@ LONG_NAME = 200  # characters of a name: disks take 255 bytes of one, and ending
 Broken = Iterator[tuple[KeyPath, str]]
 
 
-def broken_rules(run: Run) -> list[tuple[KeyPath, str]]:
+def broken_rules(run: RunConfig) -> list[tuple[KeyPath, str]]:
     """(path of the key to change, message) for every rule between fields that the run breaks."""
     return [
         *_finite(run.model_dump(by_alias=True), ()),
@@ -55,7 +55,7 @@ def broken_rules(run: Run) -> list[tuple[KeyPath, str]]:
     ] or list(without_effect(run))
 
 
-def broken_here(run: Run) -> list[tuple[KeyPath, str]]:
+def broken_here(run: RunConfig) -> list[tuple[KeyPath, str]]:
     """The same for what the run needs on the disk of this machine: data, checkpoints, a folder of its own."""
     return [
         *_run_folder(run),
@@ -81,7 +81,7 @@ def _finite(value: Any, at: KeyPath) -> Broken:
             yield from _finite(below, (*at, i))
 
 
-def _top(run: Run) -> Broken:
+def _top(run: RunConfig) -> Broken:
     model, tokenizer = run.model, run.tokenizer
     given = [key for key, value in model if value is not None]
     if len(given) != 1:
@@ -114,7 +114,7 @@ def _top(run: Run) -> Broken:
         yield ("attention",), "flash has no fp32; use precision: bf16, or attention: sdpa."
 
 
-def _architecture(run: Run) -> Broken:
+def _architecture(run: RunConfig) -> Broken:
     values, at = run.model.from_config or {}, ("model", "from_config")
     wrong = [
         key
@@ -138,18 +138,18 @@ def _architecture(run: Run) -> Broken:
         yield (*at, "num_attention_heads"), f"hidden_size ({width}) is no multiple of {heads}; change one of them."
 
 
-def _trackers(run: Run) -> Broken:
+def _trackers(run: RunConfig) -> Broken:
     for i, name in enumerate(run.trackers):
         if wrong := wrong_with_tracker(name):
             yield ("trackers", i), wrong
 
 
-def _flash(run: Run) -> Broken:
+def _flash(run: RunConfig) -> Broken:
     if run.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
         yield ("attention",), "flash needs the package flash-attn, which is not installed; install it, or use sdpa."
 
 
-def _reporting(run: Run) -> Broken:
+def _reporting(run: RunConfig) -> Broken:
     if run.profile is not None:
         first, last = run.profile.steps
         if first < 1 or last < first:
@@ -161,7 +161,7 @@ def _reporting(run: Run) -> Broken:
             yield ("trackers", i), f"{tracker} is there twice; remove one."
 
 
-def _parallel(run: Run) -> Broken:
+def _parallel(run: RunConfig) -> Broken:
     processes = run.parallel.processes
     if processes != "auto" and processes < 1:
         yield ("parallel", "processes"), f"must be at least 1 or `auto`, got {processes}."
@@ -177,7 +177,7 @@ def _parallel(run: Run) -> Broken:
             )
 
 
-def check_replicas(run: Run, processes: int) -> None:
+def check_replicas(run: RunConfig, processes: int) -> None:
     """Raises ConfigError if the processes that a launcher has started cannot be divided as `replicate` says."""
     for stage in run.stages:
         replicate = run.parallel_of(stage).replicate
@@ -189,7 +189,7 @@ def check_replicas(run: Run, processes: int) -> None:
             )
 
 
-def _stage(run: Run, i: int) -> Broken:
+def _stage(run: RunConfig, i: int) -> Broken:
     stage, at = run.stages[i], ("stages", i)
     earlier = [other.name for other in run.stages[:i]]
     if stage.name in RESERVED:
@@ -223,7 +223,7 @@ def _stage(run: Run, i: int) -> Broken:
     yield from _cleaning(stage, (*at, "clean"))
 
 
-def _epochs(stage: Stage, at: KeyPath) -> Broken:
+def _epochs(stage: StageConfig, at: KeyPath) -> Broken:
     weighted = any(source.weight is not None for source in stage.data)
     if stage.epochs_of is None:
         if stage.epochs is not None and weighted:
@@ -241,7 +241,7 @@ def _epochs(stage: Stage, at: KeyPath) -> Broken:
         yield (*at, "epochs_of"), several if stage.epochs_of in names else none
 
 
-def too_long_a_warmup(stage: Stage, steps: int) -> str | None:
+def too_long_a_warmup(stage: StageConfig, steps: int) -> str | None:
     """What is wrong with the warm-up of a stage of so many steps; None if nothing is."""
     warmup = stage.schedule.warmup_steps
     if warmup is None or warmup <= steps:
@@ -249,7 +249,7 @@ def too_long_a_warmup(stage: Stage, steps: int) -> str | None:
     return f"{warmup} is longer than the whole stage ({steps} steps): the learning rate would never reach its peak."
 
 
-def _cleaning(stage: Stage, at: KeyPath) -> Broken:
+def _cleaning(stage: StageConfig, at: KeyPath) -> Broken:
     clean = stage.clean
     if clean is None:
         return
@@ -269,7 +269,7 @@ def _cleaning(stage: Stage, at: KeyPath) -> Broken:
         yield (*at, "leakage"), "needs held-out documents; add `evaluate:`, or remove it."
 
 
-def _cleaning_here(stage: Stage, at: KeyPath) -> Broken:
+def _cleaning_here(stage: StageConfig, at: KeyPath) -> Broken:
     clean = stage.clean
     if clean is not None and clean.near_duplicates is not None and importlib.util.find_spec("datasketch") is None:
         yield (*at, "near_duplicates"), "datasketch is not installed; `pip install 'bigtrain[clean]'`."
@@ -283,7 +283,7 @@ def _cleaning_here(stage: Stage, at: KeyPath) -> Broken:
             )
 
 
-def _evaluation(stage: Stage, at: KeyPath) -> Broken:
+def _evaluation(stage: StageConfig, at: KeyPath) -> Broken:
     if stage.evaluate is None:
         if stage.held_out:
             yield (*at, "held_out"), "documents are held out but never evaluated; add `evaluate:`."
@@ -295,7 +295,7 @@ def _evaluation(stage: Stage, at: KeyPath) -> Broken:
         yield (*at, "evaluate", "data"), "held-out sources are evaluated whole; leave weight out."
 
 
-def _weights(sources: list[Source], at: KeyPath) -> Broken:
+def _weights(sources: list[SourceConfig], at: KeyPath) -> Broken:
     weighted = sum(source.weight is not None for source in sources)
     if 0 < weighted < len(sources):
         yield at, "give a weight to every source or to none."
@@ -308,7 +308,7 @@ def is_occupied(folder: Path) -> bool:
     return bool(there) and "config.yaml" not in there
 
 
-def _run_folder(run: Run) -> Broken:
+def _run_folder(run: RunConfig) -> Broken:
     output, folder = Path(run.output), Path(run.output) / run.name
     try:
         if output.exists() and not output.is_dir():
@@ -324,7 +324,7 @@ def _run_folder(run: Run) -> Broken:
         yield ("output",), f"{folder} cannot be used as a folder: {error.strerror}; choose another."
 
 
-def _pretrained(run: Run) -> Broken:
+def _pretrained(run: RunConfig) -> Broken:
     model = run.model.from_pretrained
     at: KeyPath = ("model", "from_pretrained")
     if model is not None and _looks_like_path(model):
@@ -340,7 +340,7 @@ def _pretrained(run: Run) -> Broken:
             yield ("tokenizer", "from_pretrained"), missing
 
 
-def _from_run(run: Run) -> Broken:
+def _from_run(run: RunConfig) -> Broken:
     """A run that has begun has what it took from the other one, which may be gone."""
     own, at = Path(run.output) / run.name, ("model", "from_run")
     if run.model.from_run is None or (own / "architecture" / "manifest.json").is_file():
@@ -369,7 +369,7 @@ def _missing_folder(name: str, needed: str) -> str | None:
     return f"there is no folder {name} (looked in {Path.cwd()})."
 
 
-def _positions(run: Run, model: str, at: KeyPath) -> Broken:
+def _positions(run: RunConfig, model: str, at: KeyPath) -> Broken:
     """Of a model on disk, which the key `at` names; its config.json is enough to know them."""
     file = Path(model) / "config.json"
     try:
@@ -386,13 +386,13 @@ def _positions(run: Run, model: str, at: KeyPath) -> Broken:
             )
 
 
-def _all_sources(stage: Stage, at: KeyPath) -> Iterator[tuple[KeyPath, Source]]:
+def _all_sources(stage: StageConfig, at: KeyPath) -> Iterator[tuple[KeyPath, SourceConfig]]:
     held_out = stage.evaluate.data if stage.evaluate else None
     for key, sources in (("data",), stage.data), (("evaluate", "data"), held_out or []):
         yield from (((*at, *key, i), source) for i, source in enumerate(sources))
 
 
-def _splits(stage: Stage, at: KeyPath) -> Broken:
+def _splits(stage: StageConfig, at: KeyPath) -> Broken:
     for place, source in _all_sources(stage, at):
         try:
             parse_split(source.split)
@@ -400,7 +400,7 @@ def _splits(stage: Stage, at: KeyPath) -> Broken:
             yield (*place, "split"), str(error)
 
 
-def _sources(stage: Stage, at: KeyPath) -> Broken:
+def _sources(stage: StageConfig, at: KeyPath) -> Broken:
     for place, source in _all_sources(stage, at):
         if (wrong := wrong_with(source)) is not None:
             yield (*place, "source"), wrong
@@ -414,7 +414,7 @@ def _sources(stage: Stage, at: KeyPath) -> Broken:
                 yield (*place, "split"), f"{source.source} is one split, `train`; there is no {split}."
 
 
-def _for_the_hub(key: str, source: Source) -> str:
+def _for_the_hub(key: str, source: SourceConfig) -> str:
     is_id = HUB_ID.fullmatch(source.source) is not None
     reason = "exists on this disk and is read from it" if is_id else "is none"
     return f"is for datasets of the Hub, and {source.source} {reason}; remove {key}."

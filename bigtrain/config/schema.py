@@ -42,7 +42,7 @@ def reporting(doc: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=doc, json_schema_extra={"mark": "reporting"}, **limits)
 
 
-class Model(Section):
+class ModelConfig(Section):
     from_config: dict[str, Any] | None = mathematics(
         "A transformers configuration with its `model_type`, for a causal language model with random weights. "
         "`vocab_size` and special token ids are taken from the tokenizer where absent.",
@@ -59,7 +59,7 @@ class Model(Section):
     )
 
 
-class TrainTokenizer(Section):
+class TrainTokenizerConfig(Section):
     vocab_size: int = mathematics("Entries of the vocabulary, special tokens included.", ge=300)
     sample_bytes: int = mathematics(
         "How much text of the first stage's training documents the merges are learned from, in bytes.",
@@ -68,15 +68,15 @@ class TrainTokenizer(Section):
     )
 
 
-class Tokenizer(Section):
-    train: TrainTokenizer | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
+class TokenizerConfig(Section):
+    train: TrainTokenizerConfig | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
     from_pretrained: PathText | None = mathematics("A folder, a Hub id or a .gguf file of a tokenizer.", None)
     add_tokens: list[str] = mathematics(
         "Special tokens to add; a pretrained model's embedding grows by as many rows where it has to.", []
     )
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     engine: Engine = execution(
         "ddp and fsdp: PyTorch, parameters replicated or sharded (FSDP2). zero1, zero2, zero3: DeepSpeed; optimizer "
         "state, then gradients, then parameters sharded.",
@@ -107,7 +107,7 @@ class Parallel(Section):
     )
 
 
-class StageParallel(Section):
+class StageParallelConfig(Section):
     engine: Engine | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
     replicate: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
     micro_batch_size: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
@@ -117,7 +117,7 @@ class StageParallel(Section):
     )
 
 
-class Source(Section):
+class SourceConfig(Section):
     source: PathText = execution(
         "Where documents come from; a run goes on wherever the same content lies. A file, a glob, a folder (every file "
         "below it) or any URL of fsspec, like s3://bucket/*.parquet: .json, .jsonl (.jsonlines, .ndjson, .jl), .csv, "
@@ -222,7 +222,7 @@ class Leakage(Section):
     )
 
 
-class Clean(Section):
+class CleanConfig(Section):
     repair: bool = mathematics("Undo mojibake, control characters and the like (ftfy).", False)
     normalize: Literal["NFC", "NFKC"] | None = mathematics("Unicode form of the texts; null: as they are.", None)
     redact: list[Literal["email", "phone", "card", "ip", "secret"]] = mathematics(
@@ -249,7 +249,7 @@ class Clean(Section):
     leakage: Leakage | None = mathematics("Drop training documents that held-out ones give away; null: none.", None)
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     name: Literal["adamw"] = mathematics("The optimizer.", "adamw")
     lr: float = mathematics("Peak learning rate.", gt=0)
     betas: list[float] = mathematics("Decay of the two moments.", [0.9, 0.95], min_length=2, max_length=2)
@@ -267,18 +267,18 @@ class Optimizer(Section):
     )
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "constant"] = mathematics("Shape of the decay after the warm-up.", "cosine")
     warmup_steps: int | None = mathematics("Steps until the peak.", None, ge=0)
     warmup_ratio: float = mathematics("The same as a part of all steps; used without warmup_steps.", 0.0, ge=0, le=1)
     min_ratio: float = mathematics("Learning rate at the end, as a part of the peak.", 0.1, ge=0, le=1)
 
 
-class Evaluate(Section):
+class EvaluateConfig(Section):
     every: int | None = mathematics(
         "Steps between evaluations; null: only before the first and after the last.", None, ge=1
     )
-    data: list[Source] | None = mathematics(
+    data: list[SourceConfig] | None = mathematics(
         "Held-out documents, instead of the stage's `held_out`.", None, min_length=1
     )
     sequences: int | None = mathematics(
@@ -286,7 +286,7 @@ class Evaluate(Section):
     )
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: int | None = reporting("Steps between checkpoints; one is always saved at the end.", None, ge=1)
     keep: int = reporting("How many of the newest checkpoints of a stage stay on disk.", 2, ge=1)
     keep_every: int | None = reporting(
@@ -304,7 +304,7 @@ class Checkpoint(Section):
     )
 
 
-class Stage(Section):
+class StageConfig(Section):
     name: str = mathematics("Names the stage's folder.", pattern=STAGE_NAME)
     task: Literal["pretrain", "sft"] = mathematics(
         "pretrain: next token of every document (column `text`). sft: conversations through the tokenizer's chat "
@@ -317,14 +317,14 @@ class Stage(Section):
         None,
         alias="from",
     )
-    data: list[Source] = mathematics("Sources of documents.", min_length=1)
+    data: list[SourceConfig] = mathematics("Sources of documents.", min_length=1)
     held_out: float = mathematics(
         "Part of the documents, chosen by a hash of their key, that is not trained on and that `evaluate` uses.",
         0.0,
         ge=0,
         lt=1,
     )
-    clean: Clean | None = mathematics(
+    clean: CleanConfig | None = mathematics(
         "What is done to the training documents before they are tokenized; held-out ones stay as they are. "
         "null: nothing.",
         None,
@@ -343,7 +343,7 @@ class Stage(Section):
         "sequence_length; with more the run is refused, since the model would not learn where they end.",
         0.1,
     )
-    documents_may_read_each_other: bool = mathematics(
+    cross_document_attention: bool = mathematics(
         "Whether a document may read those before it in its sequence. false: positions begin anew with each document, "
         "and architectures for which that is not shown to keep them apart are refused.",
         False,
@@ -357,16 +357,18 @@ class Stage(Section):
         "meanwhile. null: all data, which has no weights then.",
         None,
     )
-    optimizer: Optimizer = mathematics("How weights are updated.")
-    schedule: Schedule = mathematics("The learning rate as a function of the step.", Schedule())
-    evaluate: Evaluate | None = mathematics("Loss on documents that are not trained on; null: none.", None)
-    checkpoint: Checkpoint = reporting("When the state is saved.", Checkpoint())
-    parallel: StageParallel = execution("What this stage does differently from `parallel`.", StageParallel())
+    optimizer: OptimizerConfig = mathematics("How weights are updated.")
+    schedule: ScheduleConfig = mathematics("The learning rate as a function of the step.", ScheduleConfig())
+    evaluate: EvaluateConfig | None = mathematics("Loss on documents that are not trained on; null: none.", None)
+    checkpoint: CheckpointConfig = reporting("When the state is saved.", CheckpointConfig())
+    parallel: StageParallelConfig = execution(
+        "What this stage does differently from `parallel`.", StageParallelConfig()
+    )
     export: bool = reporting("Write OUTPUT/NAME/STAGE/export, a Hugging Face folder, at the run's end.", True)
     prompts: list[str] = reporting("Prompts that the exported model answers at the run's end, to be read.", [])
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[SourceConfig]:
         """All that the stage reads."""
         return [*self.data, *((self.evaluate.data if self.evaluate else None) or [])]
 
@@ -381,7 +383,7 @@ class Stage(Section):
         return max(1, round(self.epochs * samples))
 
 
-class Profile(Section):
+class ProfileConfig(Section):
     steps: list[int] = reporting(
         "[first, last] step of a stage of which a trace (and on a GPU a memory snapshot) is written.",
         min_length=2,
@@ -389,12 +391,12 @@ class Profile(Section):
     )
 
 
-class Run(Section):
+class RunConfig(Section):
     name: str = reporting("The run lives in OUTPUT/NAME.", pattern=RUN_NAME)
     output: PathText = reporting("Folder of runs and of the token stores that they share.", "runs")
     seed: int = mathematics("Of initial weights, sample order and dropout.", 0, ge=0, lt=2**31)
-    model: Model = mathematics("What is trained.")
-    tokenizer: Tokenizer | None = mathematics(
+    model: ModelConfig = mathematics("What is trained.")
+    tokenizer: TokenizerConfig | None = mathematics(
         "Text to tokens; null: that of `model.from_pretrained` or `model.from_run`.", None
     )
     precision: Literal["fp32", "bf16", "fp16"] = mathematics(
@@ -412,7 +414,7 @@ class Run(Section):
         "and started again on as many processes ends in the same weights to the last bit. On a CPU it does so anyway.",
         False,
     )
-    parallel: Parallel = execution("How it is executed, never what is trained.", Parallel())
+    parallel: ParallelConfig = execution("How it is executed, never what is trained.", ParallelConfig())
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = reporting(
         "Experiment trackers that get the metrics as well; they must be installed.", []
     )
@@ -422,8 +424,8 @@ class Run(Section):
         None,
         pattern=DURATION,
     )
-    profile: Profile | None = reporting("Steps to look at with the profiler; null: none.", None)
-    stages: list[Stage] = mathematics("Trained one after the other.", min_length=1)
+    profile: ProfileConfig | None = reporting("Steps to look at with the profiler; null: none.", None)
+    stages: list[StageConfig] = mathematics("Trained one after the other.", min_length=1)
 
     @property
     def time_limit_seconds(self) -> float | None:
@@ -433,9 +435,9 @@ class Run(Section):
         return float(sum(int(n) * units[unit] for n, unit in re.findall(r"(\d+)([dhms])", self.time_limit)))
 
     @property
-    def isolates(self) -> bool:
+    def needs_document_mask(self) -> bool:
         """Whether some stage relies on the architecture to keep the documents of a sequence apart."""
-        return not all(stage.documents_may_read_each_other for stage in self.stages)
+        return not all(stage.cross_document_attention for stage in self.stages)
 
     @property
     def adds_tokens(self) -> bool:
@@ -450,7 +452,7 @@ class Run(Section):
         from_run = self.model.from_run
         return self.model.from_pretrained if from_run is None else str(Origin.of(from_run).tokenizer)
 
-    def parallel_of(self, stage: Stage) -> Parallel:
+    def parallel_of(self, stage: StageConfig) -> ParallelConfig:
         """How a stage is executed: `parallel` with what the stage says differently."""
         return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
 

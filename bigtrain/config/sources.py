@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from bigtrain.config.files import literal
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.errors import nearest
 
 Kind = Literal["stdlib", "function", "url", "hub", "saved", "files"]
@@ -29,7 +29,7 @@ NO_TEXT = {
 }
 
 
-def kind_of(source: Source) -> Kind:
+def kind_of(source: SourceConfig) -> Kind:
     """How a source is read. What exists as a path is a path; `owner/name` is a Hub id only where `split` is given."""
     name, path = source.source, Path(source.source)
     if name in STANDARD_LIBRARY:
@@ -124,7 +124,7 @@ def _folders(top: str, hidden: tuple[str, ...] = (".",)) -> Iterator[str]:
                     (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))  # noqa: PTH118
 
 
-def wrong_with(source: Source) -> str | None:
+def wrong_with(source: SourceConfig) -> str | None:
     """What keeps a source from being read here, in a sentence; None if nothing is known to."""
     kind, name = kind_of(source), source.source
     if kind == "url":

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from bigtrain.config.schema import Optimizer, Run, Source, Stage
+from bigtrain.config.schema import OptimizerConfig, RunConfig, SourceConfig, StageConfig
 from bigtrain.config.sources import parse_split
 
 
-def unusual(run: Run) -> list[str]:
+def unusual(run: RunConfig) -> list[str]:
     """A sentence for each unusual value, which begins with its key."""
     return [f"stages.{stage.name}.{text}" for stage in run.stages for text in _of_stage(run, stage)]
 
 
-def _of_stage(run: Run, stage: Stage) -> Iterator[str]:
+def _of_stage(run: RunConfig, stage: StageConfig) -> Iterator[str]:
     yield from (f"optimizer.{text}" for text in _of_optimizer(stage.optimizer))
     micro = run.parallel_of(stage).micro_batch_size
     if micro > stage.global_batch_size and micro != type(run.parallel).model_fields["micro_batch_size"].default:
@@ -29,7 +29,7 @@ def _of_stage(run: Run, stage: Stage) -> Iterator[str]:
                 )
 
 
-def _of_optimizer(optimizer: Optimizer) -> Iterator[str]:
+def _of_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     first, second = optimizer.betas
     if first > second:
         yield f"betas: [{first:g}, {second:g}] look swapped; the usual are [0.9, 0.95] to [0.9, 0.999]."
@@ -44,16 +44,16 @@ def _of_optimizer(optimizer: Optimizer) -> Iterator[str]:
             yield f"{name}: {value:g} is unusual; the usual range is {usual}."
 
 
-def _lineage(run: Run, stage: Stage) -> Iterator[Stage]:
+def _lineage(run: RunConfig, stage: StageConfig) -> Iterator[StageConfig]:
     """A stage, and those that its weights come from."""
     stages = {other.name: other for other in run.stages}
-    at: Stage | None = stage
+    at: StageConfig | None = stage
     while at is not None:
         yield at
         at = stages[at.from_stage] if at.from_stage is not None else None
 
 
-def _overlap(one: Source, other: Source) -> bool:
+def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
     """Whether two sources may have a row in common, as far as their names tell."""
     if (one.source, one.config, one.revision) != (other.source, other.config, other.revision):
         return False

@@ -174,7 +174,9 @@ def _documents(stores: Sequence[Store], which: Indices, samples: Indices) -> dic
     firsts = np.cumsum([0, *(store.manifest["documents"] for store in stores)])
     numbers = np.zeros((len(samples), stores[0].sequence_length), dtype=np.int64)  # 0 where nothing is
     for row, (store, sample) in enumerate(zip(which.tolist(), samples.tolist(), strict=True)):
-        borders = stores[store].borders(sample)
-        sizes = np.diff(borders.at)
-        numbers[row, : borders.at[-1]] = np.repeat(firsts[store] + borders.first + np.arange(len(sizes)), sizes)
+        documents = stores[store].documents_in(sample)
+        sizes = np.diff(documents.cu_seqlens)
+        numbers[row, : documents.cu_seqlens[-1]] = np.repeat(
+            firsts[store] + documents.first + np.arange(len(sizes)), sizes
+        )
     return {DOCUMENTS: torch.from_numpy(numbers)}

@@ -20,7 +20,7 @@ BLOCK = 1 << 16  # bytes: about what one read of a disk costs anyway, and some s
 CHECKSUMS = "checksums.bin"
 MADE_AGAIN = "Remove the folder; it will be made again."
 
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 
 
 def map_file(path: Path, dtype: str, anywhere: bool = False) -> NDArray[Any]:
@@ -39,7 +39,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._files: dict[str, Facts] = {}
+        self._files: dict[str, Metadata] = {}
         self._sums: dict[str, array[int]] = {}
 
     def write(self, name: str, pieces: Iterable[NDArray[Any]]) -> None:
@@ -62,7 +62,7 @@ class Writer:
             sums.append(block.intdigest())
         self._files[name], self._sums[name] = {"bytes": size, "sha256": digest.hexdigest()}, sums
 
-    def close(self) -> Facts:
+    def close(self) -> Metadata:
         """Write the checksums; what the manifest says about all files: `files`, by name, and `checksums`."""
         files = dict(sorted(self._files.items()))
         data = np.concatenate([np.asarray(self._sums[name], dtype="<u8") for name in files]).tobytes()
@@ -128,8 +128,8 @@ def columns(folder: Path, manifest: Mapping[str, Any], dtypes: Mapping[str, str]
     if hashlib.sha256(data).hexdigest() != manifest["checksums"]["sha256"]:
         raise DataError(f"{folder / CHECKSUMS} is not what was written: its checksum differs. {MADE_AGAIN}")
     sums, at, found = np.frombuffer(data, dtype="<u8"), 0, {}
-    for name, facts in manifest["files"].items():
-        blocks = -(-facts["bytes"] // BLOCK)
+    for name, metadata in manifest["files"].items():
+        blocks = -(-metadata["bytes"] // BLOCK)
         found[name] = Column(folder / name, dtypes[name], sums[at : at + blocks])
         at += blocks
     return found

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 from math import sqrt
 
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.files import Row
 from bigtrain.data.shards import text_bytes
 from bigtrain.data.writing import Answer, count_answers
@@ -20,7 +20,9 @@ DEVIATIONS = 5  # of the sample's share, by which it may be too high
 Encode = Callable[[list[Row]], list[Answer]]
 
 
-def check_sample(rows: Iterable[Row], expected_bytes: int | None, encode: Encode, stage: Stage, source: str) -> None:
+def check_sample(
+    rows: Iterable[Row], expected_bytes: int | None, encode: Encode, stage: StageConfig, source: str
+) -> None:
     """Raises DataError if a sample shows that too many answers are cut, even if none are in what was not looked at.
 
     rows: all of a source; the first SAMPLE_BYTES are read. expected_bytes: of all, if that is known.
@@ -49,7 +51,7 @@ def check_sample(rows: Iterable[Row], expected_bytes: int | None, encode: Encode
         raise DataError(_told(source, what, "", stage))
 
 
-def check_count(answers: int, cut: int, rows: Iterable[Row], encode: Encode, stage: Stage, source: str) -> None:
+def check_count(answers: int, cut: int, rows: Iterable[Row], encode: Encode, stage: StageConfig, source: str) -> None:
     """Raises DataError if too many of a source's answers are cut, naming the first row that has such a one."""
     if cut <= stage.max_cut_answers * answers:
         return
@@ -63,7 +65,7 @@ def _counts(found: list[Answer], length: int) -> tuple[int, int]:
     return sum(map(count_answers, masks)), sum(count_answers(mask, length + 1) for mask in masks)
 
 
-def _told(source: str, what: str, where: str, stage: Stage) -> str:
+def _told(source: str, what: str, where: str, stage: StageConfig) -> str:
     here = f"stages.{stage.name}"
     ways = {"split": "`split` (several documents of each)", "drop": "`drop` (leave them out)"}
     others = " or ".join(told for way, told in ways.items() if way != stage.long_conversations)

@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 import xxhash
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.data import stdlib
 from bigtrain.data.files import BUFFER, File, find
@@ -32,7 +32,7 @@ CHANGED = "has changed while it was being read. Start again, once it stays as it
 Contents = dict[str, list[Any]]
 
 
-def fingerprint(source: Source, stores: Path | None = None) -> str:
+def fingerprint(source: SourceConfig, stores: Path | None = None) -> str:
     """A hash that changes with the rows that the source gives.
 
     Of files it sees every byte (XXH3, 128 bits), their kinds and their order; not their names, folders and modification
@@ -45,30 +45,30 @@ def fingerprint(source: Source, stores: Path | None = None) -> str:
     Raises DataError for a source that is missing, and a file that changes while it is read.
     """
     kind = kind_of(source)
-    facts: list[Any] = [kind]
+    metadata: list[Any] = [kind]
     if kind == "stdlib":
         files = stdlib.files()
         names = [file.relative_to(stdlib.root()).as_posix() for file in files]
-        facts += [source.source, stdlib.VERSION, sys.version, names, _contents(map(str, files), stores)]
+        metadata += [source.source, stdlib.VERSION, sys.version, names, _contents(map(str, files), stores)]
     elif kind == "function":
         load_function(source.source)
         file = getattr(sys.modules[source.source.partition(":")[0]], "__file__", None)
-        facts += [source.source, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None]
+        metadata += [source.source, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None]
     elif kind == "hub":
         from bigtrain.data.tables import hub_commit
 
-        facts += [source.source, hub_commit(source)]
+        metadata += [source.source, hub_commit(source)]
     else:
         found = find(source.source)
         local = [file.path for file in found if file.system is None]
-        facts += [[file.kind, file.compression] for file in found]
-        facts += [file.path.removeprefix(source.source) for file in found if kind == "saved"]
-        facts += _contents(local, stores) if local else [_told(file) for file in found]
-    facts.append(source.model_dump(include=CHOICES))
-    return hashlib.sha256(json.dumps([VERSION, facts], sort_keys=True).encode()).hexdigest()
+        metadata += [[file.kind, file.compression] for file in found]
+        metadata += [file.path.removeprefix(source.source) for file in found if kind == "saved"]
+        metadata += _contents(local, stores) if local else [_told(file) for file in found]
+    metadata.append(source.model_dump(include=CHOICES))
+    return hashlib.sha256(json.dumps([VERSION, metadata], sort_keys=True).encode()).hexdigest()
 
 
-def is_known(source: Source, stores: Path) -> bool:
+def is_known(source: SourceConfig, stores: Path) -> bool:
     """Whether `fingerprint` would read no file of the source."""
     match kind_of(source):
         case "stdlib":
@@ -86,9 +86,9 @@ def _told(file: File) -> list[Any]:
 
     A URL's secret may change while the file stays: it counts only where nothing else tells two files apart.
     """
-    facts = file.system.info(file.path)
+    metadata = file.system.info(file.path)
     names = ("size", "ETag", "etag", "mtime", "created", "LastModified", "last_modified", "md5", "sha256", "CRC")
-    told = [str(facts[name]) for name in names if facts.get(name) is not None]
+    told = [str(metadata[name]) for name in names if metadata.get(name) is not None]
     name = masked(file.name)
     return [name, *told] if name != file.name and told else [name, file.system.ukey(file.path), *told]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bigtrain.errors import DataError
 
 if TYPE_CHECKING:
-    from bigtrain.config.schema import Stage
+    from bigtrain.config.schema import StageConfig
 
 PATTERN = 4096  # entries of the repeating pattern that mixes weighted sources
 ROUNDS = 8
@@ -64,7 +64,7 @@ def mixing_pattern(weights: Sequence[float]) -> Indices:
     return pattern
 
 
-def stage_samples(stage: Stage, samples: Sequence[int]) -> int:
+def stage_samples(stage: StageConfig, samples: Sequence[int]) -> int:
     """How many samples a whole stage trains on. samples: how many each of its stores holds.
 
     With `epochs_of` it ends with the last sample of that source's last epoch. Raises DataError as `mixing_pattern`.

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from bigtrain.config.schema import Run, Source, Stage, TrainTokenizer
+from bigtrain.config.schema import RunConfig, SourceConfig, StageConfig, TrainTokenizerConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
 from bigtrain.data.cut_answers import check_count, check_sample
@@ -61,20 +61,20 @@ class StageData:
     held_out: list[Store]
     cleaning: Decisions | None = None
 
-    def samples(self, stage: Stage) -> int:
+    def samples(self, stage: StageConfig) -> int:
         """That the whole stage trains on."""
         return stage_samples(stage, [store.samples for store in self.train])
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """Some of the documents of a source: one side of a split by the hash of their keys.
 
     stores: the folder of what is made of documents. cleaning: decides which of them stay; number: of the source among
     those that it is about.
     """
 
-    source: Source
+    source: SourceConfig
     stores: Path
     fraction: float = 0.0
     held_out: bool = False
@@ -112,7 +112,7 @@ class Part:
         share = self.fraction if self.held_out else 1 - self.fraction
         return None if whole is None else round(whole * share)
 
-    def facts(self, columns: Columns) -> dict[str, Any]:
+    def metadata(self, columns: Columns) -> dict[str, Any]:
         """What decides which documents these are; `source_fingerprint` stands for their content, wherever it lies."""
         side = "held-out side" if self.held_out else "training side" if self.fraction else "all"
         return {
@@ -120,28 +120,30 @@ class Part:
             "columns": {ours: self.source.columns.get(ours, ours) for ours in names_of(columns)},
             "held_out": self.fraction,
             "documents_are": side,
-            **({"clean": None} if self.cleaning is None else self.cleaning.facts),
+            **({"clean": None} if self.cleaning is None else self.cleaning.metadata),
         }
 
 
-def training_parts(run: Run, stage: Stage, columns: Columns, make: bool = True) -> list[Part]:
+def training_parts(run: RunConfig, stage: StageConfig, columns: Columns, make: bool = True) -> list[SourcePart]:
     """The training documents of a stage. Without `make`, the decisions of its `clean` may be missing."""
     cleaning = decide(run.output, stage, columns, make)
     stores = Path(run.output) / "stores"
-    return [Part(source, stores, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)]
+    return [
+        SourcePart(source, stores, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)
+    ]
 
 
-def held_out_parts(run: Run, stage: Stage) -> list[Part]:
+def held_out_parts(run: RunConfig, stage: StageConfig) -> list[SourcePart]:
     """The documents that a stage evaluates on; none without `evaluate`."""
     stores = Path(run.output) / "stores"
     if stage.evaluate is None:
         return []
     if stage.evaluate.data is not None:
-        return [Part(source, stores) for source in stage.evaluate.data]
-    return [Part(source, stores, stage.held_out, held_out=True) for source in stage.data]
+        return [SourcePart(source, stores) for source in stage.evaluate.data]
+    return [SourcePart(source, stores, stage.held_out, held_out=True) for source in stage.data]
 
 
-def prepare_tokenizer(run: Run) -> str:
+def prepare_tokenizer(run: RunConfig) -> str:
     """The folder or Hub id of the run's tokenizer; trains it first if the run says so and nobody has.
 
     It learns from the training documents of the first stage; the sources take turns, document by document.
@@ -151,16 +153,16 @@ def prepare_tokenizer(run: Run) -> str:
         if given is None:
             raise ConfigError("tokenizer: give either train or from_pretrained.")
         return given
-    train: TrainTokenizer = run.tokenizer.train
+    train: TrainTokenizerConfig = run.tokenizer.train
     stage = run.stages[0]
     columns = COLUMNS[stage.task]
     parts = training_parts(run, stage, columns)
-    facts = {
+    metadata = {
         "format": FORMAT,
         "kind": "byte-level BPE",
         "vocab_size": train.vocab_size,
         "sample_bytes": train.sample_bytes,
-        "documents": [part.facts(columns) for part in parts],
+        "documents": [part.metadata(columns) for part in parts],
     }
 
     def build(folder: Path) -> None:
@@ -168,12 +170,12 @@ def prepare_tokenizer(run: Run) -> str:
         rows = (row for turn in turns for row in turn if row is not None)
         texts = (text_of(row) for row in rows)
         train_tokenizer(texts, train.vocab_size, train.sample_bytes, folder)
-        (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "manifest.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
-    return str(make_once(_folder(run, "tokenizer", facts), build))
+    return str(make_once(_folder(run, "tokenizer", metadata), build))
 
 
-def open_tokenizer(run: Run) -> Any:
+def open_tokenizer(run: RunConfig) -> Any:
     """The run's tokenizer, with the tokens that it adds; trained first where that is due."""
     if run.tokenizer is not None:
         return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens)
@@ -181,7 +183,9 @@ def open_tokenizer(run: Run) -> Any:
     return load_tokenizer(prepare_tokenizer(run), key=key)
 
 
-def prepare_stages(run: Run, tasks: Mapping[str, Encoder], tokenizer: Any, stream: Stream) -> dict[str, StageData]:
+def prepare_stages(
+    run: RunConfig, tasks: Mapping[str, Encoder], tokenizer: Any, stream: Stream
+) -> dict[str, StageData]:
     """`prepare_stage` for all of them, by name, with a word on each store. tasks: by the names of the stages."""
     data = {}
     for stage in run.stages:
@@ -197,7 +201,9 @@ def prepare_stages(run: Run, tasks: Mapping[str, Encoder], tokenizer: Any, strea
     return data
 
 
-def prepare_stage(run: Run, stage: Stage, task: Encoder, tokenizer: Any, stream: Stream | None = None) -> StageData:
+def prepare_stage(
+    run: RunConfig, stage: StageConfig, task: Encoder, tokenizer: Any, stream: Stream | None = None
+) -> StageData:
     """Open the token stores of a stage; those that no run with the same ingredients has left are made first.
 
     Processes that call it at the same time share the work: ranks of a run, or several runs. Raises DataError for
@@ -228,17 +234,23 @@ def counts(store: Store) -> dict[str, Any]:
         "cut",
         "cut_tokens",
     )
-    facts = {name: store.manifest[name] for name in (*names, *about_rows) if name in store.manifest}
-    return {"sequences": store.samples} | facts | {"left_over": store.left_over}
+    metadata = {name: store.manifest[name] for name in (*names, *about_rows) if name in store.manifest}
+    return {"sequences": store.samples} | metadata | {"left_over": store.left_over}
 
 
 def _store(
-    run: Run, stage: Stage, part: Part, task: Encoder, tokenizer: Any, stream: Stream, is_trained_on: bool
+    run: RunConfig,
+    stage: StageConfig,
+    part: SourcePart,
+    task: Encoder,
+    tokenizer: Any,
+    stream: Stream,
+    is_trained_on: bool,
 ) -> Store:
     layout = Layout(task.layout)
     if task.layout == "bins":
         layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer), stage.long_conversations)
-    what = part.facts(task.columns) | {
+    what = part.metadata(task.columns) | {
         "encoding": task.encoding,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "seed": run.seed,
@@ -255,11 +267,11 @@ def _store(
     if not is_made(folder):
         if checks_answers and stage.max_cut_answers < 1:
             check_sample(part.documents(task.columns), part.size(), encode, stage, part.source.source)
-        facts = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
-        _make(folder, part, task, tokenizer, layout, facts, stream)
+        metadata = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
+        _make(folder, part, task, tokenizer, layout, metadata, stream)
     if (shards := _shards_of(folder)).exists():
         remove(shards)
-    store = open_store(folder, stage.sequence_length, isolated=not stage.documents_may_read_each_other)
+    store = open_store(folder, stage.sequence_length, document_mask=not stage.cross_document_attention)
     store.manifest["source"] = masked(part.source.source)  # the same data may have been elsewhere when it was made
     if checks_answers:
         answers, cut = store.manifest["answers"], store.manifest["cut_answers"]
@@ -268,7 +280,13 @@ def _store(
 
 
 def _make(
-    folder: Path, part: Part, task: Encoder, tokenizer: Any, layout: Layout, facts: dict[str, Any], stream: Stream
+    folder: Path,
+    part: SourcePart,
+    task: Encoder,
+    tokenizer: Any,
+    layout: Layout,
+    metadata: dict[str, Any],
+    stream: Stream,
 ) -> None:
     """Take part in making a store; it is there afterwards."""
     dtype = token_dtype(num_ids(tokenizer))
@@ -278,7 +296,7 @@ def _make(
 
     made = Shards(
         _shards_of(folder),
-        facts,
+        metadata,
         partial(part.documents, task.columns),
         encode,
         lambda: is_made(folder),
@@ -290,15 +308,15 @@ def _make(
         tally.hidden = hidden(part.source.source) if kind_of(part.source) in ("files", "url") else 0
 
         def build(empty: Path) -> None:
-            if fingerprint(part.source, part.stores) != facts["source_fingerprint"]:
+            if fingerprint(part.source, part.stores) != metadata["source_fingerprint"]:
                 remove(_shards_of(folder))  # they may hold what was there for a while
                 raise DataError(f"{part.source.source}: {CHANGED}")
-            assemble(empty, shards, layout, dtype=dtype, seed=facts["seed"], facts=facts, unencoded=tally)
+            assemble(empty, shards, layout, dtype=dtype, seed=metadata["seed"], metadata=metadata, unencoded=tally)
 
         make_once(folder, build)
 
 
-def _answers(rows: list[Row], part: Part, task: Encoder, tokenizer: Any, layout: Layout) -> Iterator[Answered]:
+def _answers(rows: list[Row], part: SourcePart, task: Encoder, tokenizer: Any, layout: Layout) -> Iterator[Answered]:
     """Where each row stands, and what the encoder makes of it.
 
     Raises DataError for one that it refuses, with `on_error: error`.
@@ -327,7 +345,7 @@ def _pad_id(tokenizer: Any) -> int:
     raise DataError("the tokenizer has neither a pad nor an end token, which finetuning needs.")
 
 
-def _folder(run: Run, kind: str, ingredients: dict[str, Any]) -> Path:
+def _folder(run: RunConfig, kind: str, ingredients: dict[str, Any]) -> Path:
     return Path(run.output) / "stores" / f"{kind}-{_hash(ingredients)[:16]}"
 
 

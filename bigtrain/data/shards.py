@@ -36,27 +36,27 @@ BLOCK_BYTES = (500_000, 8_000_000)  # of text, at least and at most; where it en
 POLL_SECONDS = 0.05  # between looks at what the others have finished
 TELL_SECONDS = 2.0  # between two words on how far it is
 
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 
 
 @dataclass
 class Shards:
     """One process's part in making the shards of a store.
 
-    folder: where they lie. facts: what of the store's manifest names the documents, for messages.
+    folder: where they lie. metadata: what of the store's manifest names the documents, for messages.
     read: all rows once more; its argument counts those that the source leaves out. encode: rows as arrays.
     is_over: whether the store has been made of the shards meanwhile.
     expected_bytes: of text, as far as it is known.
     """
 
     folder: Path
-    facts: Facts
+    metadata: Metadata
     read: Callable[[Tally], Iterator[Row]]
     encode: Callable[[list[Row]], Encoded]
     is_over: Callable[[], bool]
     expected_bytes: int | None
     stream: Stream
-    _done: dict[int, Facts] = field(default_factory=dict)  # the manifests of finished shards
+    _done: dict[int, Metadata] = field(default_factory=dict)  # the manifests of finished shards
     _held: dict[int, filelock.BaseFileLock] = field(default_factory=dict)
     _has_room: bool = False
 
@@ -85,18 +85,18 @@ class Shards:
         """Make what nobody else makes; returns the number of blocks, or None if the store is there."""
         first = number = 0
         for block in batched(self.read(tally), self._block_bytes()):
-            facts = {"first": first, "rows": len(block), **_measured(block)}
+            metadata = {"first": first, "rows": len(block), **_measured(block)}
             if not self._is_done(number) and (lock := self._claim(number)):
                 try:
                     if self.is_over():
                         return None
                     if not self._is_done(number):
-                        self._make(number, block, facts)
+                        self._make(number, block, metadata)
                 finally:
                     lock.release()
                     self._held.pop(number, None)
             if number in self._done:
-                self._check_same(number, facts)
+                self._check_same(number, metadata)
             first += len(block)
             number += 1
         return number
@@ -105,11 +105,11 @@ class Shards:
         least, most = BLOCK_BYTES
         return most if self.expected_bytes is None else min(most, max(least, self.expected_bytes // BLOCKS))
 
-    def _make(self, number: int, block: list[Row], facts: Facts) -> None:
+    def _make(self, number: int, block: list[Row], metadata: Metadata) -> None:
         encoded = self.encode(block)
-        self._check_room(encoded.bytes / facts["text_bytes"] if facts["text_bytes"] else 0.0)
+        self._check_room(encoded.bytes / metadata["text_bytes"] if metadata["text_bytes"] else 0.0)
         maker = {"pid": os.getpid(), "host": platform.node()}
-        publish(self._shard(number), lambda folder: write_shard(folder, encoded, facts | maker))
+        publish(self._shard(number), lambda folder: write_shard(folder, encoded, metadata | maker))
         self._is_done(number)
         self._tell()
 
@@ -153,11 +153,11 @@ class Shards:
                 return False
         return True
 
-    def _check_same(self, number: int, facts: Facts) -> None:
-        if not facts.items() <= self._done[number].items():
+    def _check_same(self, number: int, metadata: Metadata) -> None:
+        if not metadata.items() <= self._done[number].items():
             raise DataError(
-                f"{self.facts['source']}: gives other documents than when it was read before; a source must give the "
-                f"same rows in the same order every time. Once it does, remove {self.folder} and start again."
+                f"{self.metadata['source']}: gives other documents than when it was read before; a source must give "
+                f"the same rows in the same order every time. Once it does, remove {self.folder} and start again."
             )
 
     def _check_room(self, ratio: float) -> None:
@@ -167,7 +167,8 @@ class Shards:
             return
         self._has_room = True
         made = ratio * self._totals()["text_bytes"]
-        what = f"{self.facts['source']} ({self.facts['documents_are']}), as tokens and twice while they are shuffled,"
+        which = f"{self.metadata['source']} ({self.metadata['documents_are']})"
+        what = f"{which}, as tokens and twice while they are shuffled,"
         try:
             check_free(self.folder, 2 * ratio * self.expected_bytes - made, what)
         except DataError:
@@ -176,8 +177,8 @@ class Shards:
 
     def _totals(self) -> Counter[str]:
         totals: Counter[str] = Counter(text_bytes=0, documents=0, tokens=0)
-        for facts in self._done.values():
-            totals.update({name: facts[name] for name in totals})
+        for metadata in self._done.values():
+            totals.update({name: metadata[name] for name in totals})
         return totals
 
     def _tell(self) -> None:
@@ -193,7 +194,7 @@ class Shards:
             left = max(0.0, self.expected_bytes - totals["text_bytes"]) / rates["text_bytes_per_second"]
         self.stream.emit(
             "tokenizing",
-            **{name: self.facts[name] for name in ("source", "documents_are")},
+            **{name: self.metadata[name] for name in ("source", "documents_are")},
             **totals,
             **rates,
             expected_bytes=self.expected_bytes,
@@ -222,7 +223,7 @@ def text_of(row: Row) -> str:
     return "".join(value for name, value in row.items() if name not in ABOUT)
 
 
-def _measured(block: list[Row]) -> Facts:
+def _measured(block: list[Row]) -> Metadata:
     """Bytes of text of some rows, and a hash that tells them from others."""
     size, digest = 0, xxhash.xxh3_64()
     for row in block:

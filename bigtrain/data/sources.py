@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, UNREAD, one_shape, read_column, unread
@@ -29,7 +29,7 @@ COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": SHAPES}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
 
 
-def documents(source: Source, columns: Columns, tally: Tally | None = None) -> Iterator[Row]:
+def documents(source: SourceConfig, columns: Columns, tally: Tally | None = None) -> Iterator[Row]:
     """The rows of a source, in the same order every time: `key`, `where` (file and line, or file and row, for messages)
     and the first of the sets of columns that the row has, conversations as `one_shape` gives them.
 
@@ -122,7 +122,7 @@ def _length(value: Any) -> int:
     return sum(map(_length, held))
 
 
-def size_of(source: Source) -> int | None:
+def size_of(source: SourceConfig) -> int | None:
     """Bytes of the source's files, about those of its text; None where the files do not say."""
     if source.source == "stdlib":
         return sum(file.stat().st_size for file in stdlib.files())
@@ -144,7 +144,7 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
+def _rows(source: SourceConfig, columns: Collection[str]) -> Iterator[Located]:
     name, start, stop = parse_split(source.split)
     kind = kind_of(source)
     if kind not in ("hub", "saved") and name not in (None, "train"):
@@ -152,7 +152,7 @@ def _rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
     return itertools.islice(_all_rows(source, kind, columns), start, stop)
 
 
-def _all_rows(source: Source, kind: Kind, columns: Collection[str]) -> Iterator[Located]:
+def _all_rows(source: SourceConfig, kind: Kind, columns: Collection[str]) -> Iterator[Located]:
     if kind == "stdlib":
         return ((f"{source.source}: {row['key']}", row) for row in STDLIB[source.source]())
     if kind == "function":

@@ -7,8 +7,8 @@
     checksums.bin  XXH3 of each 64 KiB of the files above, in the order of their names (uint64)
     manifest.json  what made the store, counts, size and sha256 of each file, and its own sha256; written last
 
-`windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, whatever their
-borders. `bins` (finetuning): whole documents, packed into samples of at most L targets; longer ones are cut
+`windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, wherever they
+end. `bins` (finetuning): whole documents, packed into samples of at most L targets; longer ones are cut
 at the end.
 """
 
@@ -33,15 +33,15 @@ FORMAT = 3
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
-def open_store(folder: Path, sequence_length: int, isolated: bool = True) -> Store:
+def open_store(folder: Path, sequence_length: int, document_mask: bool = True) -> Store:
     """Map a store: its manifest and the sizes of its files are checked, what is in the files when it is read.
-    Without `isolated` the documents of a sample share one run of positions.
+    Without `document_mask` the documents of a sample share one run of positions.
 
     Raises DataError if it is not complete, of another format or without a sample.
     """
     manifest = _checked_manifest(folder)
-    store = {"windows": Windows, "bins": Bins}[manifest["layout"]](folder, manifest, sequence_length)
-    store.isolated = isolated
+    store = {"windows": Windows, "bins": Packed}[manifest["layout"]](folder, manifest, sequence_length)
+    store.document_mask = document_mask
     if store.samples == 0:
         raise DataError(
             f"{manifest['source']} ({manifest['documents_are']}): {manifest['tokens']} tokens are fewer than "
@@ -55,12 +55,12 @@ def verify_store(folder: Path) -> int:
     manifest = _checked_manifest(folder)
     for column in columns(folder, manifest, _dtypes(manifest)).values():
         column.check()
-    return sum(facts["bytes"] for facts in _files(manifest).values())
+    return sum(metadata["bytes"] for metadata in _files(manifest).values())
 
 
 def content_of(manifest: dict[str, Any]) -> str:
     """A hash of the arrays of a store, from its manifest."""
-    arrays = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    arrays = {name: metadata["sha256"] for name, metadata in manifest["files"].items()}
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,23 +70,23 @@ def seal(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest | {"sha256": checksum}, indent=2) + "\n"
 
 
-class Borders(NamedTuple):
+class SampleDocuments(NamedTuple):
     """The documents of a sample.
 
     first: number of the one it begins with, in the store. whole: whether that one begins here, or in an earlier sample.
-    at: where each begins in the sample, and where the last one ends, int64 in 0..sequence_length.
+    cu_seqlens: where each begins in the sample, and where the last one ends, int64 in 0..sequence_length.
     """
 
     first: int
     whole: bool
-    at: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int64]
 
 
 class Store(ABC):
     """A memory-mapped token store: its folder, manifest, sequence_length and number of samples."""
 
     samples: int
-    isolated = True  # whether positions begin anew with each document
+    document_mask = True  # whether positions begin anew with each document
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         self.folder = folder
@@ -95,18 +95,18 @@ class Store(ABC):
         self._columns = columns(folder, manifest, _dtypes(manifest))
         self._tokens = self._columns["tokens.bin"]
         self._documents = self._columns["documents.bin"]
-        self._trained: Column | None = self._columns.get("trained.bin")
+        self._loss_mask: Column | None = self._columns.get("trained.bin")
 
     @abstractmethod
     def sample(self, i: int) -> Sample:
         """(input_ids, targets, position_ids) of sample i, int64 of shape (sequence_length,).
 
         Targets are shifted already and IGNORE where nothing is to be learned; positions restart at 0 with
-        each document (`isolated`). Raises IndexError.
+        each document (`document_mask`). Raises IndexError.
         """
 
     @abstractmethod
-    def borders(self, i: int) -> Borders:
+    def documents_in(self, i: int) -> SampleDocuments:
         """Which documents stand where in sample i. Raises IndexError."""
 
     @property
@@ -133,11 +133,11 @@ class Store(ABC):
             raise IndexError(f"sample {i} of {self.samples}")
 
     def _positions(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        return _positions(starts[starts < length] if self.isolated else starts[:0], length)
+        return _positions(starts[starts < length] if self.document_mask else starts[:0], length)
 
 
 class Windows(Store):
-    """Samples of a fixed length, cut from the documents regardless of their borders."""
+    """Samples of a fixed length, cut from the documents whatever documents they hold."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         super().__init__(folder, manifest, sequence_length)
@@ -153,31 +153,31 @@ class Windows(Store):
         first = i * length
         tokens = self._tokens[first : first + length + 1].astype(np.int64)
         targets = tokens[1:].copy()
-        if self._trained is not None:
-            targets[~self._trained[first + 1 : first + length + 1]] = IGNORE
-        _, borders = self._documents.between(first, first + length)
-        starts = borders - first  # of documents that begin inside, in 1..length
+        if self._loss_mask is not None:
+            targets[~self._loss_mask[first + 1 : first + length + 1]] = IGNORE
+        _, offsets = self._documents.between(first, first + length)
+        starts = offsets - first  # of documents that begin inside, in 1..length
         targets[starts - 1] = IGNORE  # the first token of a document does not follow from the one before
         return tokens[:-1], targets, self._positions(starts, length)
 
-    def borders(self, i: int) -> Borders:
+    def documents_in(self, i: int) -> SampleDocuments:
         self._check(i)
         first, length = i * self.sequence_length, self.sequence_length
-        begins, borders = self._documents.between(first, first + length)
-        inside = borders - first
+        begins, offsets = self._documents.between(first, first + length)
+        inside = offsets - first
         at = np.concatenate(([0], inside[inside < length], [length]))
-        return Borders(begins - 1, bool(self._documents[begins - 1 : begins][0] == first), at)
+        return SampleDocuments(begins - 1, bool(self._documents[begins - 1 : begins][0] == first), at)
 
 
-class Bins(Store):
+class Packed(Store):
     """Samples made of whole documents; the tail that none fits is filled with the pad id."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         super().__init__(folder, manifest, sequence_length)
         if manifest["sequence_length"] != sequence_length:
             raise DataError(f"{folder}: packed for sequences of {manifest['sequence_length']}, not {sequence_length}.")
-        self._bins = self._columns["bins.bin"]
-        self.samples = len(self._bins) - 1
+        self._packed = self._columns["bins.bin"]
+        self.samples = len(self._packed) - 1
 
     @property
     def left_over(self) -> int:
@@ -186,33 +186,33 @@ class Bins(Store):
     def sample(self, i: int) -> Sample:
         self._check(i)
         length = self.sequence_length
-        begin, end = self._bins[i : i + 2]
-        borders = self._documents[begin : end + 1]
-        first, last = borders[0], borders[-1]
+        begin, end = self._packed[i : i + 2]
+        offsets = self._documents[begin : end + 1]
+        first, last = offsets[0], offsets[-1]
         tokens = self._tokens[first:last]
         targets = tokens.astype(np.int64)
-        if self._trained is not None:
-            targets[~self._trained[first:last]] = IGNORE
+        if self._loss_mask is not None:
+            targets[~self._loss_mask[first:last]] = IGNORE
         is_input = np.ones(len(tokens), dtype=bool)  # all but the last token of each document
-        is_input[borders[1:] - first - 1] = False
+        is_input[offsets[1:] - first - 1] = False
         is_target = np.ones(len(tokens), dtype=bool)  # all but the first
-        is_target[borders[:-1] - first] = False
-        used = len(tokens) - (len(borders) - 1)
+        is_target[offsets[:-1] - first] = False
+        used = len(tokens) - (len(offsets) - 1)
         input_ids = np.full(length, self.manifest["pad_id"], dtype=np.int64)
         padded_targets = np.full(length, IGNORE, dtype=np.int64)
         input_ids[:used] = tokens[is_input]
         padded_targets[:used] = targets[is_target]
-        return input_ids, padded_targets, self._positions(_without_last(borders)[1:], length)
+        return input_ids, padded_targets, self._positions(_without_last(offsets)[1:], length)
 
-    def borders(self, i: int) -> Borders:
+    def documents_in(self, i: int) -> SampleDocuments:
         self._check(i)
-        begin, end = self._bins[i : i + 2]
-        return Borders(int(begin), True, _without_last(self._documents[begin : end + 1]))
+        begin, end = self._packed[i : i + 2]
+        return SampleDocuments(int(begin), True, _without_last(self._documents[begin : end + 1]))
 
 
-def _without_last(borders: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Borders of documents, from 0 on, once each has lost its last token, which is no input."""
-    return borders - borders[0] - np.arange(len(borders))
+def _without_last(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Offsets of documents, from 0 on, once each has lost its last token, which is no input."""
+    return offsets - offsets[0] - np.arange(len(offsets))
 
 
 def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -247,14 +247,14 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not what was written: its checksum differs. {MADE_AGAIN}")
     try:
         stored = _files(manifest)
-        files = {name: (file_within(folder, name), facts) for name, facts in stored.items()}
-        if missing := [name for name, facts in stored.items() if not isinstance(facts["sha256"], str)]:
+        files = {name: (file_within(folder, name), metadata) for name, metadata in stored.items()}
+        if missing := [name for name, metadata in stored.items() if not isinstance(metadata["sha256"], str)]:
             raise ValueError(f"{missing[0]} has no checksum")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path} cannot be used: {reason(error)}. {MADE_AGAIN}") from error
-    for name, (file, facts) in files.items():
+    for name, (file, metadata) in files.items():
         size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
+        if size != metadata["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {metadata['bytes']}"
             raise DataError(f"{folder / name} {found}. {MADE_AGAIN}")
     return manifest

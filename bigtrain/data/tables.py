@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import parse_split
 from bigtrain.data.files import File, Located, Row, Unusable, opened
 from bigtrain.errors import DataError, one_line, shorten
@@ -67,7 +67,7 @@ def _arrow(stream: IO[bytes], columns: Collection[str]) -> tuple[list[str], Iter
     return names, iter(reader)
 
 
-def saved_rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
+def saved_rows(source: SourceConfig, columns: Collection[str]) -> Iterator[Located]:
     """The rows of a folder of `save_to_disk`, from where it lies; of one with several splits, those of `split`."""
     import datasets
 
@@ -92,7 +92,7 @@ def saved_rows(source: Source, columns: Collection[str]) -> Iterator[Located]:
         raise _unreadable(f"{name}: cannot be read", number, error) from error
 
 
-def hub_rows(source: Source) -> Iterator[Located]:
+def hub_rows(source: SourceConfig) -> Iterator[Located]:
     """The rows of a split of a dataset of the Hub, streaming; offline, those of datasets' local cache."""
     builder = _builder(source)
     split = parse_split(source.split)[0]
@@ -103,12 +103,12 @@ def hub_rows(source: Source) -> Iterator[Located]:
     yield from _rows(table, f"{source.source} ({source.split})")
 
 
-def hub_commit(source: Source) -> str:
+def hub_commit(source: SourceConfig) -> str:
     """The commit that the dataset's revision stands for now, or offline that of the local cache."""
     return str(_builder(source).hash)
 
 
-def _builder(source: Source) -> Any:
+def _builder(source: SourceConfig) -> Any:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 

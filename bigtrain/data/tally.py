@@ -51,14 +51,14 @@ class Tally:
         for reason, where in later.examples.items():
             self.example(reason, where)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For a manifest."""
         return vars(self) | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
-    def of(cls, facts: dict[str, Any]) -> Tally:
-        """What `facts` gave."""
-        return cls(**facts | {name: Counter(facts[name]) for name in COUNTERS})
+    def of(cls, metadata: dict[str, Any]) -> Tally:
+        """What `metadata` gave."""
+        return cls(**metadata | {name: Counter(metadata[name]) for name in COUNTERS})
 
     @classmethod
     def total(cls, tallies: Iterable[Tally]) -> Tally:

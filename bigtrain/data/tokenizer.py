@@ -125,7 +125,7 @@ def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rend
     encoded = []
     for parts in pieces:
         all_ids: list[int] = []
-        trained: list[bool] = []
+        loss_mask: list[bool] = []
         for text, learned in parts:
             if MARK in text:
                 spans = [(0, len(text))] * learned if isinstance(learned, bool) else learned
@@ -136,8 +136,8 @@ def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rend
             else:
                 new, flags = _masked(next(encodings), learned)
             all_ids += new
-            trained += flags
-        encoded.append((all_ids, trained))
+            loss_mask += flags
+        encoded.append((all_ids, loss_mask))
     return encoded
 
 
@@ -243,10 +243,10 @@ def _pieces(document: Rendered, way: _Way) -> list[tuple[str, bool | list[Span]]
     nothing, or some characters. An answer and what follows it are two pieces where that makes no difference."""
     if not way.cut:
         return [(document.text, list(document.learned))]
-    borders = [0, *document.answers, len(document.text)]
-    pieces: list[tuple[str, bool | list[Span]]] = [(document.text[: borders[1]], False)]
+    boundaries = [0, *document.answers, len(document.text)]
+    pieces: list[tuple[str, bool | list[Span]]] = [(document.text[: boundaries[1]], False)]
     spans = list(document.learned)
-    for begin, end in itertools.pairwise(borders[1:]):
+    for begin, end in itertools.pairwise(boundaries[1:]):
         here = [(a - begin, b - begin) for a, b in spans if begin <= a < end]
         text = document.text[begin:end]
         if len(here) == 1 and here[0][0] == 0 and text[: here[0][1]].endswith(way.behind):
@@ -259,14 +259,14 @@ def _pieces(document: Rendered, way: _Way) -> list[tuple[str, bool | list[Span]]
 def _masked(encoding: Encoding, learned: Sequence[Span]) -> Masked:
     """learned: spans of characters, in order."""
     ids, offsets = encoding.ids, encoding.offsets  # each access makes a new list
-    trained = [False] * len(ids)
+    loss_mask = [False] * len(ids)
     at = 0
     for start, stop in learned:
-        while at < len(trained) and offsets[at][0] < stop:
+        while at < len(loss_mask) and offsets[at][0] < stop:
             begin, end = offsets[at]
-            trained[at] = begin >= start and end > start  # a blank before it may have been trimmed to no width
+            loss_mask[at] = begin >= start and end > start  # a blank before it may have been trimmed to no width
             at += 1
-    return ids, trained
+    return ids, loss_mask
 
 
 def _encode_disguised(tokenizer: Any, tokens: frozenset[str], whole: str, learned: Sequence[Span]) -> Masked:
@@ -274,9 +274,9 @@ def _encode_disguised(tokenizer: Any, tokens: frozenset[str], whole: str, learne
     backend, names = _disguised(tokenizer, tokens)
     any_token = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     either = re.compile(f"{MARK}({any_token}){MARK}|({any_token})")
-    borders = [0, *(place for span in learned for place in span), len(whole)]
+    boundaries = [0, *(place for span in learned for place in span), len(whole)]
     text, moved = "", []
-    for start, stop in itertools.pairwise(borders):
+    for start, stop in itertools.pairwise(boundaries):
         text += either.sub(lambda found: found[1] or names[found[2]], whole[start:stop])
         moved.append(len(text))
     return _masked(backend.encode(text, add_special_tokens=False), list(zip(moved[::2], moved[1::2], strict=False)))

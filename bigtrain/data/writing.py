@@ -76,14 +76,14 @@ class Encoded:
     """
 
     tokens: NDArray[Any]
-    trained: NDArray[np.bool_] | None
+    loss_mask: NDArray[np.bool_] | None
     lengths: Indices
     counts: dict[str, int]
     tally: Tally
 
     @property
     def bytes(self) -> int:
-        return self.tokens.nbytes + (0 if self.trained is None else self.trained.nbytes) + self.lengths.nbytes
+        return self.tokens.nbytes + (0 if self.loss_mask is None else self.loss_mask.nbytes) + self.lengths.nbytes
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -132,14 +132,14 @@ def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> En
                 tally.example(reason, where)
     lengths = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept))
     tokens = np.empty(int(lengths.sum()), dtype=dtype)
-    trained = np.ones(len(tokens), dtype=bool)
+    loss_mask = np.ones(len(tokens), dtype=bool)
     for end, ids, mask in zip(lengths.cumsum().tolist(), kept, masks, strict=True):
         tokens[end - len(ids) : end] = ids
         if mask is not None:
-            trained[end - len(ids) : end] = mask
+            loss_mask[end - len(ids) : end] = mask
     numbers = (len(lengths), len(tokens), targets, split, cut, cut_tokens, answers, cut_answers)
     counts = dict(zip(COUNTS, numbers, strict=True))
-    return Encoded(tokens, None if trained.all() else trained, lengths, counts, tally)
+    return Encoded(tokens, None if loss_mask.all() else loss_mask, lengths, counts, tally)
 
 
 def count_answers(mask: Sequence[bool], first: int = 0) -> int:
@@ -148,13 +148,13 @@ def count_answers(mask: Sequence[bool], first: int = 0) -> int:
     return int((learned[:-1] & ~learned[1:])[first:].sum())
 
 
-def write_shard(folder: Path, encoded: Encoded, facts: dict[str, Any]) -> None:
+def write_shard(folder: Path, encoded: Encoded, metadata: dict[str, Any]) -> None:
     """Fill an empty folder with tokens.bin, lengths.bin, trained.bin (unless everything is trained), manifest.json."""
-    arrays = {"tokens.bin": encoded.tokens, "lengths.bin": encoded.lengths, "trained.bin": encoded.trained}
+    arrays = {"tokens.bin": encoded.tokens, "lengths.bin": encoded.lengths, "trained.bin": encoded.loss_mask}
     for name, array in arrays.items():
         if array is not None:
             (folder / name).write_bytes(array.data)
-    manifest = facts | encoded.counts | {"tally": encoded.tally.facts(), "trained": encoded.trained is None}
+    manifest = metadata | encoded.counts | {"tally": encoded.tally.metadata(), "trained": encoded.loss_mask is None}
     (folder / "manifest.json").write_text(json.dumps(masked_values(manifest), indent=2) + "\n")
 
 
@@ -165,14 +165,14 @@ def write_store(
     *,
     vocabulary_size: int,
     seed: int,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> None:
     """Fill an empty folder with the store of documents that memory can hold; see `assemble`."""
     dtype = token_dtype(vocabulary_size)
     shard = folder.with_name(folder.name + ".shard")
     shard.mkdir()
     write_shard(shard, gather(((f"document {i}", [one]) for i, one in enumerate(documents)), layout, dtype), {})
-    assemble(folder, [shard], layout, dtype=dtype, seed=seed, facts=facts)
+    assemble(folder, [shard], layout, dtype=dtype, seed=seed, metadata=metadata)
     for path in shard.iterdir():
         path.unlink()
     shard.rmdir()
@@ -185,13 +185,13 @@ def assemble(
     *,
     dtype: np.dtype[Any],
     seed: int,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     unencoded: Tally | None = None,
 ) -> None:
     """Fill an empty folder with the store of all shards' documents, shuffled. How the documents are spread over shards
     makes no difference. Memory holds O(1) per document and ASSEMBLY_BYTES of tokens.
 
-    facts: what shaped the documents, for the manifest; `source` and `documents_are` name them in messages.
+    metadata: what shaped the documents, for the manifest; `source` and `documents_are` name them in messages.
     unencoded: of the rows that never came into a shard, and how many rows there are; None: all are in the shards.
     Raises DataError if no document is left, or no room on the disk.
     """
@@ -200,12 +200,12 @@ def assemble(
     if unencoded is None:
         tally.rows = tally.counted
     assert tally.rows == tally.counted, f"{tally.rows} rows were read, and {tally.counted} are counted: {tally}"
-    counts: dict[str, Any] = {name: sum(manifest[name] for manifest in manifests) for name in COUNTS} | tally.facts()
-    whose = f"{facts['source']} ({facts['documents_are']})"
+    counts: dict[str, Any] = {name: sum(manifest[name] for manifest in manifests) for name in COUNTS} | tally.metadata()
+    whose = f"{metadata['source']} ({metadata['documents_are']})"
     if not counts["documents"]:
         told = (f"{count} {reason} (like {tally.examples[reason]})" for reason, count in tally.dropped.items())
         reasons = ", ".join(told) or "there were none"
-        hint = " Raise held_out, or give more documents." if facts["documents_are"] == "held-out side" else ""
+        hint = " Raise held_out, or give more documents." if metadata["documents_are"] == "held-out side" else ""
         raise DataError(f"{whose}: no document is left: {reasons}.{hint}")
     everything = all(manifest["trained"] for manifest in manifests)
     per_token = dtype.itemsize + (0 if everything else 1)
@@ -215,17 +215,17 @@ def assemble(
     order = permute(np.arange(len(lengths)), len(lengths), make_key(seed, "documents"))
     writer = Writer(folder)
     if layout.sequence_length is not None:
-        order, bins = _packed(order, lengths, layout.sequence_length, seed)
-        writer.write("bins.bin", [bins])
-        samples = len(bins) - 1
+        order, packed = _packed(order, lengths, layout.sequence_length, seed)
+        writer.write("bins.bin", [packed])
+        samples = len(packed) - 1
         counts |= {"samples": samples, "fill": int((lengths - 1).sum()) / (samples * layout.sequence_length)}
-    borders = np.concatenate(([0], lengths[order].cumsum()))
-    writer.write("documents.bin", [borders])
-    shuffled = _Shuffled(shards, [manifest["documents"] for manifest in manifests], lengths, order, borders)
+    offsets = np.concatenate(([0], lengths[order].cumsum()))
+    writer.write("documents.bin", [offsets])
+    shuffled = _Shuffled(shards, [manifest["documents"] for manifest in manifests], lengths, order, offsets)
     writer.write("tokens.bin", shuffled.pieces("tokens.bin", dtype))
     if not everything:
         writer.write("trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
-    manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | facts
+    manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | metadata
     manifest |= (
         {"long_conversations": layout.long_conversations, "pad_id": layout.pad_id, "dtype": dtype.name}
         | counts
@@ -236,13 +236,13 @@ def assemble(
 
 @dataclass
 class _Shuffled:
-    """The documents of all shards in another order. `order[i]` is the document that takes `borders[i:i + 2]`."""
+    """The documents of all shards in another order. `order[i]` is the document that takes `offsets[i:i + 2]`."""
 
     shards: Sequence[Path]
     documents: Sequence[int]  # of each shard
     lengths: Indices
     order: Indices
-    borders: Indices
+    offsets: Indices
 
     def pieces(self, name: str, dtype: np.dtype[Any]) -> Iterable[NDArray[Any]]:
         """The arrays `name` of the shards, ones where a shard has none, as consecutive pieces of the shuffled array.
@@ -253,13 +253,13 @@ class _Shuffled:
         shard_ends = np.cumsum(self.documents)
         first = 0
         while first < len(self.order):
-            limit = self.borders[first] + ASSEMBLY_BYTES // dtype.itemsize
-            last = max(first + 1, int(np.searchsorted(self.borders, limit, "right")) - 1)
-            base = self.borders[first]
-            piece = np.ones(self.borders[last] - base, dtype=dtype)
+            limit = self.offsets[first] + ASSEMBLY_BYTES // dtype.itemsize
+            last = max(first + 1, int(np.searchsorted(self.offsets, limit, "right")) - 1)
+            base = self.offsets[first]
+            piece = np.ones(self.offsets[last] - base, dtype=dtype)
             chosen = self.order[first:last]
             forward = np.argsort(chosen)
-            documents, to = chosen[forward], self.borders[first:last][forward] - base
+            documents, to = chosen[forward], self.offsets[first:last][forward] - base
             shares = np.searchsorted(documents, shard_ends, "left")  # where each shard's documents end
             for shard, begin, end in zip(range(len(self.shards)), (0, *shares[:-1]), shares, strict=True):
                 if begin < end and (self.shards[shard] / name).exists():
@@ -280,26 +280,26 @@ def _packed(order: Indices, lengths: Indices, sequence_length: int, seed: int) -
     Best fit decreasing: the longest document first, each into the fullest bin that still takes it.
     """
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
-    bins: list[list[int]] = []
+    packed: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room -> bins
     rooms: list[int] = []  # the rooms that occur, sorted
     for document in longest_first.tolist():
         pairs = int(lengths[document]) - 1
         at = bisect.bisect_left(rooms, pairs)
         if at == len(rooms):
-            room, chosen = sequence_length, len(bins)
-            bins.append([])
+            room, chosen = sequence_length, len(packed)
+            packed.append([])
         else:
             room = rooms[at]
             chosen = with_room[room].pop()
             if not with_room[room]:
                 del with_room[room], rooms[at]
-        bins[chosen].append(document)
+        packed[chosen].append(document)
         left = room - pairs
         if left and left not in with_room:
             bisect.insort(rooms, left)
         if left:
             with_room.setdefault(left, []).append(chosen)
-    shuffled = [bins[i] for i in permute(np.arange(len(bins)), len(bins), make_key(seed, "bins"))]
+    shuffled = [packed[i] for i in permute(np.arange(len(packed)), len(packed), make_key(seed, "bins"))]
     documents = np.asarray([document for members in shuffled for document in members], dtype=np.int64)
     return documents, np.cumsum([0, *map(len, shuffled)], dtype=np.int64)

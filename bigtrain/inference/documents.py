@@ -17,13 +17,15 @@ from torch import Tensor
 
 from bigtrain.data.batches import DOCUMENTS, IGNORE, Batch
 from bigtrain.data.cleaning.texts import row_text
-from bigtrain.data.prepare import Part
+from bigtrain.data.prepare import SourcePart
 from bigtrain.data.store import Store
 from bigtrain.data.writing import Layout
+from bigtrain.distributed.collectives import sum_over_ranks
+from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
-from bigtrain.parallel.contract import TaskModule, micro_batches, sum_over_ranks
-from bigtrain.parallel.world import World
+from bigtrain.parallel.micro_batches import micro_batches
+from bigtrain.parallel.task_module import TaskModule
 from bigtrain.tasks import Task
 
 SHOWN = 200  # characters of a document's beginning
@@ -89,7 +91,7 @@ def listing(path: Path | None, world: World) -> Iterator[TextIO | None]:
 
 
 def write_documents(
-    file: TextIO, parts: Sequence[Part], stores: Sequence[Store], task: Task, tokenizer: Any, sums: Sums
+    file: TextIO, parts: Sequence[SourcePart], stores: Sequence[Store], task: Task, tokenizer: Any, sums: Sums
 ) -> None:
     """A line of JSON for each row that has targets: `source`, `where` (file and line), `key`, `text` (its beginning),
     `targets`, `loss` (nats per target); in the order of the sources.

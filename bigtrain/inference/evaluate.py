@@ -13,20 +13,20 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from bigtrain.config.schema import Evaluate, Model, Optimizer, Run, Source, Stage
+from bigtrain.config.schema import EvaluateConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig
 from bigtrain.data.batches import held_out_batches
 from bigtrain.data.prepare import held_out_parts, prepare_stage
 from bigtrain.data.store import Store, open_store
 from bigtrain.disk import is_made, scratch
+from bigtrain.distributed.world import World, joined
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.inference.documents import listing, sums_by_document, write_documents
 from bigtrain.inference.generate import positions
-from bigtrain.inference.opening import Opened, open_model
+from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import MASK
-from bigtrain.parallel import contract
-from bigtrain.parallel.contract import TaskModule
-from bigtrain.parallel.world import World, joined
+from bigtrain.parallel import engine
+from bigtrain.parallel.task_module import TaskModule
 from bigtrain.run_folder import RunFolder
 from bigtrain.tasks import TASKS
 
@@ -48,7 +48,7 @@ class Evaluation:
 
 def evaluate(
     where: str | Path,
-    data: list[Source] | None = None,
+    data: list[SourceConfig] | None = None,
     *,
     sequence_length: int | None = None,
     sequences: int | None = None,
@@ -72,7 +72,7 @@ def evaluate(
     place = locate(where)
     file = None if documents is None else Path(documents)
     with _world(device) as world, listing(file, world) as out:
-        opened = open_model(
+        opened = load_model(
             place.checkpoint if isinstance(place, RunPlace) else where, dtype=dtype, device=world.device
         )
         if data is None:
@@ -99,17 +99,17 @@ def evaluate(
             return _evaluated(opened, run, stage, stores, sequences, micro, world, names, file, out)
 
 
-def _recorded(place: RunPlace, stage: Stage) -> list[Store]:
+def _recorded(place: RunPlace, stage: StageConfig) -> list[Store]:
     """The held-out stores that the run itself evaluates on; empty if it has none, or they are not there any more."""
-    known = RunFolder(place.folder).facts().get("stages", {}).get(stage.name, {}).get("held_out", [])
+    known = RunFolder(place.folder).metadata().get("stages", {}).get(stage.name, {}).get("held_out", [])
     folders = [Path(place.run.output) / "stores" / Path(store["store"]).name for store in known]
     if not all(map(is_made, folders)):
         return []
-    isolated = not stage.documents_may_read_each_other
-    return [open_store(folder, stage.sequence_length, isolated) for folder in folders]
+    document_mask = not stage.cross_document_attention
+    return [open_store(folder, stage.sequence_length, document_mask) for folder in folders]
 
 
-def _check_readable(stage: Stage) -> None:
+def _check_readable(stage: StageConfig) -> None:
     """Raises ConfigError for a held-out source that only opens with a secret: the run's folder has none."""
     assert stage.evaluate is not None
     for source in stage.evaluate.data or stage.data:
@@ -121,9 +121,9 @@ def _check_readable(stage: Stage) -> None:
 
 
 def _evaluated(
-    opened: Opened,
-    run: Run,
-    stage: Stage,
+    opened: LoadedModel,
+    run: RunConfig,
+    stage: StageConfig,
     stores: list[Store],
     sequences: int | None,
     micro: int,
@@ -136,7 +136,7 @@ def _evaluated(
     task = TASKS[stage.task]()
     batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size, file is not None)
     if file is None:
-        sums = contract.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.size, world.device)
+        sums = engine.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.size, world.device)
     else:
         each = sums_by_document(opened.model, task, stores, batches, micro, world)
         sums = {name: float(values.sum()) for name, values in each.items()}
@@ -156,17 +156,17 @@ def _evaluated(
     )
 
 
-def _evaluating(place: RunPlace) -> Stage:
+def _evaluating(place: RunPlace) -> StageConfig:
     """The stage as it evaluates; one that holds documents out without looking at them does so now."""
     stage = place.stage
     if stage.evaluate is not None:
         return stage
     if not stage.held_out:
         raise ConfigError(f"{place}: the stage has no held-out documents (`evaluate` or `held_out`); give data.")
-    return stage.model_copy(update={"evaluate": Evaluate()})
+    return stage.model_copy(update={"evaluate": EvaluateConfig()})
 
 
-def _length(opened: Opened, asked: int | None) -> int:
+def _length(opened: LoadedModel, asked: int | None) -> int:
     limit = positions(opened.model)
     if asked is not None:
         if limit is not None and asked > limit:
@@ -177,21 +177,21 @@ def _length(opened: Opened, asked: int | None) -> int:
     return min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
-def _run_over(data: list[Source], sequence_length: int, world_size: int, folder: Path) -> Run:
+def _run_over(data: list[SourceConfig], sequence_length: int, world_size: int, folder: Path) -> RunConfig:
     """A run's file that says to evaluate on all documents of `data`, with its token stores in `folder`.
 
     It would train on the same documents, so that each store is made once."""
-    stage = Stage(
+    stage = StageConfig(
         name="evaluate",
         task="pretrain",
         data=data,
         sequence_length=sequence_length,
         global_batch_size=max(1, MICRO_BATCH_TOKENS // sequence_length) * world_size,
         steps=1,
-        optimizer=Optimizer(lr=1.0),
-        evaluate=Evaluate(data=data),
+        optimizer=OptimizerConfig(lr=1.0),
+        evaluate=EvaluateConfig(data=data),
     )
-    return Run(name="evaluate", output=str(folder), model=Model(), stages=[stage])
+    return RunConfig(name="evaluate", output=str(folder), model=ModelConfig(), stages=[stage])
 
 
 @contextmanager

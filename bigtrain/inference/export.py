@@ -12,17 +12,16 @@ from typing import Any
 import torch
 
 from bigtrain.config.origin import Origin
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.inference.generation import lineage
-from bigtrain.inference.opening import FACTS, Opened, open_model
+from bigtrain.inference.load import METADATA, LoadedModel, load_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.causal_lm import empty_model, persistent_buffers
 from bigtrain.models.converted import converted_shapes
 from bigtrain.observability.stream import read_metrics
-from bigtrain.parallel.contract import persistent_buffers
 from bigtrain.pretrained import LONGEST_REASON, weight_files
 from bigtrain.tensor_files import read_header
 from bigtrain.terminal import say
@@ -52,13 +51,13 @@ def export(
     default = place.folder / place.stage.name / ("export-ema" if ema else "export")
     target = default if to is None else Path(to).expanduser()
     _refuse_other(target)
-    opened = open_model(place.checkpoint, dtype=dtype, device="cpu", ema=ema)
+    opened = load_model(place.checkpoint, dtype=dtype, device="cpu", ema=ema)
     for change in opened.changes:
         say(f"{target}: {change}", error=True)
     return write_folder(opened, target, _card(place, opened))
 
 
-def write_folder(opened: Opened, target: Path, card: str) -> Path:
+def write_folder(opened: LoadedModel, target: Path, card: str) -> Path:
     """Save model, tokenizer and `card` (README.md) beside `target`, check what was written, and move it there."""
     _refuse_other(target)
     _refuse_empty(opened.model, target)
@@ -73,7 +72,7 @@ def write_folder(opened: Opened, target: Path, card: str) -> Path:
         opened.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if opened.trained is not None:
-            (partial / FACTS).write_text(json.dumps(asdict(opened.trained)) + "\n", encoding="utf-8")
+            (partial / METADATA).write_text(json.dumps(asdict(opened.trained)) + "\n", encoding="utf-8")
         _check_written(opened.model, partial, target)
         _move(partial, target)
     except BaseException:
@@ -152,7 +151,7 @@ def _check_written(model: Any, folder: Path, target: Path) -> None:
         )
 
 
-def _card(place: RunPlace, opened: Opened) -> str:
+def _card(place: RunPlace, opened: LoadedModel) -> str:
     """The model card: what was trained on what, and how well it does."""
     config = opened.model.config
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
@@ -194,7 +193,7 @@ def _public(source: str) -> str:
     return f"{folders[-1]}/{last}" if "*" in last and folders else last
 
 
-def _stage_line(stage: Stage) -> str:
+def _stage_line(stage: StageConfig) -> str:
     sources = ", ".join(f"`{_public(source.source)}`" for source in stage.data)
     return (
         f"- stage `{stage.name}`: {stage.task} on {sources}, "

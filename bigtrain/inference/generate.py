@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from bigtrain.errors import ConfigError
-from bigtrain.inference.opening import Opened
+from bigtrain.inference.load import LoadedModel
 
 
 def generate(
-    opened: Opened,
+    opened: LoadedModel,
     prompt: str,
     *,
     max_new_tokens: int = 128,
@@ -56,7 +56,7 @@ def generate(
     return _text(opened.tokenizer, output[0, len(ids) :].tolist())
 
 
-def encode_prompt(opened: Opened, prompt: str, chat: bool | None = None) -> list[int]:
+def encode_prompt(opened: LoadedModel, prompt: str, chat: bool | None = None) -> list[int]:
     """The ids that the model is given. Without a chat template: as its training data begin, or, for a pretrained
     model, as its tokenizer encodes a text."""
     tokenizer = opened.tokenizer
@@ -93,7 +93,7 @@ def positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _room(opened: Opened, length: int) -> int | None:
+def _room(opened: LoadedModel, length: int) -> int | None:
     limit = positions(opened.model)
     if limit is None:
         return None

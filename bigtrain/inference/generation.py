@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Run
+from bigtrain.config import RunConfig
 from bigtrain.config.origin import Origin
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening, silenced
@@ -19,7 +19,7 @@ GENERATION_FILE = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def lineage(run: Run, stage: Stage) -> list[Stage]:
+def lineage(run: RunConfig, stage: StageConfig) -> list[StageConfig]:
     """The stages that a stage's weights have gone through, first to last."""
     stages = {other.name: other for other in run.stages}
     path = [stage]
@@ -28,7 +28,7 @@ def lineage(run: Run, stage: Stage) -> list[Stage]:
     return path
 
 
-def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[str]:
+def set_generation(run: RunConfig, stage: StageConfig, model: Any, tokenizer: Any) -> list[str]:
     """Give `model` the generation config that its export has; returns what of the base model's had to be changed so
     that transformers saves it, a sentence each."""
     name = str(RunFolder.of(run).architecture) if run.model.from_run is not None else run.model.from_pretrained
@@ -46,7 +46,7 @@ def set_generation(run: Run, stage: Stage, model: Any, tokenizer: Any) -> list[s
     return changes
 
 
-def left_out(run: Run) -> list[str]:
+def left_out(run: RunConfig) -> list[str]:
     """What the exports of a run that begins will not have of its base model's settings: one sentence, or none."""
     from transformers import GenerationConfig
 
@@ -61,9 +61,9 @@ def left_out(run: Run) -> list[str]:
     return [f"the export changes the settings of {model.from_run or name}: {' '.join(changes)}"] if changes else []
 
 
-def _ends_of_turns(run: Run, stage: Stage, tokenizer: Any) -> list[int]:
+def _ends_of_turns(run: RunConfig, stage: StageConfig, tokenizer: Any) -> list[int]:
     """What was learned to end an answer, where the chat template wrote it."""
-    before = (RunFolder.of(run).facts().get("origin") or {}).get("tasks", [])
+    before = (RunFolder.of(run).metadata().get("origin") or {}).get("tasks", [])
     taught = "sft" in (*before, *(passed.task for passed in lineage(run, stage)))
     if not taught or tokenizer.chat_template is None:
         return []

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.format import MANIFEST
-from bigtrain.config import Run, load_config
+from bigtrain.config import RunConfig, load_config
 from bigtrain.config.files import literal
 from bigtrain.config.origin import damaged_ones, without_checkpoint
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.errors import CheckpointError, ConfigError, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -26,8 +26,8 @@ class RunPlace:
     """
 
     folder: Path
-    run: Run
-    stage: Stage
+    run: RunConfig
+    stage: StageConfig
     checkpoint: Path
 
     @property
@@ -107,14 +107,14 @@ def _of_checkpoint(path: Path) -> RunPlace:
     return RunPlace(folder, run, _stage(run, stage.name, folder), path)
 
 
-def _load(folder: Path) -> Run:
+def _load(folder: Path) -> RunConfig:
     """The run's file; the token stores and tokenizers that it shares lie beside its folder, wherever that is now."""
     run = load_config(folder / "config.yaml")
     here = folder.resolve()
     return run.model_copy(update={"output": str(here.parent), "name": here.name})
 
 
-def _stage(run: Run, name: str, folder: Path) -> Stage:
+def _stage(run: RunConfig, name: str, folder: Path) -> StageConfig:
     stages = {stage.name: stage for stage in run.stages}
     if name not in stages:
         raise ConfigError(f"{folder} has no stage {literal(name)}; {nearest(name, stages)}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bigtrain.config import Run
-from bigtrain.config.schema import Stage
-from bigtrain.errors import ConfigError, Told, nearest
+from bigtrain.config import RunConfig
+from bigtrain.config.schema import StageConfig
+from bigtrain.errors import ConfigError, ReportedError, nearest
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 
 
-def bench(config: Run, stage: str | None, steps: int) -> int:
+def bench(config: RunConfig, stage: str | None, steps: int) -> int:
     """Time `steps` steps of a stage, None for the first; returns the exit code.
 
     Raises ConfigError for an unknown stage.
@@ -26,11 +26,11 @@ def bench(config: Run, stage: str | None, steps: int) -> int:
     return spawn_command(config, "bench", ["--stage", name, "--steps", str(steps)], processes, why)
 
 
-def _here(config: Run, stage: Stage, steps: int) -> int:
+def _here(config: RunConfig, stage: StageConfig, steps: int) -> int:
     from bigtrain.bench import bench_here
 
     try:
         bench_here(config, stage, steps)
-    except Told as told:
+    except ReportedError as told:
         return told.exit_code
     return 0

@@ -17,7 +17,7 @@ from rich.text import Text
 from bigtrain.config.load import DEFAULT, Loaded, lacking
 from bigtrain.config.origin import Origin
 from bigtrain.config.rules import check_replicas
-from bigtrain.config.schema import Run, Stage
+from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.config.show import as_yaml, resolved
 from bigtrain.config.unusual import unusual
 from bigtrain.launching.launchers import adopt
@@ -90,7 +90,7 @@ def _print_values(out: Console, loaded: Loaded, defaults: bool) -> None:
         out.print(Text(f"\n{len(left)} more values are defaults; --all shows them", "dim"))
 
 
-def model_size(run: Run) -> Size | str:
+def model_size(run: RunConfig) -> Size | str:
     """The model's size, from its architecture on torch's meta device; or why it is not known here."""
     model, tokenizer = run.model, run.tokenizer
     if model.from_pretrained is not None and not (Path(model.from_pretrained) / "config.json").is_file():
@@ -105,7 +105,7 @@ def model_size(run: Run) -> Size | str:
         return _built(run, entries or 0)
 
 
-def _built(run: Run, entries: int) -> Size:
+def _built(run: RunConfig, entries: int) -> Size:
     from bigtrain.models.causal_lm import dropouts
     from bigtrain.models.trial import try_architecture
     from bigtrain.pretrained import quiet
@@ -115,7 +115,7 @@ def _built(run: Run, entries: int) -> Size:
         run.model,
         entries,
         attention=run.attention,
-        isolates=run.isolates,
+        needs_document_mask=run.needs_document_mask,
         added_tokens=run.adds_tokens,
         longest=max(stage.sequence_length for stage in run.stages),
     )
@@ -124,7 +124,7 @@ def _built(run: Run, entries: int) -> Size:
     return Size(empty.config.model_type, parameters, embedding.weight.numel(), dropouts(empty.config))
 
 
-def _left_out(run: Run, size: Size | str) -> list[str]:
+def _left_out(run: RunConfig, size: Size | str) -> list[str]:
     """Where the model could be opened without loading it."""
     from bigtrain.inference.generation import left_out
 
@@ -150,7 +150,7 @@ def _no_garbage() -> Iterator[None]:
         gc.enable()
 
 
-def _vocabulary(run: Run) -> int | None:
+def _vocabulary(run: RunConfig) -> int | None:
     """Entries of the tokenizer as far as they are known without the Hub; else those that the model is to have."""
     from_config = (run.model.from_config or {}).get("vocab_size")
     added = len(run.tokenizer.add_tokens) if run.tokenizer else 0
@@ -168,7 +168,7 @@ def _vocabulary(run: Run) -> int | None:
     return max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
 
-def _processes(run: Run) -> int:
+def _processes(run: RunConfig) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return processes_here(run.parallel.processes, run.parallel.device)[0]
@@ -187,7 +187,9 @@ def _model_lines(size: Size | str) -> tuple[str, list[tuple[str, str]]]:
     return f"model {size.model_type}", told
 
 
-def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tuple[str, list[tuple[str, str]]]:
+def _stage_lines(
+    run: RunConfig, stage: StageConfig, size: Size | str, processes: int
+) -> tuple[str, list[tuple[str, str]]]:
     batch, length = stage.global_batch_size, stage.sequence_length
     told = [("global batch", f"{batch:,} sequences of {length:,} = {batch * length:,} tokens")]
     sequences = _sequences(run, stage)
@@ -213,7 +215,7 @@ def _stage_lines(run: Run, stage: Stage, size: Size | str, processes: int) -> tu
     return f"stage {stage.name}", told
 
 
-def _sequences(run: Run, stage: Stage) -> int | None:
+def _sequences(run: RunConfig, stage: StageConfig) -> int | None:
     """Sequences of a whole stage; None where they depend on a token store that nobody has made."""
     if stage.epochs is None:
         return stage.sequences(0)
@@ -225,7 +227,7 @@ def _sequences(run: Run, stage: Stage) -> int | None:
     return stage_samples(stage, samples)
 
 
-def _samples(run: Run, stage: Stage) -> list[int] | None:
+def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     """Samples of each of the stage's stores, if all are there."""
     from bigtrain.data.fingerprints import is_known
     from bigtrain.data.prepare import training_parts
@@ -244,28 +246,28 @@ def _samples(run: Run, stage: Stage) -> list[int] | None:
     same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
     same |= {"layout": task.layout} | ({"sequence_length": stage.sequence_length} if task.layout == "bins" else {})
     parts = training_parts(run, stage, task.columns, make=False)
-    found = [_made(run, part.facts(task.columns) | same) for part in parts]
+    found = [_made(run, part.metadata(task.columns) | same) for part in parts]
     folders = [folder for folder in found if folder is not None]
     if len(folders) < len(found):
         return None
     return [open_store(folder, stage.sequence_length).samples for folder in folders]
 
 
-def _tokenizer_folder(run: Run) -> Path | None:
+def _tokenizer_folder(run: RunConfig) -> Path | None:
     if run.tokenizer is not None and run.tokenizer.train is not None:
         from bigtrain.data.prepare import training_parts
         from bigtrain.data.sources import COLUMNS
 
         columns = COLUMNS[run.stages[0].task]
-        parts = [part.facts(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
+        parts = [part.metadata(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
     name = run.given_tokenizer
     return Path(name) if name is not None and Path(name).exists() else None
 
 
-def _made(run: Run, facts: dict[str, Any]) -> Path | None:
-    """The folder below OUTPUT/stores that was made from these facts."""
+def _made(run: RunConfig, metadata: dict[str, Any]) -> Path | None:
+    """The folder below OUTPUT/stores that was made from this metadata."""
     for manifest in sorted((Path(run.output) / "stores").glob("*/manifest.json")):
-        if facts.items() <= json.loads(manifest.read_text(encoding="utf-8")).items():
+        if metadata.items() <= json.loads(manifest.read_text(encoding="utf-8")).items():
             return manifest.parent
     return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.config.effects import known_steps
-from bigtrain.config.schema import Run, Stage
+from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.launching.job import Job
 
@@ -31,7 +31,7 @@ def warnings(job: Job, mounted: str | None = None) -> list[str]:
     return [*unseen, *(text for stage in run.stages for text in _without_rows(stage, job.total))]
 
 
-def _without_rows(stage: Stage, ranks: int) -> Iterator[str]:
+def _without_rows(stage: StageConfig, ranks: int) -> Iterator[str]:
     rows = stage.global_batch_size
     if ranks > rows:
         yield (
@@ -40,7 +40,7 @@ def _without_rows(stage: Stage, ranks: int) -> Iterator[str]:
         )
 
 
-def _paths(run: Run) -> Iterator[tuple[str, str]]:
+def _paths(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, path) of what the run writes and reads."""
     yield "output", run.output
     tokenizer = run.tokenizer.from_pretrained if run.tokenizer else None
@@ -112,11 +112,11 @@ def room(job: Job) -> Room:
     return Room(_gib(1.2 * (checkpoints + exports + stores)), told[0].upper() + told[1:], _gib(copies / job.nodes))
 
 
-def _checkpoint_bytes(stage: Stage, parameters: int) -> int:
+def _checkpoint_bytes(stage: StageConfig, parameters: int) -> int:
     return BYTES * parameters * (4 if stage.optimizer.ema is not None else 3)  # weights, two moments, an average
 
 
-def _kept(stage: Stage, parameters: int) -> int:
+def _kept(stage: StageConfig, parameters: int) -> int:
     settings = stage.checkpoint
     whole = _checkpoint_bytes(stage, parameters)
     steps = known_steps(stage)

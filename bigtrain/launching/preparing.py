@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from bigtrain.config import Run
+from bigtrain.config import RunConfig
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import spawn_command
 
 CORES_PER_PROCESS = 8  # that a tokenizer's threads keep busy
 
 
-def prepare(config: Run, processes: int | None, verify: bool) -> int:
+def prepare(config: RunConfig, processes: int | None, verify: bool) -> int:
     """Make the tokenizer and the token stores of all stages; returns the exit code.
 
     processes: that share the work on this machine, None for one per CORES_PER_PROCESS. verify: compare all checksums
@@ -24,7 +24,7 @@ def prepare(config: Run, processes: int | None, verify: bool) -> int:
     return spawn_command(config, "prepare", ["--verify"] if verify else [], processes, "as --processes says")
 
 
-def _here(config: Run, verify: bool) -> int:
+def _here(config: RunConfig, verify: bool) -> int:
     from bigtrain.data.prepare import open_tokenizer, prepare_stages
     from bigtrain.data.store import verify_store
     from bigtrain.observability.progress import Progress

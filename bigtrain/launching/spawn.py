@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from bigtrain.config import Run, to_yaml
+from bigtrain.config import RunConfig, to_yaml
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY
 from bigtrain.disk import scratch
 from bigtrain.errors import BigtrainError, ConfigError
@@ -68,7 +68,7 @@ def spawn(
 
 
 def spawn_command(
-    config: Run,
+    config: RunConfig,
     command: str,
     options: list[str],
     processes: int,

@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from bigtrain.config import Run, lacking, load
+from bigtrain.config import RunConfig, lacking, load
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY, has_launcher
-from bigtrain.errors import BigtrainError, ConfigError, Told
+from bigtrain.errors import BigtrainError, ConfigError, ReportedError
 from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.observability.results import RunResult, read_result
@@ -26,13 +26,15 @@ class RunError(BigtrainError):
         self.result = result
 
 
-def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), restart: str | None = None) -> RunResult:
+def run(
+    config: RunConfig | str | Path, overrides: list[str] | tuple[str, ...] = (), restart: str | None = None
+) -> RunResult:
     """Run all stages of a run's file (a path, with `KEY=VALUE` overrides, or a loaded one); returns what it reached.
 
     `restart` names a stage to begin anew, with all that follow from it. Raises ConfigError for wrong input, RunError
     (with the result so far) for a run that failed or was asked to stop.
     """
-    loaded = config if isinstance(config, Run) else load_here(config, overrides)
+    loaded = config if isinstance(config, RunConfig) else load_here(config, overrides)
     uses_deepspeed = any(loaded.parallel_of(stage).engine.startswith("zero") for stage in loaded.stages)
     code = start(loaded, restart, apart=uses_deepspeed)  # DeepSpeed starts once in a process
     result = read_result(loaded)
@@ -43,7 +45,7 @@ def run(config: Run | str | Path, overrides: list[str] | tuple[str, ...] = (), r
     return result
 
 
-def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The run of a file, to be started on this machine. Raises ConfigError; a run that has begun keeps the reason."""
     loaded = load(path, overrides)
     if lines := lacking(loaded):
@@ -54,7 +56,7 @@ def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
     return loaded.run
 
 
-def start(config: Run, restart: str | None = None, apart: bool = False) -> int:
+def start(config: RunConfig, restart: str | None = None, apart: bool = False) -> int:
     """Run all stages; returns the exit code. Spawned ranks have printed why they failed.
 
     apart: a run of one process gets one of its own as well; else it is this one.
@@ -90,17 +92,17 @@ def start(config: Run, restart: str | None = None, apart: bool = False) -> int:
     return spawn_command(config, "run", ["--restart", restart] if restart else [], processes, why, failed)
 
 
-def _why(launcher: Launcher, config: Run) -> str:
+def _why(launcher: Launcher, config: RunConfig) -> str:
     """In words, why there are as many ranks as a launcher has started."""
     asked, size = config.parallel.processes, os.environ["WORLD_SIZE"]
     overridden = f"; parallel.processes: {asked} does not count there" if str(asked) not in ("auto", size) else ""
     return launcher.why + overridden
 
 
-def _here(config: Run, restart: str | None) -> int:
+def _here(config: RunConfig, restart: str | None) -> int:
     from bigtrain.stages import run_here
 
     try:
         return run_here(config, restart)
-    except Told as told:
+    except ReportedError as told:
         return told.exit_code

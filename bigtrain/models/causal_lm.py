@@ -1,23 +1,24 @@
-"""Causal language models of transformers, built empty: their weights always come from a Reader."""
+"""Causal language models of transformers, built empty: their weights always come from a StateReader."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
-from bigtrain.config.schema import Model
+from bigtrain.config.schema import ModelConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import Shape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Architectures whose logits are their output head applied to their last hidden states, and nothing else.
@@ -56,7 +57,7 @@ PLAIN_HEADS = frozenset(
     }
 )
 # Architectures that are shown to keep the documents of a sequence apart by positions that begin anew with each.
-ISOLATED = frozenset(
+HAVE_DOCUMENT_MASK = frozenset(
     {
         "apertus",
         "arcee",
@@ -114,7 +115,9 @@ ISOLATED_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what `la
 ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # where transformers' names are not ours
 
 
-def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False) -> PreTrainedConfig:
+def model_config(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False
+) -> PreTrainedConfig:
     """The transformers configuration that the run's file asks for; with `added_tokens` a pretrained model's
     vocabulary grows to the tokenizer's.
 
@@ -141,7 +144,7 @@ def model_config(model: Model, tokenizer: PreTrainedTokenizerBase, added_tokens:
     return config
 
 
-def keep_config(model: Model, config: PreTrainedConfig, folder: Path) -> None:
+def keep_config(model: ModelConfig, config: PreTrainedConfig, folder: Path) -> None:
     """Save a configuration where `kept_config` finds it, and beside it what the model says of its generation."""
     from transformers.utils import cached_file
 
@@ -205,14 +208,14 @@ def dropouts(config: PreTrainedConfig) -> dict[str, float]:
 def check_isolated(config: PreTrainedConfig) -> None:
     """Raises ConfigError for an architecture that is not shown to keep the documents of a sequence apart."""
     others = set(getattr(config, "layer_types", None) or ()) - ISOLATED_LAYERS
-    if config.model_type in ISOLATED and not others:
+    if config.model_type in HAVE_DOCUMENT_MASK and not others:
         return
     why = f"has layers of the kind {', '.join(sorted(others))}" if others else "is none of those that were looked at"
     raise ConfigError(
         f"model: {config.model_type} is not shown to keep the documents of a sequence apart: it {why}. State-space, "
         "convolution and linear-attention layers read on from one document into the next, whatever the positions. "
         "Choose another architecture, or let documents read those before them in their sequence with "
-        "`documents_may_read_each_other: true` on every stage."
+        "`cross_document_attention: true` on every stage."
     )
 
 
@@ -264,3 +267,14 @@ def empty_model(
 def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
     """Of each parameter by its name, tied ones once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to the state: those that the model's state dict has.
+
+    Found without asking for that dict, which would make FSDP reshard on the rank that asks.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), buffer

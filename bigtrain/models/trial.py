@@ -8,7 +8,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config.schema import Model
+from bigtrain.config.schema import ModelConfig
 from bigtrain.errors import BigtrainError, ConfigError, shorten
 from bigtrain.models.causal_lm import check_isolated, empty_model, model_config, repeated_layers
 from bigtrain.pretrained import silenced
@@ -21,11 +21,18 @@ TRIED_TOKENS = 4  # of the sequence that is tried
 
 
 def try_architecture(
-    model: Model, entries: int, *, attention: str, isolates: bool, added_tokens: bool = False, longest: int = 0
+    model: ModelConfig,
+    entries: int,
+    *,
+    attention: str,
+    needs_document_mask: bool,
+    added_tokens: bool = False,
+    longest: int = 0,
 ) -> PreTrainedModel:
     """The model on the meta device, as it would be for a tokenizer of ids below `entries`. Loads and writes nothing.
 
-    isolates: whether it has to keep the documents of a sequence apart. longest: tokens of the longest sequence.
+    needs_document_mask: whether documents of a sequence must not attend to each other. longest: tokens of the longest
+    sequence.
     Raises ConfigError for keys and values that transformers or torch refuses when it is built, initialised or run, if
     it cannot keep documents apart, and for a pretrained model on this disk that is not whole.
     """
@@ -33,16 +40,18 @@ def try_architecture(
 
     attention = "eager" if attention == "flash" else attention  # its package need not be where one only looks
     with silenced():
-        empty = _tried(model, entries, attention, isolates, added_tokens)
+        empty = _tried(model, entries, attention, needs_document_mask, added_tokens)
     _check_positions(model, empty, longest)
     if model.from_pretrained is not None:
         check_folder(model.from_pretrained, empty, grows=added_tokens)
     return empty
 
 
-def _tried(model: Model, entries: int, attention: str, isolates: bool, added_tokens: bool) -> PreTrainedModel:
+def _tried(
+    model: ModelConfig, entries: int, attention: str, needs_document_mask: bool, added_tokens: bool
+) -> PreTrainedModel:
     try:
-        empty = _built(model, entries, attention, isolates, added_tokens)
+        empty = _built(model, entries, attention, needs_document_mask, added_tokens)
     except BigtrainError:
         raise
     except Exception as error:
@@ -57,10 +66,12 @@ def _tried(model: Model, entries: int, attention: str, isolates: bool, added_tok
     return empty
 
 
-def _built(model: Model, entries: int, attention: str, isolates: bool, added_tokens: bool = False) -> PreTrainedModel:
+def _built(
+    model: ModelConfig, entries: int, attention: str, needs_document_mask: bool, added_tokens: bool = False
+) -> PreTrainedModel:
     stands_in: Any = _Tokenizer(entries)
     config = model_config(model, stands_in, added_tokens)
-    if isolates:
+    if needs_document_mask:
         check_isolated(config)
     _check_values(config, model.from_config or {})
     empty = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
@@ -72,7 +83,7 @@ def _built(model: Model, entries: int, attention: str, isolates: bool, added_tok
     return empty
 
 
-def _check_positions(model: Model, empty: PreTrainedModel, longest: int) -> None:
+def _check_positions(model: ModelConfig, empty: PreTrainedModel, longest: int) -> None:
     positions = getattr(empty.config, "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions:
         key = "model.from_config.max_position_embeddings" if model.from_config else "sequence_length"
@@ -132,7 +143,7 @@ def _kind(module: nn.Module) -> Any:
     return type(module), shapes, getattr(module, "attention_type", None)
 
 
-def _refusal(model: Model, error: Exception, keys: list[str]) -> str:
+def _refusal(model: ModelConfig, error: Exception, keys: list[str]) -> str:
     """What transformers or torch refuses, and the keys that are to blame."""
     reason = " ".join(str(error).split()).removeprefix(f"Validation error for field '{keys[0] if keys else ''}': ")
     reason = f"{type(error).__name__}: {reason}" if isinstance(error, KeyError | AssertionError) else reason
@@ -146,7 +157,7 @@ def _refusal(model: Model, error: Exception, keys: list[str]) -> str:
     return f"model.from_config.{keys[0]}: no model can be built and trained with {value}: {reason.rstrip('.')}.{also}"
 
 
-def _to_blame(model: Model, entries: int, attention: str, error: Exception) -> list[str]:
+def _to_blame(model: ModelConfig, entries: int, attention: str, error: Exception) -> list[str]:
     """The keys of `from_config` that an error names, or else each one without which, or with 1, there would be none."""
     given = model.from_config or {}
     field = re.search(r"error for field '(\w+)'", str(error))
@@ -155,7 +166,7 @@ def _to_blame(model: Model, entries: int, attention: str, error: Exception) -> l
 
     def works(values: dict[str, Any]) -> bool:
         try:
-            _try_step(_built(Model(from_config=values), entries, attention, isolates=False).config)
+            _try_step(_built(ModelConfig(from_config=values), entries, attention, needs_document_mask=False).config)
         except Exception:  # noqa: BLE001 - whatever it is, this key alone is not to blame
             return False
         return True

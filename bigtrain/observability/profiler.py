@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.config.schema import Profile
+from bigtrain.config.schema import ProfileConfig
 
 
 class Profiler:
@@ -22,7 +22,7 @@ class Profiler:
         self._profile: Any = None
 
     @classmethod
-    def of(cls, settings: Profile | None, folder: Path, rank: int) -> Profiler | None:
+    def of(cls, settings: ProfileConfig | None, folder: Path, rank: int) -> Profiler | None:
         return None if settings is None else cls(settings.steps[0], settings.steps[1], folder, rank)
 
     def between_steps(self, done: int, steps: int) -> Path | None:

@@ -197,32 +197,32 @@ class Progress:
         self._print(f"done in {duration(event['seconds'])}   {event['folder']}")
 
 
-def contents(facts: Mapping[str, Any]) -> str:
-    """What a token store holds, from its facts."""
-    fill = f", {facts['fill']:.1%} full" if "fill" in facts else ""
+def contents(metadata: Mapping[str, Any]) -> str:
+    """What a token store holds, from its metadata."""
+    fill = f", {metadata['fill']:.1%} full" if "fill" in metadata else ""
     return (
-        f"{facts['source']} ({facts['documents_are']}): {facts['documents']:,} documents, "
-        f"{count(facts['tokens'])} tokens, {facts['sequences']:,} sequences{fill}"
+        f"{metadata['source']} ({metadata['documents_are']}): {metadata['documents']:,} documents, "
+        f"{count(metadata['tokens'])} tokens, {metadata['sequences']:,} sequences{fill}"
     )
 
 
-def dropped(facts: Mapping[str, Any]) -> str:
+def dropped(metadata: Mapping[str, Any]) -> str:
     """What of its rows and tokens a token store has left out or cut, why, and where the first of each stands, from its
-    facts; empty if nothing."""
+    metadata; empty if nothing."""
 
     def told(number: int, what: str, reason: str) -> str:
-        where = facts["examples"].get(reason)
+        where = metadata["examples"].get(reason)
         return f"{number:,} {what}" + (f" (first: {where})" if where else "")
 
-    lost = [told(number, reason, reason) for reason, number in facts["dropped"].items()]
-    lost += [told(number, f"parts of used rows {reason}", reason) for reason, number in facts["parts"].items()]
-    if split := facts.get("split"):
+    lost = [told(number, reason, reason) for reason, number in metadata["dropped"].items()]
+    lost += [told(number, f"parts of used rows {reason}", reason) for reason, number in metadata["parts"].items()]
+    if split := metadata.get("split"):
         lost.append(f"{plural(split, 'conversation', 'conversations')} split to sequence_length")
-    if facts["cut"]:
+    if metadata["cut"]:
         what = "cut to sequence_length"
-        lost.append(told(facts["cut"], what, what) + f", {count(facts['cut_tokens'])} tokens")
-    if facts["left_over"]:
-        lost.append(f"{facts['left_over']:,} tokens behind the last whole sequence")
+        lost.append(told(metadata["cut"], what, what) + f", {count(metadata['cut_tokens'])} tokens")
+    if metadata["left_over"]:
+        lost.append(f"{metadata['left_over']:,} tokens behind the last whole sequence")
     return ", ".join(lost)
 
 

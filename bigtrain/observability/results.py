@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bigtrain.config.schema import Run
+from bigtrain.config.schema import RunConfig
 from bigtrain.observability.stream import Event, read_metrics
 from bigtrain.run_folder import RunFolder
 
@@ -44,19 +44,21 @@ class RunResult:
         return all(stage.finished for stage in self.stages.values())
 
 
-def read_result(config: Run) -> RunResult:
+def read_result(config: RunConfig) -> RunResult:
     """What the run of this file has reached; it may have failed, be at work, or not have begun."""
     folder = RunFolder.of(config)
     rows = read_metrics(folder.path) if (folder.path / "metrics.jsonl").is_file() else []
-    facts = folder.facts().get("stages", {})
+    metadata = folder.metadata().get("stages", {})
     stages = {
-        stage.name: _stage(stage.name, facts.get(stage.name, {}), [row for row in rows if row["stage"] == stage.name])
+        stage.name: _stage(
+            stage.name, metadata.get(stage.name, {}), [row for row in rows if row["stage"] == stage.name]
+        )
         for stage in config.stages
     }
     return RunResult(folder.path, stages)
 
 
-def _stage(name: str, facts: Event, rows: list[Event]) -> StageResult:
+def _stage(name: str, metadata: Event, rows: list[Event]) -> StageResult:
     step = next((row for row in reversed(rows) if row["kind"] == "step"), {})
     evaluation = next((row for row in reversed(rows) if row["kind"] == "evaluation"), {})
     metrics = {key: step[key] for key in LAST_STEP if key in step}
@@ -64,9 +66,9 @@ def _stage(name: str, facts: Event, rows: list[Event]) -> StageResult:
     return StageResult(
         name,
         step.get("step", 0),
-        bool(facts.get("finished")),
+        bool(metadata.get("finished")),
         step.get("loss"),
         evaluation.get("loss"),
         metrics,
-        Path(facts["export"]) if "export" in facts else None,
+        Path(metadata["export"]) if "export" in metadata else None,
     )

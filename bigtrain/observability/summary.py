@@ -6,7 +6,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from bigtrain.config.schema import Run, Stage
+from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.observability.progress import count, duration, perplexity, plural
 from bigtrain.observability.stream import Event, read_metrics
 from bigtrain.run_folder import RunFolder
@@ -20,7 +20,7 @@ class Summary:
 
     name = "the summary"
 
-    def __init__(self, config: Run, folder: RunFolder):
+    def __init__(self, config: RunConfig, folder: RunFolder):
         self._config, self._folder = config, folder
 
     def __call__(self, event: Event) -> None:
@@ -28,10 +28,10 @@ class Summary:
             show(summary(self._config, self._folder))
 
 
-def summary(config: Run, folder: RunFolder) -> str:
+def summary(config: RunConfig, folder: RunFolder) -> str:
     """Stage by stage: what was trained on what, held-out loss before and after, speed, answers; what to try next."""
     rows = read_metrics(folder.path)
-    stages = folder.facts()["stages"]
+    stages = folder.metadata()["stages"]
     lines = ["", f"{config.name}: {plural(len(config.stages), 'stage', 'stages')} in {folder.path}"]
     for stage in config.stages:
         lines += _stage(stage, stages[stage.name], [row for row in rows if row["stage"] == stage.name])
@@ -46,13 +46,13 @@ def summary(config: Run, folder: RunFolder) -> str:
     return "\n".join([*lines, f"  less {folder.path / 'metrics.jsonl'}"])
 
 
-def _stage(stage: Stage, facts: dict[str, Any], rows: list[Event]) -> list[str]:
+def _stage(stage: StageConfig, metadata: dict[str, Any], rows: list[Event]) -> list[str]:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     lines = [
         "",
-        f"{stage.name}: {facts['model']} {count(facts['parameters'])} from {facts['from']}, task {stage.task}",
-        *_steps(steps, facts),
+        f"{stage.name}: {metadata['model']} {count(metadata['parameters'])} from {metadata['from']}, task {stage.task}",
+        *_steps(steps, metadata),
     ]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
@@ -61,18 +61,18 @@ def _stage(stage: Stage, facts: dict[str, Any], rows: list[Event]) -> list[str]:
             f"perplexity {perplexity(first['loss'])} -> {perplexity(last['loss'])}   "
             f"accuracy {first['accuracy']:.1%} -> {last['accuracy']:.1%}"
         )
-    if "export" in facts:
-        lines.append(f"  export     {facts['export']}")
-    for answer in facts.get("answers", []):
+    if "export" in metadata:
+        lines.append(f"  export     {metadata['export']}")
+    for answer in metadata.get("answers", []):
         lines += ["  prompt     " + _indented(answer["prompt"]), "  answer     " + _indented(answer["answer"])]
     return lines
 
 
-def _steps(steps: list[Event], facts: dict[str, Any]) -> list[str]:
+def _steps(steps: list[Event], metadata: dict[str, Any]) -> list[str]:
     """What was trained how fast, from the rows of the steps that are known."""
-    sources = ", ".join(f"{d['source']} ({count(d['documents'])} documents)" for d in facts["data"])
+    sources = ", ".join(f"{d['source']} ({count(d['documents'])} documents)" for d in metadata["data"])
     if not steps:
-        return [f"  trained    {facts['steps']} steps of {sources}; metrics.jsonl has no row of them"]
+        return [f"  trained    {metadata['steps']} steps of {sources}; metrics.jsonl has no row of them"]
     positions, targets = (count(sum(row[name] for row in steps)) for name in ("tokens", "targets"))
     seconds = [row["step_seconds"] for row in steps]
     return [

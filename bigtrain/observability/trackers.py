@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.schema import Run
+from bigtrain.config.schema import RunConfig
 from bigtrain.masking import masked_values
 from bigtrain.observability.stream import METRICS, Event
 
@@ -18,7 +18,7 @@ PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "ML
 NOT_LOGGED = {"kind", "time", "stage", "step", "steps", "attempt"}
 
 
-def trackers(config: Run, folder: Path) -> list[Tracker]:
+def trackers(config: RunConfig, folder: Path) -> list[Tracker]:
     """A reader for each name in `trackers`."""
     return [Tracker(name, config, folder) for name in config.trackers]
 
@@ -30,7 +30,7 @@ class Tracker:
     documentation says (WANDB_*, MLFLOW_*, TRACKIO_* in the environment). TensorBoard's files are in the run's folder.
     """
 
-    def __init__(self, tracker: str, config: Run, folder: Path):
+    def __init__(self, tracker: str, config: RunConfig, folder: Path):
         self.name = f"the tracker {tracker}"
         self._kind, self._config, self._folder = tracker, config, folder
         self._tracker: Any = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from bigtrain.config.schema import Optimizer
+    from bigtrain.config.schema import OptimizerConfig
 
 
 EMA = "ema"  # the slot of the moving average of a weight
@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer that the run's file names, over the parameters of `model` that train, in torch's fused kernel."""
     groups = parameter_groups(model, settings.weight_decay)
     betas = (settings.betas[0], settings.betas[1])
@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     return optimizer
 
 
-def slots(settings: Optimizer) -> tuple[str, ...]:
+def slots(settings: OptimizerConfig) -> tuple[str, ...]:
     """What the optimizer keeps of each element that it trains, in fp32."""
     return ("exp_avg", "exp_avg_sq") + ((EMA,) if settings.ema is not None else ())
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from bigtrain.state import Reader, Shape
+from bigtrain.state import Shape, StateReader
 
 PIECE = 2**22  # elements that are read at once
 
 
-def fill(tensor: Tensor, reader: Reader, name: str, slot: str, offsets: Shape) -> None:
+def fill(tensor: Tensor, reader: StateReader, name: str, slot: str, offsets: Shape) -> None:
     """Fill a tensor with the box of `name` that begins at `offsets`. Raises CheckpointError as the reader does.
 
     It is read a piece at a time: what is read exists twice.
@@ -40,7 +40,7 @@ def _pieces(shape: Shape) -> Iterator[tuple[Shape, Shape]]:
             yield (row, *begin), (1, *lengths)
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Let the system have the host memory that was freed: the C library keeps tensors below 32 MiB for new ones."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

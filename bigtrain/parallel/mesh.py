@@ -18,24 +18,35 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigtrain.data.batches import Batch
-from bigtrain.models.causal_lm import repeated_layers
+from bigtrain.distributed.collectives import read_together, sum_over_ranks
+from bigtrain.models.causal_lm import persistent_buffers, repeated_layers
 from bigtrain.optim import build_optimizer
-from bigtrain.parallel import contract
-from bigtrain.parallel.contract import NOTHING, PRECISIONS, Outcome, Say, TaskModule, seed_dropout
 from bigtrain.parallel.dims import ParallelDims
+from bigtrain.parallel.engine import (
+    NO_FLAGS,
+    PRECISIONS,
+    Flags,
+    Outcome,
+    evaluate,
+    not_finite,
+    reduce_before_step,
+    seed_dropout,
+)
 from bigtrain.parallel.loss_scale import LossScale
-from bigtrain.parallel.memory import fill, give_back
-from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape
+from bigtrain.parallel.memory import fill, trim_memory
+from bigtrain.parallel.micro_batches import micro_batch_shape, micro_batches
+from bigtrain.parallel.task_module import TaskModule
+from bigtrain.state import BUFFER, WEIGHT, Box, Shape, StateReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bigtrain.config.schema import Optimizer
+    from bigtrain.config.schema import OptimizerConfig
     from bigtrain.tasks import Task
 
 
 class MeshEngine:
-    """Implements `contract.Engine` with PyTorch alone.
+    """Implements `Engine` with PyTorch alone.
 
     `build_model` gives the model with its parameters on the meta device; they become real where they are kept.
     `dims.shard` ranks share one copy of the parameters.
@@ -50,7 +61,7 @@ class MeshEngine:
         precision: str,
         compile: bool,
         micro_batch_size: int,
-        optimizer: Optimizer,
+        optimizer: OptimizerConfig,
         seed: int,
         device: torch.device,
     ):
@@ -64,7 +75,7 @@ class MeshEngine:
         self._loss_scale = LossScale() if precision == "fp16" else None
 
         model = build_model()
-        self._shape = contract.micro_batch_shape(model, compile)
+        self._shape = micro_batch_shape(model, compile)
         self._module: Any = TaskModule(model, task, device, compile)
         self._wrapped = dims.world_size > 1
         if self._wrapped:
@@ -77,14 +88,14 @@ class MeshEngine:
         if not self._wrapped and precision != "fp32":
             self._copies = _Copies(model, self._parameters, self._dtype)
 
-    def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
+    def step(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         seed_dropout(self._seed, batch.step, self._dims.data_rank)
-        targets, said = contract.agree(batch, say, self._device)
+        targets, flagged = reduce_before_step(batch, flags, self._device)
         weight = 1.0 / targets.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        micros = contract.micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape)
+        micros = micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape)
         for i, micro in enumerate(micros):
             if self._wrapped:
                 self._module.set_requires_all_reduce(i == len(micros) - 1)
@@ -92,8 +103,8 @@ class MeshEngine:
             (sums["loss"] * weight).backward()
             loss += sums["loss"].detach()
         grad_norm = self._update(lr)
-        loss = contract.sum_over_ranks({"loss": loss})["loss"]
-        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, *said)
+        loss = sum_over_ranks({"loss": loss})["loss"]
+        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, flagged)
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
@@ -118,7 +129,7 @@ class MeshEngine:
         return norm
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        return contract.evaluate(
+        return evaluate(
             self._module, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape
         )
 
@@ -131,11 +142,11 @@ class MeshEngine:
                     if local.numel():
                         yield Box(name, slot, shape, offsets, local)
         if self._dims.rank == 0:
-            for name, buffer in contract.persistent_buffers(self._module.model):
+            for name, buffer in persistent_buffers(self._module.model):
                 yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
     def not_finite(self) -> list[str]:
-        return contract.not_finite(self.boxes(), self._dtype)
+        return not_finite(self.boxes(), self._dtype)
 
     def _slots(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         state = self._optimizer.state.get(parameter, {})
@@ -143,16 +154,16 @@ class MeshEngine:
         return {WEIGHT: parameter.detach(), **moments}
 
     @torch.no_grad()
-    def load(self, reader: Reader, progress: dict[str, float]) -> None:
-        contract.read_together(partial(self._read, reader, progress))
-        give_back()
+    def load(self, reader: StateReader, progress: dict[str, float]) -> None:
+        read_together(partial(self._read, reader, progress))
+        trim_memory()
         if self._copies is not None:
             self._copies.refresh()
         self._updates = int(progress.get("updates", 0))
         if self._loss_scale is not None:
             self._loss_scale.load(progress)
 
-    def _read(self, reader: Reader, progress: dict[str, float]) -> None:
+    def _read(self, reader: StateReader, progress: dict[str, float]) -> None:
         """This rank's share."""
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._optimizer.state.clear()
@@ -166,7 +177,7 @@ class MeshEngine:
             for slot, tensor in self._slots(parameter).items():
                 _fill(tensor, reader, name, slot)
         if BUFFER in reader.slots:
-            for name, buffer in contract.persistent_buffers(self._module.model):
+            for name, buffer in persistent_buffers(self._module.model):
                 _fill(buffer, reader, name, BUFFER)
 
     def progress(self) -> dict[str, float]:
@@ -240,7 +251,7 @@ def _place(tensor: Tensor) -> Shape:
     return tuple(offsets)
 
 
-def _fill(tensor: Tensor, reader: Reader, name: str, slot: str) -> None:
+def _fill(tensor: Tensor, reader: StateReader, name: str, slot: str) -> None:
     local = _local(tensor)
     if local.numel():
         fill(local, reader, name, slot, _place(tensor))

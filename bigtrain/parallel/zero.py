@@ -25,18 +25,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from bigtrain.data.batches import Batch
+from bigtrain.distributed.collectives import read_together, sum_over_ranks
+from bigtrain.models.causal_lm import persistent_buffers
 from bigtrain.optim import build_optimizer
-from bigtrain.parallel import contract
-from bigtrain.parallel.contract import NOTHING, Batch, Outcome, Say, TaskModule
 from bigtrain.parallel.dims import ParallelDims
+from bigtrain.parallel.engine import (
+    NO_FLAGS,
+    PRECISIONS,
+    Flags,
+    Outcome,
+    evaluate,
+    not_finite,
+    reduce_before_step,
+    seed_dropout,
+)
 from bigtrain.parallel.loss_scale import LossScale
-from bigtrain.parallel.memory import fill, give_back
-from bigtrain.state import BUFFER, WEIGHT, Box, Reader, Shape, flat_range_parts
+from bigtrain.parallel.memory import fill, trim_memory
+from bigtrain.parallel.micro_batches import micro_batch_shape, micro_batches
+from bigtrain.parallel.task_module import TaskModule
+from bigtrain.state import BUFFER, WEIGHT, Box, Shape, StateReader, flat_range_boxes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bigtrain.config.schema import Optimizer
+    from bigtrain.config.schema import OptimizerConfig
     from bigtrain.tasks import Task
 
 REDUCE_BUCKET = 50_000_000  # most elements in DeepSpeed's gradient buffer, which it allocates whole
@@ -44,7 +57,7 @@ KEPT_WHOLE = 100_000  # stage 3 never partitions parameters with fewer elements,
 
 
 class ZeroEngine:
-    """ZeRO stage 1, 2 or 3; implements `contract.Engine`.
+    """ZeRO stage 1, 2 or 3; implements `Engine`.
 
     Master weights, moments, gradient accumulation and reduction are fp32 in every stage and precision.
     A step whose gradient is not finite changes nothing and is not counted in `updates`.
@@ -60,7 +73,7 @@ class ZeroEngine:
         precision: str,
         compile: bool,
         micro_batch_size: int,
-        optimizer: Optimizer,
+        optimizer: OptimizerConfig,
         seed: int,
         device: torch.device,
     ):
@@ -76,9 +89,9 @@ class ZeroEngine:
         self._device = device
         self._updates = 0
         self._linear = functional.linear
-        self._dtype = contract.PRECISIONS[precision]
+        self._dtype = PRECISIONS[precision]
         self._model = _build_partitioned(deepspeed, build_model, self._dtype) if stage == 3 else build_model()
-        self._shape = contract.micro_batch_shape(self._model, compile)
+        self._shape = micro_batch_shape(self._model, compile)
         frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"ZeRO trains whole models; {len(frozen)} parameters are frozen: {frozen[:3]}")
@@ -96,7 +109,7 @@ class ZeroEngine:
         if self._loss_scale is not None:
             self._zero.loss_scaler = _Scaler(self._loss_scale)  # its own has counters of its own
         self._engine.train()
-        give_back()
+        trim_memory()
         parameters = list(self._model.named_parameters())
         self._shards = list(
             _split_parameter_shards(parameters, self._zero)
@@ -104,16 +117,16 @@ class ZeroEngine:
             else _split_group_shards(parameters, self._optimizer)
         )
 
-    def step(self, batch: Batch, lr: float, say: Say = NOTHING) -> Outcome:
+    def step(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
-        targets, said = contract.agree(batch, say, self._device)
-        contract.seed_dropout(self._seed, batch.step, self._dims.data_rank)
+        targets, flagged = reduce_before_step(batch, flags, self._device)
+        seed_dropout(self._seed, batch.step, self._dims.data_rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # DeepSpeed sums gradients over the ranks in stages 1 and 2, and takes their mean in stage 3.
         weight = (self._dims.data_size if self._stage == 3 else 1) / targets.clamp(min=1).float()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in contract.micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape):
+        for micro in micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape):
             there = {key: value.to(self._device, non_blocking=True) for key, value in micro.items()}
             sums = self._engine(there)
             self._engine.backward(sums["loss"] * weight, scale_wrt_gas=False)
@@ -122,12 +135,12 @@ class ZeroEngine:
         self._updates += self._engine.was_step_applied()
         norm = self._engine.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
-        loss = contract.sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
-        return Outcome(loss, targets, grad_norm, *said)
+        loss = sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
+        return Outcome(loss, targets, grad_norm, flagged)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's sums over all rows of all batches and all ranks, without dropout."""
-        return contract.evaluate(
+        return evaluate(
             self._engine, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape
         )
 
@@ -142,10 +155,10 @@ class ZeroEngine:
 
     def not_finite(self) -> list[str]:
         """What of the trained state is not finite on any rank, by name; collective."""
-        return contract.not_finite(self._trained_boxes(), self._dtype)
+        return not_finite(self._trained_boxes(), self._dtype)
 
     @torch.no_grad()
-    def load(self, reader: Reader, progress: dict[str, float]) -> None:
+    def load(self, reader: StateReader, progress: dict[str, float]) -> None:
         """Fill the state from `reader`; collective.
 
         Without moments in `reader` the optimizer starts anew: moments of zero and no updates done.
@@ -153,13 +166,13 @@ class ZeroEngine:
         moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._updates = int(progress["updates"]) if moments else 0
         self._prepare_optimizer_state(moments)
-        contract.read_together(partial(self._read, reader))
-        give_back()
+        read_together(partial(self._read, reader))
+        trim_memory()
         _copy_masters_to_model(self._zero, self._stage)
         if self._loss_scale is not None:
             self._loss_scale.load(progress)
 
-    def _read(self, reader: Reader) -> None:
+    def _read(self, reader: StateReader) -> None:
         """This rank's share."""
         for box in (*self._trained_boxes(), *self._buffer_boxes()):
             if box.slot in reader.slots:
@@ -185,12 +198,12 @@ class ZeroEngine:
                 if torch.is_tensor(value) and value.shape == shard.flat.shape
             }
             for slot, flat in {WEIGHT: shard.flat.detach(), **moments}.items():
-                for part in flat_range_parts(shard.shape, shard.start, shard.start + shard.length):
+                for part in flat_range_boxes(shard.shape, shard.start, shard.start + shard.length):
                     tensor = flat.narrow(0, shard.at + part.start, math.prod(part.lengths)).view(part.lengths)
                     yield Box(shard.name, slot, shard.shape, part.offsets, tensor)
 
     def _buffer_boxes(self) -> Iterator[Box]:
-        for name, buffer in contract.persistent_buffers(self._model):
+        for name, buffer in persistent_buffers(self._model):
             yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
     def _prepare_optimizer_state(self, moments: Sequence[str]) -> None:
@@ -270,7 +283,7 @@ def _build_partitioned(
         part.data = there.copy_(part.data)  # makes its own of it
         parameter.data = parameter.data.to(dtype)
         at += part.numel()
-    give_back()
+    trim_memory()
     return model
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Run
-from bigtrain.config.schema import Stage
+from bigtrain.config import RunConfig
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.observability.progress import Progress
@@ -19,8 +19,8 @@ from bigtrain.tasks import TASKS
 from bigtrain.terminal import say
 
 
-def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path | None) -> None:
-    """Show batch `step` (from 0) of a stage, None for all, and facts about its data; what is missing is prepared first.
+def preview(config: RunConfig, *, stage: str | None, step: int, rows: int, html: Path | None) -> None:
+    """Show batch `step` (from 0) of a stage, None for all, and metadata of its data; what is missing is prepared first.
 
     rows: sequences of the batch whose tokens are shown. html: the page to write as well. Of all stages, those that have
     no such step are named and passed over.
@@ -29,7 +29,7 @@ def preview(config: Run, *, stage: str | None, step: int, rows: int, html: Path 
     stages = {known.name: known for known in config.stages}
     if stage is not None and stage not in stages:
         raise ConfigError(f"--stage {stage}: there is no such stage; {nearest(stage, stages)}")
-    chosen: list[Stage] = config.stages if stage is None else [stages[stage]]
+    chosen: list[StageConfig] = config.stages if stage is None else [stages[stage]]
     quiet()
     tokenizer: Any = open_tokenizer(config)
     only = config.model_copy(update={"stages": chosen})

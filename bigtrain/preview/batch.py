@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.config.schema import Run, Stage
+from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.prepare import StageData, counts
 from bigtrain.data.store import Store
@@ -57,10 +57,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class SourceView:
-    """A training store. facts: of its manifest. share: of the stage's sequences; epochs: how often the stage reads it;
-    in_batch: sequences of this batch."""
+    """A training store. metadata: of its manifest. share: of the stage's sequences; epochs: how often the stage reads
+    it; in_batch: sequences of this batch."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     share: float
     epochs: float
     in_batch: int
@@ -81,7 +81,7 @@ class View:
     """Batch `step` of a stage of `steps`. rows: sequences in it; supervised: targets; filled: positions that are no
     padding; positions: all of them. cleaned: the summary of what `clean` did."""
 
-    stage: Stage
+    stage: StageConfig
     step: int
     steps: int
     rows: int
@@ -94,7 +94,7 @@ class View:
     cleaned: dict[str, Any] | None
 
 
-def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, rows: int) -> View:
+def view(config: RunConfig, stage: StageConfig, data: StageData, tokenizer: Any, step: int, rows: int) -> View:
     """Batch `step` of a stage, with the tokens of its first `rows` sequences.
 
     Raises ConfigError for a step that the stage lacks.
@@ -112,7 +112,7 @@ def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, 
     if not 0 <= step < batches.steps:
         raise ConfigError(f"--step {step}: stage {stage.name} has steps 0 to {batches.steps - 1}.")
     ids = batches.ids(step)
-    ends = [data.train[store].borders(sample).at[-1] for store, sample in ids]
+    ends = [data.train[store].documents_in(sample).cu_seqlens[-1] for store, sample in ids]
     return View(
         stage=stage,
         step=step,
@@ -133,16 +133,16 @@ def view(config: Run, stage: Stage, data: StageData, tokenizer: Any, step: int, 
 
 def _sequence(store: Store, sample: int, tokenizer: Any) -> Sequence:
     inputs, targets, _ = store.sample(sample)
-    borders = store.borders(sample)
+    documents = store.documents_in(sample)
     pieces = []
-    for number, (begin, end) in enumerate(pairwise(borders.at.tolist())):
+    for number, (begin, end) in enumerate(pairwise(documents.cu_seqlens.tolist())):
         ids, trained = inputs[begin:end].tolist(), [False, *(targets[begin : end - 1] != IGNORE).tolist()]
         if targets[end - 1] != IGNORE:
             ids, trained = [*ids, int(targets[end - 1])], [*trained, True]
-        whole = number > 0 or borders.whole
+        whole = number > 0 or documents.whole
         tokens = [Token(*token) for token in zip(ids, spell(tokenizer, ids), trained, strict=True)]
-        pieces.append(Piece(borders.first + number, whole, tokens, list(_runs(tokens, tokenizer))))
-    return Sequence(store.manifest["source"], sample, pieces, store.sequence_length - int(borders.at[-1]))
+        pieces.append(Piece(documents.first + number, whole, tokens, list(_runs(tokens, tokenizer))))
+    return Sequence(store.manifest["source"], sample, pieces, store.sequence_length - int(documents.cu_seqlens[-1]))
 
 
 def _runs(tokens: list[Token], tokenizer: Any) -> Iterator[tuple[str, bool]]:

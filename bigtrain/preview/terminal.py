@@ -22,7 +22,7 @@ def show(view: View) -> None:
         style="bold",
     )
     told = [line for source in view.sources for line in _source(source, view.rows)]
-    for line in (*facts(view), *told, *_histogram(view.lengths)):
+    for line in (*summary(view), *told, *_histogram(view.lengths)):
         out.print(f"  {line}")
     coloured = out.color_system is not None
     legend = Text("  tokens     ").append("trained" if coloured else "[trained]", TRAINED if coloured else "")
@@ -45,7 +45,7 @@ def heading(piece: Piece) -> str:
     return f"document {piece.number}: {len(piece.tokens)} tokens, {piece.trained} trained{begins}"
 
 
-def facts(view: View) -> list[str]:
+def summary(view: View) -> list[str]:
     """Lines about the batch, and what cleaning did to the stage's documents."""
     told = [
         f"batch      {view.filled / view.positions:.1%} of its {view.positions:,} positions filled, "
@@ -63,9 +63,9 @@ def facts(view: View) -> list[str]:
 def _source(source: SourceView, rows: int) -> list[str]:
     """Lines about a training store."""
     return [
-        f"source     {contents(source.facts)}",
+        f"source     {contents(source.metadata)}",
         f"           {source.share:.1%} of the stage, which reads it {source.epochs:.3g} times; "
-        f"{source.in_batch} of this batch's {rows} sequences; dropped or cut: {dropped(source.facts) or 'none'}",
+        f"{source.in_batch} of this batch's {rows} sequences; dropped or cut: {dropped(source.metadata) or 'none'}",
     ]
 
 

@@ -162,6 +162,6 @@ def _joined(rows: list[Row], tokenizer: Any) -> list[Answer]:
     for prompt, completion in zip(prompts, completions, strict=True):
         read = [*begin, *prompt]
         learned = [*completion, tokenizer.eos_token_id] if completion else []
-        trained = [False] * len(read) + [True] * len(learned)
-        encoded.append([([*read, *learned], trained)] if learned else [])
+        loss_mask = [False] * len(read) + [True] * len(learned)
+        encoded.append([([*read, *learned], loss_mask)] if learned else [])
     return encoded

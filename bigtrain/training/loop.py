@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from bigtrain.checkpoint import NoSaver, Saver
 from bigtrain.data.batches import Batch
 from bigtrain.errors import NotFiniteError
-from bigtrain.parallel.contract import Engine, Say
+from bigtrain.parallel.engine import Engine, Flags
 from bigtrain.resilience.requests import Requests
 from bigtrain.training.run import StageRun
 
@@ -44,8 +44,8 @@ def _train(
     if run.evaluates and run.done == 0:
         run.evaluated(engine.evaluate(held_out()))
     while run.done < run.steps:
-        say = Say(requests.stop, requests.save, saver.busy)
-        due = run.completed(engine.step(batches(run.done), run.learning_rate, say))
+        flags = Flags(requests.stop, requests.save, saver.busy)
+        due = run.completed(engine.step(batches(run.done), run.learning_rate, flags))
         if due.publish:
             saver.publish()
         if due.evaluate:

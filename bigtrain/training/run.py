@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bigtrain.checkpoint import Saved
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.errors import NotFiniteError, shorten
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.stream import Stream
-from bigtrain.parallel.contract import Outcome
+from bigtrain.parallel.engine import Outcome
 from bigtrain.training.schedules import learning_rate
 
 
@@ -32,7 +32,7 @@ class StageRun:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: StageConfig,
         sequences: int,
         done: int,
         stream: Stream,
@@ -106,8 +106,9 @@ class StageRun:
             return
         row, values = self._pending
         self._pending = None
-        loss, targets, grad_norm, stops, saves, busy = values.read()
-        self._stops, self._saves, self._idle = stops > 0, saves > 0, busy == 0
+        loss, targets, grad_norm, *flags = values.read()
+        stop, save, busy = flags
+        self._stops, self._saves, self._idle = stop > 0, save > 0, busy == 0
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._check_finite(row["step"], loss, grad_norm)
@@ -175,10 +176,10 @@ class _HostCopy:
     """An outcome on its way to the host: on a GPU the copy runs behind the next step."""
 
     def __init__(self, outcome: Outcome):
-        values = torch.stack([value.detach().double() for value in outcome])
+        values = torch.cat([value.detach().double().flatten() for value in outcome])
         self.here = not values.is_cuda
         if values.is_cuda:
-            self._values = torch.empty(len(outcome), dtype=torch.float64, pin_memory=True)
+            self._values = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()

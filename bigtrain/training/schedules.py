@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from bigtrain.config.schema import Schedule
+from bigtrain.config.schema import ScheduleConfig
 
 # Part of the way from the peak (1) to the end (0), after a part `x` of the steps that follow the warm-up.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -15,7 +15,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: Schedule) -> float:
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of step `step` (from 0) of a stage of `steps` steps.
 
     Warm-up is linear and reaches the peak in its last step; the decay reaches peak * min_ratio in the last step.

@@ -13,7 +13,7 @@ from bigtrain.data.batches import Batch
 from bigtrain.data.prepare import open_tokenizer, prepare_stage
 from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import dry_run, model_size, shares
-from bigtrain.parallel.contract import micro_batches
+from bigtrain.parallel.micro_batches import micro_batches
 from bigtrain.tasks import TASKS
 from tests.support import MODEL, bigtrain, small_config
 from tests.unit.test_wrong_input import CONFIGS, files_below, recipe_data

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain import evaluate, generate, open_model, run
+from bigtrain import evaluate, generate, load_model, run
 from bigtrain.config import load
 from bigtrain.preview import preview
 from bigtrain.run_folder import RunFolder
@@ -48,12 +48,12 @@ def test_reviews_of_any_script_go_all_the_way(tmp_path, capsys, script):
 
     result = run(file)
     assert result.finished and result.stages["p"].held_out_loss > 0
-    facts = RunFolder.of(config).facts()["stages"]["p"]
+    metadata = RunFolder.of(config).metadata()["stages"]["p"]
     stores = tmp_path / "runs" / "stores"
-    report = json.loads((stores / Path(facts["cleaned"]).name / "report.json").read_text())
+    report = json.loads((stores / Path(metadata["cleaned"]).name / "report.json").read_text())
     assert report["kept"] + report["held_out"] == len(texts) and report["warning"] is None
-    assert facts["answers"][0]["prompt"] == texts[0][:4]
+    assert metadata["answers"][0]["prompt"] == texts[0][:4]
     assert evaluate(result.folder).loss == pytest.approx(result.stages["p"].held_out_loss, abs=1e-6)
-    models = [open_model(where) for where in (result.folder, result.stages["p"].export)]
+    models = [load_model(where) for where in (result.folder, result.stages["p"].export)]
     answers = [generate(model, texts[1][:5], max_new_tokens=8, temperature=0) for model in models]
     assert answers[0] == answers[1]

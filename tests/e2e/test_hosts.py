@@ -152,8 +152,8 @@ def losses(folder):
 
 def agrees(folder, alone, processes):
     """The run in this folder had so many processes, and the losses of the one that was alone."""
-    facts = json.loads((folder / "runs" / "small" / "run.json").read_text())
-    assert [attempt["world_size"] for attempt in facts["attempts"]] == [processes]
+    metadata = json.loads((folder / "runs" / "small" / "run.json").read_text())
+    assert [attempt["world_size"] for attempt in metadata["attempts"]] == [processes]
     found = losses(folder)
     assert found.keys() == alone.keys()
     assert found == {key: pytest.approx(loss, rel=1e-6) for key, loss in alone.items()}

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bigtrain.checkpoint import Checkpoint
 from bigtrain.cli import app
-from bigtrain.config.schema import Optimizer
+from bigtrain.config.schema import OptimizerConfig
 from bigtrain.data.batches import Batch
 from bigtrain.errors import BigtrainError
 from bigtrain.models.causal_lm import empty_model
@@ -150,7 +150,7 @@ def engine_step(checkpoint, batch):
         precision="fp32",
         compile=False,
         micro_batch_size=5,
-        optimizer=Optimizer(lr=LR, eps=EPS, betas=list(BETAS), weight_decay=DECAY, max_grad_norm=None),
+        optimizer=OptimizerConfig(lr=LR, eps=EPS, betas=list(BETAS), weight_decay=DECAY, max_grad_norm=None),
         seed=0,
         device=torch.device("cpu"),
     )
@@ -239,9 +239,9 @@ def test_a_trainers_checkpoint_is_continued(trainers, tmp_path):
     assert f"from {trainers}, task pretrain" in finished.stdout  # the summary
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "step"] == [STEPS + 1, STEPS + 2]
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["attempts"][0]["imported"] == facts["stages"]["pretrain"]["from"] == str(trainers)
-    assert facts["stages"]["pretrain"]["finished"]
+    metadata = json.loads((run / "run.json").read_text())
+    assert metadata["attempts"][0]["imported"] == metadata["stages"]["pretrain"]["from"] == str(trainers)
+    assert metadata["stages"]["pretrain"]["finished"]
     assert Checkpoint(run / "pretrain" / "checkpoints" / f"step-{STEPS + 2:08d}").progress == {"updates": STEPS + 2}
 
     before = below(run)

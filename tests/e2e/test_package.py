@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import bigtrain
-from bigtrain import BigtrainError, RunError, evaluate, generate, load_config, open_model, run
+from bigtrain import BigtrainError, RunError, evaluate, generate, load_config, load_model, run
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import read_metrics
 from tests import support, tiny
@@ -110,7 +110,7 @@ def test_three_lines_compare_three_learning_rates(tmp_path, capfd):
     assert (other.held_out_loss, other.metrics["held_out_perplexity"]) == (rows[-1]["loss"], rows[-1]["perplexity"])
     assert run(config, ["name=two", "stages.pretrain.optimizer.lr=0.01"]) == two  # finished: nothing is trained
     assert evaluate(two.folder).loss == pytest.approx(other.held_out_loss, abs=1e-6)
-    assert isinstance(generate(open_model(other.export), "def", max_new_tokens=3), str)
+    assert isinstance(generate(load_model(other.export), "def", max_new_tokens=3), str)
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

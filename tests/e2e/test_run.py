@@ -48,11 +48,11 @@ def test_the_run_folder(finished):
     _, folder, _ = finished
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert resolved["stages"][0]["optimizer"]["betas"] == [0.9, 0.95]
-    facts = json.loads((folder / "run.json").read_text())
-    assert [attempt["world_size"] for attempt in facts["attempts"]] == [2]
-    assert facts["stages"]["pretrain"]["from"] == "random weights"
-    assert facts["stages"]["finetune"]["from"] == "pretrain, step-00000020"
-    assert facts["stages"]["finetune"]["data"][0]["documents"] > 10
+    metadata = json.loads((folder / "run.json").read_text())
+    assert [attempt["world_size"] for attempt in metadata["attempts"]] == [2]
+    assert metadata["stages"]["pretrain"]["from"] == "random weights"
+    assert metadata["stages"]["finetune"]["from"] == "pretrain, step-00000020"
+    assert metadata["stages"]["finetune"]["data"][0]["documents"] > 10
     kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert kinds[0] == "started"
     assert kinds[-1] == "finished"
@@ -179,9 +179,9 @@ def test_other_documents_are_refused_on_a_resume(finished):
     source = config.parent / "functions.jsonl"
     original, stat = source.read_text(), source.stat()
     (folder / "finetune" / "checkpoints" / "step-00000020" / "manifest.json").rename(folder / "kept.json")
-    facts = json.loads((folder / "run.json").read_text())
-    facts["stages"]["finetune"]["finished"] = False
-    (folder / "run.json").write_text(json.dumps(facts))
+    metadata = json.loads((folder / "run.json").read_text())
+    metadata["stages"]["finetune"]["finished"] = False
+    (folder / "run.json").write_text(json.dumps(metadata))
     try:
         source.write_text(original + '{"prompt": "one more", "completion": "document"}\n')
         refused = bigtrain("run", config)

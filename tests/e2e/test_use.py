@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bigtrain.config import load_config
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.data.cleaning.texts import row_text
 from bigtrain.data.sources import COLUMNS, documents, is_held_out
 from bigtrain.errors import CheckpointError, ConfigError, DataError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import encode_prompt, generate
-from bigtrain.inference.opening import open_model
+from bigtrain.inference.load import load_model
 from bigtrain.observability.stream import read_metrics
 from bigtrain.tasks import TASKS
 from bigtrain.testing import Ranks
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return open_model(run / "pretrain")
+    return load_model(run / "pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def exported(run, tmp_path_factory):
 
 
 def test_what_a_name_stands_for(run):
-    assert open_model(run).what == f"{run}, stage finetune, step 8"
-    assert open_model(run / "pretrain").what == f"{run}, stage pretrain, step 8"
-    checkpoint = open_model(run / "pretrain" / "checkpoints" / "step-00000004")
+    assert load_model(run).what == f"{run}, stage finetune, step 8"
+    assert load_model(run / "pretrain").what == f"{run}, stage pretrain, step 8"
+    checkpoint = load_model(run / "pretrain" / "checkpoints" / "step-00000004")
     assert (checkpoint.step, checkpoint.stage.name) == (4, "pretrain")
     assert not checkpoint.model.training
     assert not any(p.requires_grad for p in checkpoint.model.parameters())
@@ -65,7 +65,7 @@ def test_what_a_name_stands_for(run):
 def test_a_run_that_was_moved_away_from_its_stores_still_opens(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    moved, original = open_model("elsewhere/pretrain"), open_model(run / "pretrain")
+    moved, original = load_model("elsewhere/pretrain"), load_model(run / "pretrain")
     assert torch.equal(moved.model.lm_head.weight, original.model.lm_head.weight)
     assert moved.tokenizer.get_vocab() == original.tokenizer.get_vocab()
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
@@ -73,21 +73,21 @@ def test_a_run_that_was_moved_away_from_its_stores_still_opens(run, tmp_path, mo
 
 def test_names_that_lead_nowhere(run, tmp_path):
     with pytest.raises(ConfigError, match="there is no such folder; did you mean `small`"):
-        open_model(run.parent / "smal")
+        load_model(run.parent / "smal")
     with pytest.raises(ConfigError, match="has no stage finetun; did you mean `finetune`"):
-        open_model(run / "finetun")
+        load_model(run / "finetun")
     with pytest.raises(ConfigError, match="neither a run"):
-        open_model(tmp_path)
+        load_model(tmp_path)
     (tmp_path / "step-00000004").mkdir()
     with pytest.raises(ConfigError, match="lies in no run"):
-        open_model(tmp_path / "step-00000004")
+        load_model(tmp_path / "step-00000004")
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     shutil.copy(run / "config.yaml", fresh)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
-        open_model(fresh)
+        load_model(fresh)
     with pytest.raises(CheckpointError, match="stage pretrain has no checkpoint yet"):
-        open_model(fresh / "pretrain")
+        load_model(fresh / "pretrain")
 
 
 # --- evaluate ---
@@ -109,7 +109,7 @@ def test_evaluation_on_a_text(run, exported, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(ast.__doc__ or "") + (tmp_path.as_posix() + "\n") * 20)
     model, tokenizer, folder = exported["pretrain"]
-    data = [Source(source=str(text))]
+    data = [SourceConfig(source=str(text))]
     results = [evaluate(where, data, sequence_length=32) for where in (run / "pretrain", folder)]
     assert results[0].loss == results[1].loss
     ids = torch.tensor(
@@ -138,9 +138,9 @@ def test_evaluation_that_cannot_be(exported, run, tmp_path):
     with pytest.raises(ConfigError, match=r"is no run.*give data"):
         evaluate(folder)
     with pytest.raises(ConfigError, match="1000 is more than the 128 positions"):
-        evaluate(folder, [Source(source="stdlib")], sequence_length=1000)
+        evaluate(folder, [SourceConfig(source="stdlib")], sequence_length=1000)
     with pytest.raises(DataError, match=r"nothing\.txt"):
-        evaluate(run, [Source(source=str(tmp_path / "nothing.txt"))])
+        evaluate(run, [SourceConfig(source=str(tmp_path / "nothing.txt"))])
 
 
 def listed(file):
@@ -171,7 +171,7 @@ def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, se
     assert all(text[row["where"]].startswith(row["text"]) and row["text"] for row in rows)
     if stage == "finetune" and sequences == 400:  # whole documents that read nothing but themselves
         assert found == [r["where"] for r in held_out]
-        opened = open_model(run / stage)
+        opened = load_model(run / stage)
         [[(ids, mask)]] = TASKS["sft"]().encode([held_out[0]], opened.tokenizer)
         inputs = torch.tensor([ids[:129]])
         targets = inputs[0, 1:].masked_fill(~torch.tensor(mask[1:129]), -100)
@@ -250,7 +250,7 @@ def test_pieces_come_as_they_are_made(opened):
 
 
 def test_a_finetuned_model_is_asked_through_its_chat_template(run, opened, exported):
-    finetuned = open_model(run)
+    finetuned = load_model(run)
     tokenizer = finetuned.tokenizer
     assert tokenizer.chat_template
     message = [{"role": "user", "content": "def f(x):"}]
@@ -274,7 +274,7 @@ def test_a_prompt_that_cannot_be_answered(run, opened):
     assert len(prompt) + len(opened.tokenizer(room, add_special_tokens=False).input_ids) <= limit
     with pytest.raises(ConfigError, match=f"tokens, and .* has {limit} positions"):
         generate(opened, "a b c " * 100)
-    bare = open_model(run)
+    bare = load_model(run)
     bare.tokenizer.chat_template = None
     assert encode_prompt(bare, "x")[0] == bare.tokenizer.bos_token_id
     with pytest.raises(ConfigError, match="has no chat template"):

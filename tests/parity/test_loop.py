@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, complete
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.batches import Batch
 from bigtrain.observability.stream import Stream
 from bigtrain.resilience.requests import Requests
@@ -27,7 +27,7 @@ def attempt(layout, schedule, folder, stop_at):
 
     Returns (the rates that were reported, those that the optimizer had in its groups, both step by step).
     """
-    stage = Stage(
+    stage = StageConfig(
         name="pretrain",
         task="pretrain",
         data=[{"source": "stdlib"}],

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.data.batches import IGNORE, Batch
-from bigtrain.parallel import contract
+from bigtrain.parallel import task_module
 from tests.parity import cases, plain
 from tests.parity.test_steps import LAYOUTS, first_model
 
@@ -44,8 +44,8 @@ def gradient(layout, precision, batch, tokens_at_once=None, **kwargs):
     engine = cases.make(layout, precision=precision, optimizer=OPTIMIZER, progress=progress, **kwargs)
     rows = len(batch["targets"])
     mine = slice(*(rank * rows // dist.get_world_size() for rank in (dist.get_rank(), dist.get_rank() + 1)))
-    at_once = contract.LOGITS_AT_ONCE if tokens_at_once is None else tokens_at_once * cases.VOCABULARY
-    with patch.object(contract, "LOGITS_AT_ONCE", at_once):
+    at_once = task_module.LOGITS_AT_ONCE if tokens_at_once is None else tokens_at_once * cases.VOCABULARY
+    with patch.object(task_module, "LOGITS_AT_ONCE", at_once):
         outcome = engine.step(Batch({key: tensor[mine] for key, tensor in batch.items()}, rows, 0), 1e-2)
     state = cases.collect(engine)
     engine.close()

@@ -34,7 +34,7 @@ def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     folder = run(config, better).folder
     assert numbers(folder) == numbers(run(config, [*better, "name=at-once"]).folder)
     assert {row["step"] for row in read_metrics(folder) if row["stage"] == "pretrain"} == {0, 1, 2}
-    ends = [attempt["ended"] for attempt in RunFolder(folder).facts()["attempts"]]
+    ends = [attempt["ended"] for attempt in RunFolder(folder).metadata()["attempts"]]
     assert [end["how"] for end in ends] == ["refused", "failed", "finished"]
     assert "max_cut_answers" in ends[0]["reason"]
     assert "stages.pretrain.optimizer.lr=0.001" in ends[1]["reason"]

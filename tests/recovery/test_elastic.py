@@ -62,8 +62,8 @@ def ranks_of(process):
 
 
 def attempts(folder):
-    facts = json.loads((folder / "run.json").read_text())
-    return [attempt["world_size"] for attempt in facts["attempts"]]
+    metadata = json.loads((folder / "run.json").read_text())
+    return [attempt["world_size"] for attempt in metadata["attempts"]]
 
 
 def resumed_at(output):
@@ -97,10 +97,10 @@ def test_a_node_is_lost(whole):
     """The node that is lost is not the one where the nodes meet; the other goes on alone."""
     config, expected = whole
     folder = config.parent / "runs" / "node"
-    meet = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    meet += ["--rdzv-id", "bigtrain", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    host = agent(config, "node", *meet, "--rdzv-conf", f"{QUICK},is_host=1")
-    lost = agent(config, "node", *meet, "--rdzv-conf", f"{QUICK},is_host=0")
+    rendezvous = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    rendezvous += ["--rdzv-id", "bigtrain", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    host = agent(config, "node", *rendezvous, "--rdzv-conf", f"{QUICK},is_host=1")
+    lost = agent(config, "node", *rendezvous, "--rdzv-conf", f"{QUICK},is_host=0")
     wait_for_checkpoint(folder, host)
     for pid in (lost.pid, *ranks_of(lost)):  # a node takes all with it
         os.kill(pid, signal.SIGKILL)

@@ -40,7 +40,7 @@ def fail(folder, failure, stage="pretrain"):
 
 def ending(folder):
     """What run.json says of how the run's attempt ended."""
-    (attempt,) = RunFolder(folder / "runs" / "small").facts()["attempts"]
+    (attempt,) = RunFolder(folder / "runs" / "small").metadata()["attempts"]
     return attempt["ended"]["how"], attempt["ended"]["reason"]
 
 

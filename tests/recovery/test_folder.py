@@ -98,7 +98,7 @@ def test_a_folder_that_is_lost_while_it_trains_ends_the_run(tmp_path, monkeypatc
     thread.join()
     assert folder.path.exists() == (how == "replaced")
     if how == "replaced":
-        assert "ended" not in folder.facts()["attempts"][-1]  # it is another's
+        assert "ended" not in folder.metadata()["attempts"][-1]  # it is another's
 
 
 def test_a_look_at_the_folder_that_fails_once_is_no_loss(tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ from bigtrain import evaluate, run
 from bigtrain.checkpoint import complete
 from bigtrain.config import load_config
 from bigtrain.config.load import load
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.errors import CheckpointError, ConfigError
-from bigtrain.inference.opening import open_model
+from bigtrain.inference.load import load_model
 from bigtrain.inputs import try_inputs
 from bigtrain.launching.dry_run import dry_run
 from bigtrain.observability.stream import read_metrics
@@ -65,17 +65,17 @@ def test_it_starts_from_the_newest_weights_with_their_tokenizer(source, override
     assert everything(stage.parent) == before
     folder = RunFolder.of(load_config(path, overrides))
     first = read_metrics(folder.path)[0]
-    expected = evaluate(stage, [Source(source=str(texts))])
+    expected = evaluate(stage, [SourceConfig(source=str(texts))])
     assert (first["kind"], first["step"], first["targets"]) == ("evaluation", 0, expected.targets)
     assert first["loss"] == pytest.approx(expected.loss, rel=1e-6)
-    assert folder.facts()["origin"] == {
+    assert folder.metadata()["origin"] == {
         "run": str(stage.parent),
         "stage": "pretrain",
         "step": 4,
         "checkpoint": str(stage / "checkpoints" / "step-00000004"),
         "tasks": ["pretrain"],
     }
-    assert folder.facts()["stages"]["more"]["from"] == f"{stage}, step-00000004"
+    assert folder.metadata()["stages"]["more"]["from"] == f"{stage}, step-00000004"
     same = [where / "tokenizer" / "tokenizer.json" for where in (folder.path, stage.parent)]
     assert same[0].read_bytes() == same[1].read_bytes()
     card = (folder.export("more") / "README.md").read_text()
@@ -89,13 +89,13 @@ def test_it_goes_on_when_the_other_run_is_gone_or_has_gone_on(source, tmp_path):
     path, _ = follower(source, from_run=str(copy / "pretrain" / "checkpoints" / "step-00000002"))
     overrides = ["parallel.processes=1", "name=orphan", "stages.more.sequence_length=32"]
     folder = RunFolder(run(path, overrides).folder)
-    assert folder.facts()["origin"]["step"] == 2
+    assert folder.metadata()["origin"]["step"] == 2
     whole = support.numbers(folder.path)
     shutil.rmtree(complete(folder.checkpoints("more"))[-1])
     shutil.rmtree(copy)
     assert support.numbers(run(path, overrides).folder) == whole
-    assert open_model(folder.path).what.endswith("stage more, step 3")
-    assert folder.facts()["origin"]["step"] == 2
+    assert load_model(folder.path).what.endswith("stage more, step 3")
+    assert folder.metadata()["origin"]["step"] == 2
 
 
 @pytest.mark.parametrize(

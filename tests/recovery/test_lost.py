@@ -54,10 +54,10 @@ def test_it_is_refused_each_time_and_nothing_is_lost(stopped):
         assert "has the weights of step 6 and damaged-step-00000012. Nothing was begun" in str(refused.value)
         assert "`--restart pretrain`" in str(refused.value)
     assert sorted(entry.name for entry in checkpoints.iterdir()) == ["damaged-step-00000012", "step-00000006"]
-    assert RunFolder(folder.with_name("refused")).facts()["attempts"][-1]["ended"]["reason"] == str(refused.value)
+    assert RunFolder(folder.with_name("refused")).metadata()["attempts"][-1]["ended"]["reason"] == str(refused.value)
     weights = re.search(r"`model: \{from_run: (.*)\}` and no `tokenizer`", str(refused.value))[1]
     other = run(config, ["name=other", f"model={{from_run: {weights}}}", "tokenizer=null", "stages.pretrain.steps=1"])
-    assert RunFolder(other.folder).facts()["origin"]["step"] == 6
+    assert RunFolder(other.folder).metadata()["origin"]["step"] == 6
     words = str(refused.value).split("`mv ")[1].split("`")[0].split()
     (checkpoints / "damaged-step-00000012" / path.name).write_bytes(data)
     shutil.move(*words)

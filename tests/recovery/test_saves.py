@@ -289,8 +289,8 @@ def no_optimizer(folder):
 
 def describe(folder, step, *names, weights_only=False):
     files = {name: {"bytes": (folder / name).stat().st_size, "header": 0, "checksum": ""} for name in names}
-    facts = {"format": FORMAT, "step": step, "block": 1, "weights_only": weights_only}
-    write_manifest(folder, {**facts, "files": files, "state": {}})
+    metadata = {"format": FORMAT, "step": step, "block": 1, "weights_only": weights_only}
+    write_manifest(folder, {**metadata, "files": files, "state": {}})
 
 
 @settings(max_examples=150, deadline=None)

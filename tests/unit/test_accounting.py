@@ -18,7 +18,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from bigtrain.config.schema import Clean, Evaluate, Model, Optimizer, Run, Source, Stage, Tokenizer
+from bigtrain.config.schema import (
+    CleanConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+)
 from bigtrain.data import sources, stdlib
 from bigtrain.data.prepare import StageData, counts, prepare_stage
 from bigtrain.data.tokenizer import load_tokenizer, train_tokenizer
@@ -45,24 +54,24 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def prepared(
-    folder: Path, tokenizer: Any, task: str, *sources: Source, encoder: Any = lambda task: task, **stage: Any
+    folder: Path, tokenizer: Any, task: str, *sources: SourceConfig, encoder: Any = lambda task: task, **stage: Any
 ) -> StageData:
     """The stores of a run with one stage."""
     settings = {"sequence_length": 16, "max_cut_answers": 1.0} | stage
-    only = Stage(
+    only = StageConfig(
         name="s",
         task=task,
         data=list(sources),
         global_batch_size=1,
         steps=1,
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
         **settings,
     )
-    run = Run(
+    run = RunConfig(
         name="r",
         output=str(folder / "out"),
-        model=Model(from_config={"model_type": "llama"}),
-        tokenizer=Tokenizer(from_pretrained=str(folder)),
+        model=ModelConfig(from_config={"model_type": "llama"}),
+        tokenizer=TokenizerConfig(from_pretrained=str(folder)),
         stages=[only],
     )
     return prepare_stage(run, only, encoder(TASKS[task]()), tokenizer)
@@ -78,9 +87,9 @@ def test_a_row_that_the_template_refuses_is_named_or_skipped(tmp_path: Path, tok
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join([json.dumps(good), "", json.dumps(refused), json.dumps(good)]))
     with pytest.raises(DataError, match=r"^\S*chats\.jsonl:3: .*roles must alternate.*`on_error: skip`") as error:
-        prepared(tmp_path, tokenizer, "sft", Source(source=str(file)))
+        prepared(tmp_path, tokenizer, "sft", SourceConfig(source=str(file)))
     assert "key" not in str(error.value)
-    data = prepared(tmp_path, tokenizer, "sft", Source(source=str(file), on_error="skip"))
+    data = prepared(tmp_path, tokenizer, "sft", SourceConfig(source=str(file), on_error="skip"))
     assert data.train[0].manifest["documents"] == 2
     assert data.train[0].manifest["dropped"] == {"refused by the chat template": 1}
     assert dropped(counts(data.train[0])) == f"1 refused by the chat template (first: {file}:3)"
@@ -91,55 +100,55 @@ def test_a_row_that_the_template_refuses_is_named_or_skipped(tmp_path: Path, tok
 TEXTS = ["one def f(): return", "", "two " * 30, "three", "four four", "five"]
 
 
-def jsonl(folder: Path) -> Source:
+def jsonl(folder: Path) -> SourceConfig:
     rows = [json.dumps({"text": text}) for text in TEXTS]
     (folder / "a.jsonl").write_text("\n".join([*rows[:3], "{", '{"text": 7}', "", '{"txt": 1}', *rows[3:], '"x"']))
-    return Source(source=str(folder / "a.jsonl"))
+    return SourceConfig(source=str(folder / "a.jsonl"))
 
 
-def json_list(folder: Path) -> Source:
+def json_list(folder: Path) -> SourceConfig:
     rows = [json.dumps({"text": text}) for text in TEXTS]
     (folder / "a.json").write_text(f'{{"d": [{", ".join([*rows, "7", json.dumps({"text": "x" * 500})])}]}}')
-    return Source(source=str(folder / "a.json"), field="d")
+    return SourceConfig(source=str(folder / "a.json"), field="d")
 
 
-def csv(folder: Path) -> Source:
+def csv(folder: Path) -> SourceConfig:
     (folder / "a.csv").write_text("\n".join(["n,text", *(f"1,{text}" for text in TEXTS), '1,"open', "1,2,3", "1,end"]))
-    return Source(source=str(folder / "a.csv"))
+    return SourceConfig(source=str(folder / "a.csv"))
 
 
-def texts(folder: Path) -> Source:
+def texts(folder: Path) -> SourceConfig:
     (folder / "texts").mkdir()
     for number, text in enumerate(TEXTS):
         (folder / "texts" / f"{number}.txt").write_text(text)
     (folder / "texts" / "broken.txt").write_bytes(b"\xff")
-    return Source(source=str(folder / "texts"))
+    return SourceConfig(source=str(folder / "texts"))
 
 
-def a_table(kind: str, folder: Path) -> Source:
+def a_table(kind: str, folder: Path) -> SourceConfig:
     table = pa.table({"text": [*TEXTS, None]})
     if kind == "parquet":
         parquet.write_table(table, folder / "a.parquet", row_group_size=2)
-        return Source(source=str(folder / "a.parquet"))
+        return SourceConfig(source=str(folder / "a.parquet"))
     datasets.Dataset(table).save_to_disk(folder / "saved")
-    return Source(source=str(folder / "saved"))
+    return SourceConfig(source=str(folder / "saved"))
 
 
-def url(folder: Path) -> Source:
+def url(folder: Path) -> SourceConfig:
     fsspec.filesystem("memory").pipe(
         f"/{folder.name}/a.jsonl", "\n".join([*(json.dumps({"text": text}) for text in TEXTS), "{"]).encode()
     )
-    return Source(source=f"memory://{folder.name}/a.jsonl")
+    return SourceConfig(source=f"memory://{folder.name}/a.jsonl")
 
 
-def function(folder: Path) -> Source:
+def function(folder: Path) -> SourceConfig:
     module = types.ModuleType(f"rows_of_{folder.name}")
     module.rows = lambda: iter([*({"text": text} for text in TEXTS), "no dict", {"text": None}])  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
-    return Source(source=f"{module.__name__}:rows")
+    return SourceConfig(source=f"{module.__name__}:rows")
 
 
-SOURCES: dict[str, tuple[Callable[[Path], Source], int, int]] = {  # rows; of them those that cannot be read
+SOURCES: dict[str, tuple[Callable[[Path], SourceConfig], int, int]] = {  # rows; of them those that cannot be read
     "jsonl": (jsonl, 10, 4),
     "json": (json_list, 8, 2),
     "csv": (csv, 9, 2),
@@ -155,7 +164,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Source], int, int]] = {  # rows; of th
 def test_every_row_of_a_source_is_counted(tmp_path: Path, tokenizer: Any, name: str) -> None:
     make, rows, unreadable = SOURCES[name]
     source = make(tmp_path).model_copy(update={"on_error": "skip", "max_characters": 400})
-    clean = Clean(exact_duplicates=True, min_characters=6)
+    clean = CleanConfig(exact_duplicates=True, min_characters=6)
     data = prepared(tmp_path, tokenizer, "pretrain", source, sequence_length=2)
     [plain] = [store.manifest for store in data.train]
     assert plain["rows"] == rows
@@ -166,11 +175,11 @@ def test_every_row_of_a_source_is_counted(tmp_path: Path, tokenizer: Any, name: 
     assert all(f"{n} {reason} (first: {plain['examples'][reason]})" in told for reason, n in plain["dropped"].items())
 
     split = prepared(
-        tmp_path, tokenizer, "pretrain", source, sequence_length=2, held_out=0.6, evaluate=Evaluate(), clean=clean
+        tmp_path, tokenizer, "pretrain", source, sequence_length=2, held_out=0.6, evaluate=EvaluateConfig(), clean=clean
     )
     for store in (*split.train, *split.held_out):
-        facts = store.manifest
-        assert facts["rows"] == rows == facts["used"] + facts["other_side"] + sum(facts["dropped"].values())
+        metadata = store.manifest
+        assert metadata["rows"] == rows == metadata["used"] + metadata["other_side"] + sum(metadata["dropped"].values())
     [train], [held_out] = split.train, split.held_out
     short = train.manifest["dropped"].get("too short (clean)", 0)
     assert train.manifest["used"] + short == held_out.manifest["other_side"]
@@ -181,9 +190,9 @@ def test_every_row_of_the_standard_library_is_counted(tmp_path: Path, tokenizer:
     monkeypatch.setattr(stdlib, "modules", lambda: stdlib_rows)
     stdlib_rows = tuple({"key": f"{i}.py", "text": text} for i, text in enumerate(TEXTS))
     monkeypatch.setitem(sources.STDLIB, "stdlib", stdlib.modules)
-    facts = prepared(tmp_path, tokenizer, "pretrain", Source(source="stdlib")).train[0].manifest
-    assert (facts["rows"], facts["used"], facts["dropped"]) == (6, 5, {"empty": 1})
-    assert facts["examples"] == {"empty": "stdlib: 1.py"}
+    metadata = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source="stdlib")).train[0].manifest
+    assert (metadata["rows"], metadata["used"], metadata["dropped"]) == (6, 5, {"empty": 1})
+    assert metadata["examples"] == {"empty": "stdlib: 1.py"}
 
 
 def test_every_conversation_and_token_is_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -201,18 +210,18 @@ def test_every_conversation_and_token_is_counted(tmp_path: Path, tokenizer: Any)
     ]
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = prepared(tmp_path, tokenizer, "sft", Source(source=str(file), on_error="skip"), sequence_length=24)
-    facts = data.train[0].manifest
-    assert facts["rows"] == len(rows) == facts["used"] + sum(facts["dropped"].values())
-    assert facts["used"] == 3 and facts["cut"] == 2 and facts["cut_tokens"] > 0
-    assert facts["dropped"] == {
+    data = prepared(tmp_path, tokenizer, "sft", SourceConfig(source=str(file), on_error="skip"), sequence_length=24)
+    metadata = data.train[0].manifest
+    assert metadata["rows"] == len(rows) == metadata["used"] + sum(metadata["dropped"].values())
+    assert metadata["used"] == 3 and metadata["cut"] == 2 and metadata["cut_tokens"] > 0
+    assert metadata["dropped"] == {
         "without usable turns": 1,
         "without a column that the task reads": 1,
         "empty": 2,
         "without a trained target within sequence_length": 1,
         "refused by the chat template": 1,
     }
-    assert facts["examples"] == {
+    assert metadata["examples"] == {
         "without usable turns": f"{file}:6",
         "without a column that the task reads": f"{file}:9",
         "empty": f"{file}:2",
@@ -220,7 +229,9 @@ def test_every_conversation_and_token_is_counted(tmp_path: Path, tokenizer: Any)
         "refused by the chat template": f"{file}:5",
         "cut to sequence_length": f"{file}:1",
     }
-    assert f"2 cut to sequence_length (first: {file}:1), {facts['cut_tokens']} tokens" in dropped(counts(data.train[0]))
+    assert f"2 cut to sequence_length (first: {file}:1), {metadata['cut_tokens']} tokens" in dropped(
+        counts(data.train[0])
+    )
 
 
 def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
@@ -228,7 +239,7 @@ def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
     learned = ([1, 2, 3], [False, True, True])
     encoded = gather([("a:1", [read, learned]), ("a:2", [read])], Layout("bins", 8, 0), token_dtype(9))
     reason = "without a trained target within sequence_length"
-    assert encoded.tally.facts() == {
+    assert encoded.tally.metadata() == {
         "rows": 0,
         "other_side": 0,
         "hidden": 0,
@@ -246,7 +257,7 @@ def test_files_that_are_passed_over_for_their_names_are_told(tmp_path: Path, tok
     for name in ("_SUCCESS", ".part-0.txt.crc", "_temporary/a.txt", "part-0.txt"):
         (table / name).parent.mkdir(parents=True, exist_ok=True)
         (table / name).write_text("def f(): return 'a b c'\n" * 9)
-    [store] = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(table))).train
+    [store] = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(table))).train
     assert (store.manifest["hidden"], store.manifest["rows"]) == (3, 1)
     shown = io.StringIO()
     Progress(shown)({"kind": "prepared", "stage": "s", **counts(store)})
@@ -256,7 +267,7 @@ def test_files_that_are_passed_over_for_their_names_are_told(tmp_path: Path, tok
 def test_tokens_behind_the_last_sequence_are_told(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "a.txt"
     file.write_text("a b c d e f g h")
-    [store] = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(file)), sequence_length=5).train
+    [store] = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(file)), sequence_length=5).train
     assert store.left_over == store.manifest["tokens"] - 1 - 5 * store.samples > 0
     assert f"{store.left_over} tokens behind the last whole sequence" in dropped(counts(store))
 
@@ -268,15 +279,15 @@ def test_the_same_data_elsewhere_gives_the_same_store(tmp_path: Path, tokenizer:
     """Moved, renamed and touched; and the place is told where it is now."""
     before, after = tmp_path / "a.jsonl", tmp_path / "moved" / "b.jsonl"
     before.write_text("".join(json.dumps({"text": f"def f(): return {i}"}) + "\n" for i in range(9)))
-    old = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(before))).train[0]
+    old = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(before))).train[0]
     after.parent.mkdir()
     before.rename(after)
     os.utime(after)
-    new = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(after))).train[0]
+    new = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(after))).train[0]
     assert new.folder == old.folder and new.manifest["fingerprint"] == old.manifest["fingerprint"]
     assert (old.manifest["source"], new.manifest["source"]) == (str(before), str(after))
     after.write_text(after.read_text().replace("return 8", "return 9"))
-    other = prepared(tmp_path, tokenizer, "pretrain", Source(source=str(after))).train[0]
+    other = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(after))).train[0]
     assert other.folder != old.folder and other.content != old.content
 
 
@@ -286,7 +297,7 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer
     whole = "".join(json.dumps({"text": f"def f(): return {i}"}) + "\n" for i in range(9))
     changed = whole.replace("return 0", "return 1")
     file.write_text(whole)
-    source = Source(source=str(file))
+    source = SourceConfig(source=str(file))
 
     class Meanwhile:
         """Tokenizes while somebody else writes a row that has been read already."""

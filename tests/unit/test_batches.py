@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bigtrain.data.batches import Batch, Batches, Prefetched, held_out_batches
 from bigtrain.data.store import Store, open_store
 from bigtrain.data.writing import Layout, write_store
-from bigtrain.parallel.contract import micro_batches
+from bigtrain.parallel.micro_batches import micro_batches
 
 LENGTH = 4
 NAMES = ("input_ids", "targets", "position_ids")
@@ -31,8 +31,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
         folder = tmp_path_factory.mktemp("stores") / name
         folder.mkdir()
         documents = [(list(range(tokens)), None)] if tokens else [([i, i, i, i], None) for i in range(11)]
-        facts = {"source": name, "documents_are": "all"}
-        write_store(folder, documents, layout, vocabulary_size=1000, seed=0, facts=facts)
+        metadata = {"source": name, "documents_are": "all"}
+        write_store(folder, documents, layout, vocabulary_size=1000, seed=0, metadata=metadata)
         opened.append(open_store(folder, LENGTH))
     assert [store.samples for store in opened] == [37, 11]
     return opened
@@ -135,8 +135,8 @@ def test_weights_count_tokens(tmp_path: Path) -> None:
     for number, length in enumerate((3, 200)):
         (tmp_path / str(number)).mkdir()
         documents = [([number] * length, None) for _ in range(3000 // length)]
-        facts = {"source": str(number), "documents_are": "all"}
-        write_store(tmp_path / str(number), documents, Layout("windows"), vocabulary_size=2, seed=0, facts=facts)
+        metadata = {"source": str(number), "documents_are": "all"}
+        write_store(tmp_path / str(number), documents, Layout("windows"), vocabulary_size=2, seed=0, metadata=metadata)
         opened.append(open_store(tmp_path / str(number), LENGTH))
     batches = ranks(opened, [1.0, 3.0], 64, 64 * 40, 1)[0]
     for first in (0, 7, 20):

@@ -16,14 +16,14 @@ import yaml
 from bigtrain.config import load
 from bigtrain.config.schema import (
     Boilerplate,
-    Clean,
-    Evaluate,
+    CleanConfig,
+    EvaluateConfig,
     Leakage,
     NearDuplicates,
-    Optimizer,
+    OptimizerConfig,
     Repetition,
-    Source,
-    Stage,
+    SourceConfig,
+    StageConfig,
 )
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.cleaning.repetition import too_repetitive
@@ -42,7 +42,7 @@ FOOTER = [
     "Built by a program that makes pages of plain text; the newest version of every page is always online",
 ]
 # The block of the README, but for what makes no difference here.
-README = Clean(
+README = CleanConfig(
     min_characters=200,
     repetition=Repetition(),
     exact_duplicates=True,
@@ -73,29 +73,31 @@ def site(folder: Path, pages: int = 60, stubs: int = 12) -> Path:
     return folder
 
 
-def stage_of(*sources: Any, clean: Clean, task: Any = "pretrain", held_out: float = 0.1, **values: Any) -> Stage:
-    return Stage(
+def stage_of(
+    *sources: Any, clean: CleanConfig, task: Any = "pretrain", held_out: float = 0.1, **values: Any
+) -> StageConfig:
+    return StageConfig(
         name="s",
         task=task,
-        data=[Source(source=str(source)) for source in sources],
+        data=[SourceConfig(source=str(source)) for source in sources],
         held_out=held_out,
-        evaluate=values.pop("evaluate", Evaluate()),
+        evaluate=values.pop("evaluate", EvaluateConfig()),
         clean=clean,
         sequence_length=64,
         global_batch_size=4,
         steps=3,
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
         **values,
     )
 
 
-def decided(folder: Path, stage: Stage) -> Decisions:
+def decided(folder: Path, stage: StageConfig) -> Decisions:
     decisions = decide(str(folder), stage, COLUMNS[stage.task])
     assert decisions is not None
     return decisions
 
 
-def outcome(stage: Stage, decisions: Decisions, source: int = 0) -> dict[str, str]:
+def outcome(stage: StageConfig, decisions: Decisions, source: int = 0) -> dict[str, str]:
     """Name of each file of a source -> `kept`, `held out` or why it was dropped."""
     reasons = ["kept", *decisions.manifest["reasons"]]
     rows = documents(stage.data[source], COLUMNS[stage.task])
@@ -105,7 +107,7 @@ def outcome(stage: Stage, decisions: Decisions, source: int = 0) -> dict[str, st
     }
 
 
-def trained(stage: Stage, decisions: Decisions, source: int = 0) -> list[str]:
+def trained(stage: StageConfig, decisions: Decisions, source: int = 0) -> list[str]:
     rows = kept(documents(stage.data[source], COLUMNS[stage.task]), decisions, source)
     return [decisions.steps(source)(row)["text"] for row in rows]
 
@@ -160,8 +162,8 @@ def test_a_text_that_stands_in_many_training_documents_is_still_leaked(tmp_path:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in copies + others))
     (tmp_path / "held.txt").write_text(text)
-    evaluate = Evaluate(data=[Source(source=str(tmp_path / "held.txt"))])
-    stage = stage_of(rows, clean=Clean(leakage=Leakage()), held_out=0.0, evaluate=evaluate)
+    evaluate = EvaluateConfig(data=[SourceConfig(source=str(tmp_path / "held.txt"))])
+    stage = stage_of(rows, clean=CleanConfig(leakage=Leakage()), held_out=0.0, evaluate=evaluate)
     assert list(outcome(stage, decided(tmp_path / "out", stage)).values()) == ["leaked"] * 40 + ["kept"] * 40
 
 
@@ -175,7 +177,7 @@ def test_a_system_prompt_that_all_conversations_share_is_no_leakage(tmp_path: Pa
 
     rows = tmp_path / "chats.jsonl"
     rows.write_text("".join(json.dumps(chat()) + "\n" for _ in range(60)))
-    stage = stage_of(rows, clean=Clean(leakage=Leakage()), task="sft", held_out=0.2)
+    stage = stage_of(rows, clean=CleanConfig(leakage=Leakage()), task="sft", held_out=0.2)
     decisions = decided(tmp_path / "out", stage)
     assert set(outcome(stage, decisions).values()) == {"kept", "held out"}
     assert decisions.report["boilerplate"][0]["lines"] == 0
@@ -206,7 +208,7 @@ def test_boilerplate_is_cut_from_the_source_that_shares_it_and_from_no_other(tmp
 def test_only_boilerplate_is_said(tmp_path: Path) -> None:
     folder = site(tmp_path / "docs")
     (folder / "empty.txt").write_text("\n".join(HEADER + FOOTER))
-    stage = stage_of(folder, clean=Clean(boilerplate=Boilerplate()), held_out=0.0, evaluate=None)
+    stage = stage_of(folder, clean=CleanConfig(boilerplate=Boilerplate()), held_out=0.0, evaluate=None)
     assert outcome(stage, decided(tmp_path / "out", stage))["empty.txt"] == "nothing but boilerplate"
 
 
@@ -372,6 +374,6 @@ def test_more_than_three_tenths_dropped_is_a_warning_and_an_event(tmp_path: Path
 
 def test_boilerplate_of_conversations_is_refused(tmp_path: Path) -> None:
     file = config(tmp_path, UNIQUE[:2], {"boilerplate": {}})
-    assert load(file).run.stages[0].clean == Clean(boilerplate=Boilerplate())
+    assert load(file).run.stages[0].clean == CleanConfig(boilerplate=Boilerplate())
     with pytest.raises(ConfigError, match=r"stages\.s\.clean\.boilerplate: what many conversations share"):
         load(file, ["stages.s.task=sft"])

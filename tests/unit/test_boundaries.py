@@ -9,7 +9,8 @@ from bigtrain import cli
 from bigtrain.config import load, load_config
 from bigtrain.config.environment import tell
 from bigtrain.errors import ConfigError, DataError
-from bigtrain.inference import evaluate, generate, opening
+from bigtrain.inference import evaluate, generate
+from bigtrain.inference import load as loading
 from bigtrain.launching.dry_run import dry_run
 from bigtrain.launching.launch import Asked, launch
 from bigtrain.preview.batch import Lengths, Piece, Sequence, SourceView, Token, View
@@ -56,7 +57,7 @@ def test_answers_keep_their_lines(monkeypatch, capsys):
         for piece in ("one\n", "\ttwo\x1b", "[2J\r", EVIL):
             show(piece)
 
-    monkeypatch.setattr(opening, "open_model", lambda where: where)
+    monkeypatch.setattr(loading, "load_model", lambda where: where)
     monkeypatch.setattr(generate, "generate", answer)
     out, _, code = command(monkeypatch, capsys, "generate", "somewhere", "a prompt")
     assert code == 0 and out == f"one\n\ttwo\\x1b[2J\\r{SPELT}\n"

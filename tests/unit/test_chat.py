@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import TokenizerConfig, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage
-from bigtrain.config.schema import Tokenizer as TokenizerOf
+from bigtrain.config.schema import ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig
+from bigtrain.config.schema import TokenizerConfig as TokenizerOf
 from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
@@ -381,7 +381,7 @@ CHATML_TEMPLATE = (
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_sentencepiece_like_tokenizers(scheme) -> None:
     """Their words begin with a mark that depends on what stands before; forgeries must not change that."""
-    backend = Tokenizer(models.Unigram())
+    backend = TokenizerConfig(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     special = ["<unk>", "<pad>", "<|a|>", "<|b|>", "<|c|>"]
     trainer = trainers.UnigramTrainer(
@@ -479,7 +479,7 @@ SHAPES = {
 def rows_of(tmp_path, *rows):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return list(documents(Source(source=str(file)), COLUMNS["sft"]))
+    return list(documents(SourceConfig(source=str(file)), COLUMNS["sft"]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -562,19 +562,19 @@ def chats(folder, *lengths):
 
 
 def prepared(tmp_path, file, tokenizer, **changes):
-    stage = Stage(
+    stage = StageConfig(
         name="chat",
         task="sft",
-        data=[Source(source=str(file))],
+        data=[SourceConfig(source=str(file))],
         global_batch_size=1,
         steps=1,
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
         **{"sequence_length": 40} | changes,
     )
-    run = Run(
+    run = RunConfig(
         name="r",
         output=str(tmp_path),
-        model=Model(from_config={"model_type": "llama"}),
+        model=ModelConfig(from_config={"model_type": "llama"}),
         tokenizer=TokenizerOf(from_pretrained=str(tmp_path)),
         stages=[stage],
     )
@@ -618,7 +618,7 @@ def test_documents_share_positions_only_where_the_file_says_so(opened, tmp_path)
     tokenizer = opened("smollm2")
     file = chats(tmp_path, 1, 1, 1, 1)
     apart, together = (
-        prepared(tmp_path, file, tokenizer, sequence_length=80, documents_may_read_each_other=may).sample(0)
+        prepared(tmp_path, file, tokenizer, sequence_length=80, cross_document_attention=may).sample(0)
         for may in (False, True)
     )
     assert (apart[0] == together[0]).all() and (apart[1] == together[1]).all()
@@ -1017,7 +1017,7 @@ def test_what_the_template_has_no_place_for_is_counted_and_named(smollm2, tmp_pa
     assert store.manifest["unread"] == {"chosen": 1, "tools": 1, "reasoning_content": 1}
     takes = FAILS_ON_X % "" + "{% if tools %}{{ tools | tojson }}{% endif %}"
     tokenizer = with_template(smollm2, takes.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"))
-    [row, _] = documents(Source(source=str(file)), COLUMNS["sft"])
+    [row, _] = documents(SourceConfig(source=str(file)), COLUMNS["sft"])
     [answer] = Sft().encode([row], tokenizer)
     assert answer.unread == ()
     assert "hmb" in tokenizer.decode(answer[0][0])
@@ -1115,14 +1115,14 @@ def test_each_way_with_long_conversations_is_counted_and_told(opened, tmp_path) 
         way: prepared(tmp_path, file, tokenizer, **{"sequence_length": 96} | change) for way, change in ways.items()
     }
     told = {way: dropped(counts(store)) for way, store in stores.items()}
-    facts = {way: store.manifest for way, store in stores.items()}
-    assert [facts[way]["cut_answers"] for way in ways] == [0, 0, 0, facts["more"]["cut_answers"]]
+    metadata = {way: store.manifest for way, store in stores.items()}
+    assert [metadata[way]["cut_answers"] for way in ways] == [0, 0, 0, metadata["more"]["cut_answers"]]
     assert told["longer"] == ""
     assert told["split"] == "2 conversations split to sequence_length"
     assert told["drop"] == f"2 longer than sequence_length (first: {file}:4)"
     assert told["more"].startswith(f"2 cut to sequence_length (first: {file}:4), ")
-    assert (facts["drop"]["documents"], facts["longer"]["answers"], facts["split"]["answers"]) == (3, 27, 27)
-    assert all(manifest["rows"] == 5 for manifest in facts.values())
+    assert (metadata["drop"]["documents"], metadata["longer"]["answers"], metadata["split"]["answers"]) == (3, 27, 27)
+    assert all(manifest["rows"] == 5 for manifest in metadata.values())
 
 
 def test_a_sample_tells_of_cut_answers_before_everything_is_tokenized(opened, tmp_path, monkeypatch) -> None:

@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 
 from bigtrain.config import load
 from bigtrain.config.schema import (
-    Clean,
-    Evaluate,
+    CleanConfig,
+    EvaluateConfig,
     Leakage,
-    Model,
+    ModelConfig,
     NearDuplicates,
-    Optimizer,
+    OptimizerConfig,
     Repetition,
-    Run,
-    Source,
-    Stage,
-    Tokenizer,
-    TrainTokenizer,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainTokenizerConfig,
 )
 from bigtrain.data import stdlib
 from bigtrain.data.cleaning import Decisions, decide, kept
@@ -161,15 +161,15 @@ def test_the_standard_library_needs_no_repair() -> None:
 
 
 def test_normal_forms() -> None:
-    assert TextSteps(Clean(normalize="NFC"))({"key": "e\u0301", "text": "e\u0301 ﬁ"}) == {
+    assert TextSteps(CleanConfig(normalize="NFC"))({"key": "e\u0301", "text": "e\u0301 ﬁ"}) == {
         "key": "e\u0301",
         "text": "é ﬁ",
     }
-    assert TextSteps(Clean(normalize="NFKC"))({"key": "k", "text": "ﬁ"})["text"] == "fi"
+    assert TextSteps(CleanConfig(normalize="NFKC"))({"key": "k", "text": "ﬁ"})["text"] == "fi"
 
 
 def test_every_text_of_a_row_is_cleaned_and_its_form_stays() -> None:
-    steps = TextSteps(Clean(redact=["email"]))
+    steps = TextSteps(CleanConfig(redact=["email"]))
     mail, gone = "a@example.com", "<EMAIL>"
     call = {"function": {"name": "send", "arguments": {"to": mail, "times": 3}}}
     row = {
@@ -479,19 +479,19 @@ def write_rows(file: Path, rows: Iterable[Any]) -> str:
     return str(file)
 
 
-def stage_of(*sources: str, task: str = "pretrain", **values: Any) -> Stage:
+def stage_of(*sources: str, task: str = "pretrain", **values: Any) -> StageConfig:
     defaults: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 4, "steps": 3}
-    data = [Source(source=source) for source in sources]
-    return Stage(name="s", task=task, data=data, optimizer=Optimizer(lr=1e-3), **{**defaults, **values})
+    data = [SourceConfig(source=source) for source in sources]
+    return StageConfig(name="s", task=task, data=data, optimizer=OptimizerConfig(lr=1e-3), **{**defaults, **values})
 
 
-def decided(folder: Path, stage: Stage) -> Decisions:
+def decided(folder: Path, stage: StageConfig) -> Decisions:
     decisions = decide(str(folder), stage, COLUMNS[stage.task])
     assert decisions is not None
     return decisions
 
 
-def training(stage: Stage, decisions: Decisions) -> list[list[dict[str, Any]]]:
+def training(stage: StageConfig, decisions: Decisions) -> list[list[dict[str, Any]]]:
     """Of each source what is trained on."""
     return [
         list(map(decisions.steps(i), kept(documents(source, COLUMNS[stage.task]), decisions, i)))
@@ -513,7 +513,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def messy(folder: Path) -> Stage:
+def messy(folder: Path) -> StageConfig:
     """Two sources and held-out documents of which it is known what has to go."""
     folder.mkdir(exist_ok=True)
     rng = random.Random(3)
@@ -533,12 +533,12 @@ def messy(folder: Path) -> Stage:
     return stage_of(
         write_rows(folder / "one.jsonl", first),
         write_rows(folder / "two.jsonl", second),
-        evaluate=Evaluate(data=[Source(source=write_rows(folder / "held-out.jsonl", held_out))]),
-        clean=Clean(**EVERYTHING),
+        evaluate=EvaluateConfig(data=[SourceConfig(source=write_rows(folder / "held-out.jsonl", held_out))]),
+        clean=CleanConfig(**EVERYTHING),
     )
 
 
-def held_out_text(stage: Stage, number: int) -> str:
+def held_out_text(stage: StageConfig, number: int) -> str:
     assert stage.evaluate is not None and stage.evaluate.data is not None
     rows = list(documents(stage.evaluate.data[0], COLUMNS["pretrain"]))
     return str(rows[number]["text"])
@@ -607,7 +607,7 @@ def test_no_secret_is_in_what_is_written(tmp_path: Path) -> None:
             {"max_characters": 30, "repair": True, "redact": ["phone"], "phone_region": "US"},
         )
     ):
-        decisions = decided(tmp_path / str(number), stage_of(source, clean=Clean(**clean)))
+        decisions = decided(tmp_path / str(number), stage_of(source, clean=CleanConfig(**clean)))
         examples = [e for tally in (*decisions.report["changed"].values(), *decisions.report["dropped_for"].values())
                     for e in tally["examples"]]  # fmt: skip
         assert examples
@@ -618,7 +618,7 @@ def test_no_secret_is_in_what_is_written(tmp_path: Path) -> None:
 def test_numbers_without_a_known_form_are_not_in_examples(tmp_path: Path) -> None:
     numbers = ["415-555-2671", "(030) 901 820 11", "078-05-1120", "4111111111111112"]
     source = write_rows(tmp_path / "a.jsonl", [f"{number} schÃ¶n" for number in numbers] + [PROSE])
-    for clean in (Clean(min_characters=50), Clean(repair=True)):
+    for clean in (CleanConfig(min_characters=50), CleanConfig(repair=True)):
         decisions = decided(tmp_path / "out", stage_of(source, clean=clean))
         written = (decisions.folder / "report.json").read_text()
         assert "[hidden]" in written and "<NUMBER>" not in written
@@ -627,13 +627,15 @@ def test_numbers_without_a_known_form_are_not_in_examples(tmp_path: Path) -> Non
 
 def test_a_spelling_that_repair_hides_is_not_in_examples(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", ["from 8.8.4.4\x1b[0m.5 to there"])
-    examples = decided(tmp_path, stage_of(source, clean=Clean(repair=True))).report["changed"]["repair"]["examples"]
+    examples = decided(tmp_path, stage_of(source, clean=CleanConfig(repair=True))).report["changed"]["repair"][
+        "examples"
+    ]
     assert examples == [{"document": f"{source}:1", "after": "from 8.8.4.4.5 to there"}]
 
 
 def test_damaged_decisions_are_said(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", MODULES[:5])
-    stage = stage_of(source, clean=Clean(exact_duplicates=True))
+    stage = stage_of(source, clean=CleanConfig(exact_duplicates=True))
     for damage in (lambda file: file.write_bytes(b"\0"), Path.unlink):
         decisions = decided(tmp_path / "out", stage)
         damage(decisions.folder / "dropped.bin")
@@ -656,7 +658,7 @@ def test_other_ingredients_decide_anew(tmp_path: Path) -> None:
     assert stage.clean is not None and stage.evaluate is not None
     swapped = stage.model_copy(update={"data": stage.data[::-1]})
     strict = stage.model_copy(update={"clean": stage.clean.model_copy(update={"min_characters": 30})})
-    fewer = stage.model_copy(update={"evaluate": Evaluate(data=[stage.data[0]])})
+    fewer = stage.model_copy(update={"evaluate": EvaluateConfig(data=[stage.data[0]])})
     renamed = stage.model_copy(update={"name": "other", "steps": 9})
     folders = [decided(tmp_path / "out", s).folder for s in (stage, strict, swapped, renamed)]
     assert folders[0] == folders[3]
@@ -667,7 +669,7 @@ def test_other_ingredients_decide_anew(tmp_path: Path) -> None:
 
 def test_the_first_one_stays_in_the_order_of_the_sources(tmp_path: Path) -> None:
     a, b = write_rows(tmp_path / "a.jsonl", MODULES[:6]), write_rows(tmp_path / "b.jsonl", MODULES[3:9])
-    for clean in (Clean(exact_duplicates=True), Clean(near_duplicates=NearDuplicates())):
+    for clean in (CleanConfig(exact_duplicates=True), CleanConfig(near_duplicates=NearDuplicates())):
         for order in ((a, b), (b, a)):
             decisions = decided(tmp_path / "out", stage_of(*order, clean=clean))
             assert decisions.dropped(0).tolist() == [0] * 6
@@ -678,7 +680,7 @@ def test_held_out_documents_stay_as_they_are_and_lose_their_copies_in_training(t
     rows = [{"key": f"key {i}", "text": text} for i, text in enumerate(MODULES[:60])]
     copies = [{"key": f"copy {i}", "text": edited(text, random.Random(i), 0.03)} for i, text in enumerate(MODULES[:60])]
     source = write_rows(tmp_path / "rows.jsonl", rows + copies)
-    stage = stage_of(source, held_out=0.2, evaluate=Evaluate(), clean=Clean(leakage=Leakage()))
+    stage = stage_of(source, held_out=0.2, evaluate=EvaluateConfig(), clean=CleanConfig(leakage=Leakage()))
     decisions = decided(tmp_path / "out", stage)
     reasons = ["kept", *decisions.manifest["reasons"]]
     codes = [reasons[code] for code in decisions.dropped(0)]
@@ -696,15 +698,17 @@ def test_conversations(tmp_path: Path) -> None:
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
     source = write_rows(tmp_path / "a.jsonl", [chat("who?", "joe@example.com"), chat("who?", "jane@example.com")])
-    stage = stage_of(source, task="sft", clean=Clean(redact=["email"], exact_duplicates=True))
+    stage = stage_of(source, task="sft", clean=CleanConfig(redact=["email"], exact_duplicates=True))
     decisions = decided(tmp_path / "out", stage)
     [[row]] = training(stage, decisions)
     assert [m["content"] for m in row["messages"]] == ["who?", "<EMAIL>"]
     assert row_text(row) == "who?\n<EMAIL>"
 
 
-@pytest.mark.parametrize("clean", [Clean(redact=["email"]), Clean(repair=True), Clean(min_characters=100)])
-def test_what_the_report_hides_is_not_taken_for_a_change_of_the_text(tmp_path: Path, clean: Clean) -> None:
+@pytest.mark.parametrize(
+    "clean", [CleanConfig(redact=["email"]), CleanConfig(repair=True), CleanConfig(min_characters=100)]
+)
+def test_what_the_report_hides_is_not_taken_for_a_change_of_the_text(tmp_path: Path, clean: CleanConfig) -> None:
     """A placeholder stands in an example where the training text has one, and nowhere else."""
     source = write_rows(tmp_path / "a.jsonl", ["schÃ¶n: joe@example.com or 8.8.4.4", PROSE])
     decisions = decided(tmp_path / "out", stage_of(source, clean=clean))
@@ -723,7 +727,7 @@ def test_what_the_report_hides_is_not_taken_for_a_change_of_the_text(tmp_path: P
 
 def test_a_source_that_changes_between_two_readings(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", MODULES[:5])
-    stage = stage_of(source, clean=Clean(exact_duplicates=True))
+    stage = stage_of(source, clean=CleanConfig(exact_duplicates=True))
     decisions = decided(tmp_path / "out", stage)
     for count in (4, 6):
         write_rows(tmp_path / "a.jsonl", MODULES[:count])
@@ -751,12 +755,12 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
 # Stores and tokenizers.
 
 
-def run_of(folder: Path, *stages: Stage) -> Run:
-    return Run(
+def run_of(folder: Path, *stages: StageConfig) -> RunConfig:
+    return RunConfig(
         name="r",
         output=str(folder),
-        model=Model(from_config={"model_type": "llama"}),
-        tokenizer=Tokenizer(train=TrainTokenizer(vocab_size=400)),
+        model=ModelConfig(from_config={"model_type": "llama"}),
+        tokenizer=TokenizerConfig(train=TrainTokenizerConfig(vocab_size=400)),
         stages=list(stages),
     )
 
@@ -789,7 +793,7 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
 def test_a_tokenizer_learns_from_cleaned_text(tmp_path: Path) -> None:
     mail = "somebody.rare@example.com"
     source = write_rows(tmp_path / "a.jsonl", [f"{mail} " * 50 + text for text in [PROSE, *MODULES[:20]]])
-    runs = [run_of(tmp_path / "out", stage_of(source, clean=c)) for c in (Clean(redact=["email"]), None)]
+    runs = [run_of(tmp_path / "out", stage_of(source, clean=c)) for c in (CleanConfig(redact=["email"]), None)]
     clean, plain = (open_tokenizer(run) for run in runs)
     assert len(clean.tokenize("somebody")) > len(plain.tokenize("somebody"))
 
@@ -877,7 +881,7 @@ def test_a_missing_package_is_told_before_anything_starts(tmp_path: Path, monkey
 
 
 def test_every_mutation_of_a_cleaning_run_is_refused(tmp_path: Path) -> None:
-    assert loaded(tmp_path, recipe(CLEAN)).stages[0].clean == Clean(**EVERYTHING | {"redact": ["email", "phone"]})
+    assert loaded(tmp_path, recipe(CLEAN)).stages[0].clean == CleanConfig(**EVERYTHING | {"redact": ["email", "phone"]})
     rng = random.Random(0)
     for mutate in VALUES * 12:
         values = recipe(CLEAN)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bigtrain.config import differences, load, load_config, to_yaml
 from bigtrain.config.files import Loader, literal
-from bigtrain.config.schema import Run, Section, mark_of
+from bigtrain.config.schema import RunConfig, Section, mark_of
 from bigtrain.errors import ConfigError
 
 GOOD = """\
@@ -158,7 +158,7 @@ def test_differences_follow_the_marks(config):
     assert differences(old, new, "execution") == [("parallel.engine", "ddp", "fsdp")]
 
 
-def sections(section=Run, seen=None):
+def sections(section=RunConfig, seen=None):
     seen = {} if seen is None else seen
     seen[section.__name__] = section
     for info in section.model_fields.values():
@@ -170,7 +170,9 @@ def sections(section=Run, seen=None):
 
 def test_every_field_is_documented_and_marked():
     found = sections()
-    assert {"Run", "Stage", "Optimizer", "Parallel", "Evaluate", "Source"} <= set(found)
+    assert {"RunConfig", "StageConfig", "OptimizerConfig", "ParallelConfig", "EvaluateConfig", "SourceConfig"} <= set(
+        found
+    )
     for section in found.values():
         for name, info in section.model_fields.items():
             assert info.description and len(info.description) > 10, f"{section.__name__}.{name}"

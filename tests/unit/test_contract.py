@@ -3,7 +3,8 @@
 import torch
 
 from bigtrain.data.batches import IGNORE, Batch
-from bigtrain.parallel.contract import micro_batches, seed_dropout
+from bigtrain.parallel.engine import seed_dropout
+from bigtrain.parallel.micro_batches import micro_batches
 
 
 def test_every_rank_runs_the_same_shapes():

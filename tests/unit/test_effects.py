@@ -10,11 +10,11 @@ from bigtrain.config import load_config, to_yaml
 from bigtrain.config.effects import OF_STAGES
 from bigtrain.config.unusual import unusual
 from bigtrain.data.prepare import StageData
+from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
 from bigtrain.history import History
 from bigtrain.models.causal_lm import dropouts
 from bigtrain.observability.stream import Stream
-from bigtrain.parallel.world import World
 from bigtrain.run_folder import RunFolder
 from bigtrain.stages import check_warmups
 from tests.support import bigtrain

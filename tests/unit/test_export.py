@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from bigtrain.checkpoint import Retention, save
 from bigtrain.checkpoint.format import write_manifest
 from bigtrain.config import load_config, to_yaml
-from bigtrain.config.schema import Optimizer
+from bigtrain.config.schema import OptimizerConfig
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import MARK, export, write_folder
-from bigtrain.inference.opening import Opened, open_model
+from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights
 from bigtrain.parallel import build_engine
@@ -87,7 +87,7 @@ def train_and_save(folder, layout):
         precision=run.precision,
         compile=False,
         micro_batch_size=2,
-        optimizer=Optimizer(lr=1e-2, eps=1e-4),
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4),
         seed=0,
         device=torch.device("cpu"),
     )
@@ -156,7 +156,7 @@ def test_a_plain_process_gets_the_live_logits(trained, name):
     assert opened.dtype == live.dtype
     torch.testing.assert_close(opened, live, rtol=0, atol=1e-6)
     with torch.no_grad():
-        ours = open_model(home).model(**load_file(home / "ids.safetensors"), use_cache=False).logits
+        ours = load_model(home).model(**load_file(home / "ids.safetensors"), use_cache=False).logits
     torch.testing.assert_close(ours, live, rtol=0, atol=1e-6)
     dtype = "bfloat16" if CASES[name][2] == "bf16" else "float32"
     assert f"{home / 'pretrain' / 'export'} torch.{dtype} {CASES[name][1]}\n" in trained[1]
@@ -165,7 +165,7 @@ def test_a_plain_process_gets_the_live_logits(trained, name):
 def test_what_else_lies_in_the_folder(trained):
     home, _, _ = trained[0]["zero3"]
     folder = home / "pretrain" / "export"
-    tokenizer = open_model(home).tokenizer
+    tokenizer = load_model(home).tokenizer
     generation = GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id == tokenizer.eos_token_id
     assert generation.pad_token_id == tokenizer.pad_token_id
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_old_export_stays(traine
 
 def test_a_model_whose_parameters_lie_elsewhere_is_refused(trained, tmp_path):
     """As ZeRO-3 leaves them between forwards: with no elements."""
-    opened = open_model(trained[0]["ddp"][0])
+    opened = load_model(trained[0]["ddp"][0])
     opened.model.model.norm.weight.data = torch.empty(0)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight would be saved with no elements"):
         write_folder(opened, tmp_path / "export", MARK)
@@ -242,7 +242,7 @@ def test_a_model_whose_parameters_lie_elsewhere_is_refused(trained, tmp_path):
 
 
 def test_a_tensor_that_was_not_written_is_noticed(trained, tmp_path):
-    opened = open_model(trained[0]["ddp"][0])
+    opened = load_model(trained[0]["ddp"][0])
     opened.model._keys_to_ignore_on_save = ["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         write_folder(opened, tmp_path / "export", MARK)
@@ -304,7 +304,7 @@ WRITTEN_WRONG = {  # what happens to the files before they are looked at, and wh
 
 @pytest.mark.parametrize("case", WRITTEN_WRONG)
 def test_what_was_not_written_well_gets_no_name(trained, tmp_path, monkeypatch, case):
-    opened = open_model(trained[0]["ddp"][0])
+    opened = load_model(trained[0]["ddp"][0])
     damage, message = WRITTEN_WRONG[case]
     save = opened.tokenizer.save_pretrained  # the last that is written
     monkeypatch.setattr(opened.tokenizer, "save_pretrained", lambda folder: (save(folder), damage(folder)))
@@ -344,8 +344,8 @@ def test_families_that_transformers_renames_on_writing(trained, tmp_path, family
     config = AutoConfig.for_model(family, vocab_size=400, **values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    tokenizer = open_model(trained[0]["ddp"][0]).tokenizer
-    folder = write_folder(Opened(model, tokenizer, family, torch.device("cpu")), tmp_path / "export", MARK)
+    tokenizer = load_model(trained[0]["ddp"][0]).tokenizer
+    folder = write_folder(LoadedModel(model, tokenizer, family, torch.device("cpu")), tmp_path / "export", MARK)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(folder).eval()

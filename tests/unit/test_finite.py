@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
+from bigtrain.distributed.world import joined
 from bigtrain.errors import BigtrainError, CheckpointError, DamagedError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
 from bigtrain.observability.stream import read_metrics
-from bigtrain.parallel.world import joined
 from bigtrain.state import Box
 from tests import tiny
 from tests.support import final_state

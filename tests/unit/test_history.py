@@ -11,11 +11,11 @@ from bigtrain.config import load_config
 from bigtrain.data.prepare import StageData
 from bigtrain.data.store import open_store
 from bigtrain.data.writing import Layout, write_store
+from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, DataError
 from bigtrain.history import History
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
-from bigtrain.parallel.world import World
 from bigtrain.run_folder import RunFolder
 from bigtrain.stages import _lineage
 from tests.support import small_config
@@ -84,8 +84,10 @@ def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history):
 
 def store(folder, *documents):
     folder.mkdir(parents=True)
-    facts = {"source": "a.jsonl", "documents_are": "all", "fingerprint": str(folder)}
-    write_store(folder, [(ids, None) for ids in documents], Layout("windows"), vocabulary_size=99, seed=0, facts=facts)
+    metadata = {"source": "a.jsonl", "documents_are": "all", "fingerprint": str(folder)}
+    write_store(
+        folder, [(ids, None) for ids in documents], Layout("windows"), vocabulary_size=99, seed=0, metadata=metadata
+    )
     return open_store(folder, 2)
 
 

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2] / "bigtrain"
 FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"masking", "terminal", "errors", "config"},
     {"disk", "run_folder", "pretrained", "state", "tensor_files"},
-    {"observability", "resilience"},
+    {"observability", "resilience", "distributed"},
     {"models", "data"},
     {"tasks"},
     {"optim"},

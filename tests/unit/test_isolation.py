@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from bigtrain.config.schema import Model
+from bigtrain.config.schema import ModelConfig
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import ISOLATED, empty_model
+from bigtrain.models.causal_lm import HAVE_DOCUMENT_MASK, empty_model
 from bigtrain.models.trial import try_architecture
-from bigtrain.parallel import contract
-from bigtrain.parallel.contract import TaskModule
+from bigtrain.parallel.micro_batches import CU_SEQLENS, micro_batches
+from bigtrain.parallel.task_module import TaskModule
 from bigtrain.tasks.causal_lm import CausalLM
 
 SMALL = {
@@ -54,7 +54,7 @@ WHERE_KNOWN = {
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
 }
-FAMILIES = sorted(ISOLATED)
+FAMILIES = sorted(HAVE_DOCUMENT_MASK)
 WITH_FLEX = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "olmo2"]  # each takes seconds to compile
 BORDER, LENGTH = 11, 24
 
@@ -153,11 +153,11 @@ def test_flash_attentions_single_row_is_the_same(family):
     """All rows of a micro-batch laid end to end and told apart by their documents' borders, here not read by it."""
     task_module = first_supported(family)
     tensors = {key: torch.cat([row(1)[key], row(2)[key]]) for key in row(1)}
-    (micro,) = contract.micro_batches(Batch(tensors, 2, 0), 2, 1)
-    (with_borders,) = contract.micro_batches(Batch(tensors, 2, 0), 2, 1, borders=True)
-    assert with_borders[contract.BORDERS].tolist() == [0, BORDER, LENGTH, LENGTH + BORDER, 2 * LENGTH]
-    assert with_borders[contract.BORDERS].dtype == torch.int32
-    expected, got = task_module(micro), task_module(with_borders)
+    (micro,) = micro_batches(Batch(tensors, 2, 0), 2, 1)
+    (with_cu_seqlens,) = micro_batches(Batch(tensors, 2, 0), 2, 1, cu_seqlens=True)
+    assert with_cu_seqlens[CU_SEQLENS].tolist() == [0, BORDER, LENGTH, LENGTH + BORDER, 2 * LENGTH]
+    assert with_cu_seqlens[CU_SEQLENS].dtype == torch.int32
+    expected, got = task_module(micro), task_module(with_cu_seqlens)
     assert got["targets"] == expected["targets"]
     assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
 
@@ -171,7 +171,7 @@ def test_isolation_on_a_gpu(family, attention):
     task_module = module(family, attention, "none").to("cuda", torch.bfloat16)
     losses = []
     for first in (1, 2):
-        (micro,) = contract.micro_batches(Batch(row(first), 1, 0), 1, 1, borders=attention == "flash")
+        (micro,) = micro_batches(Batch(row(first), 1, 0), 1, 1, cu_seqlens=attention == "flash")
         losses.append(loss_and_gradient(task_module, {key: tensor.cuda() for key, tensor in micro.items()})[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -198,14 +198,17 @@ def test_the_look_would_see_a_leak():
     ],
 )
 def test_families_that_are_not_proven_are_refused(values, message):
-    with pytest.raises(ConfigError, match=f"{message}(.|\n)*documents_may_read_each_other: true"):
-        try_architecture(Model(from_config=values), 61, attention="sdpa", isolates=True)
+    with pytest.raises(ConfigError, match=f"{message}(.|\n)*cross_document_attention: true"):
+        try_architecture(ModelConfig(from_config=values), 61, attention="sdpa", needs_document_mask=True)
 
 
 @pytest.mark.parametrize("family", ["falcon", "rwkv"])
-def test_they_may_be_used_where_documents_may_read_each_other(family):
+def test_they_may_be_used_where_cross_document_attention(family):
     attention = "eager" if family == "rwkv" else "sdpa"
     values = {"model_type": family, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if family == "rwkv":
         del values["num_attention_heads"]
-    assert try_architecture(Model(from_config=values), 61, attention=attention, isolates=False) is not None
+    assert (
+        try_architecture(ModelConfig(from_config=values), 61, attention=attention, needs_document_mask=False)
+        is not None
+    )

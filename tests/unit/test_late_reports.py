@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from bigtrain.config.schema import Stage
+from bigtrain.config.schema import StageConfig
 from bigtrain.observability.stream import Stream
-from bigtrain.parallel.contract import Outcome
+from bigtrain.parallel.engine import Outcome
 from bigtrain.training import run as training
 from bigtrain.training.run import StageRun, _HostCopy
 
@@ -60,12 +60,12 @@ def device(monkeypatch):
 
 def outcome(step, stop=0.0, save=0.0, busy=1.0):
     """Of a step: every number tells it."""
-    values = (1.0 + step, 100.0 * step, 0.5 + step, stop, save, busy)
+    values = (1.0 + step, 100.0 * step, 0.5 + step, [stop, save, busy])
     return Outcome(*(torch.tensor(value).as_subclass(OnDevice) for value in values))
 
 
 def stage(steps=5, every=None):
-    return Stage.model_validate(
+    return StageConfig.model_validate(
         {
             "name": "s",
             "task": "pretrain",

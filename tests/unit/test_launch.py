@@ -268,10 +268,10 @@ class BatchJob:
         for name, program in ("srun", SRUN), ("scontrol", SCONTROL):
             (programs / name).write_text(program)
             (programs / name).chmod(0o755)
-        facts = {"AT": self.at, "SAVES": "yes" if saves else "", "MARK": mark}
-        facts |= {"SLURM_JOB_ID": "4321", "SLURM_CPUS_PER_TASK": "8", "PATH": f"{programs}:{os.environ['PATH']}"}
+        metadata = {"AT": self.at, "SAVES": "yes" if saves else "", "MARK": mark}
+        metadata |= {"SLURM_JOB_ID": "4321", "SLURM_CPUS_PER_TASK": "8", "PATH": f"{programs}:{os.environ['PATH']}"}
         (folder / "job.sbatch").write_text(text)
-        environment = {**os.environ, **{key: str(fact) for key, fact in facts.items()}}
+        environment = {**os.environ, **{key: str(fact) for key, fact in metadata.items()}}
         self.process = subprocess.Popen(["bash", "job.sbatch"], cwd=folder, env=environment, start_new_session=True)
         while not (self.at / "begun").exists():
             assert self.process.poll() is None, "the script ended before it called srun"

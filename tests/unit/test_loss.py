@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.models.causal_lm import PLAIN_HEADS, plain_head
-from bigtrain.parallel import contract
+from bigtrain.parallel import task_module
 from bigtrain.tasks.causal_lm import CausalLM
 
 SMALL = {
@@ -67,16 +67,16 @@ def test_capped_and_scaled_logits_are_made_by_the_model(family, changes):
 PEAKS = """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from bigtrain.parallel import contract
+from bigtrain.parallel import task_module
 from bigtrain.tasks.causal_lm import CausalLM
 
 torch.set_num_threads(1)
 config = AutoConfig.for_model("llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
                               vocab_size=2**17, tie_word_embeddings=True)
-module = contract.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
+module = task_module.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
 ids = torch.randint(0, 2**17, (1, 1024))
 batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
-assert contract.LOGITS_AT_ONCE == 2**26  # half of these logits
+assert task_module.LOGITS_AT_ONCE == 2**26  # half of these logits
 
 def peak():
     # not getrusage, which begins with what the parent had
@@ -84,7 +84,7 @@ def peak():
     return int(line.split()[1]) / 1024
 
 def gradient(at_once):
-    contract.LOGITS_AT_ONCE = at_once
+    task_module.LOGITS_AT_ONCE = at_once
     module.zero_grad()
     module(batch)["loss"].backward()
     return module.model.lm_head.weight.grad.clone()
@@ -116,12 +116,12 @@ def head_gradients(family, dtype, chunks, compiled=False, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | {"vocab_size": 256, "intermediate_size": 64}, **changes)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    module = contract.TaskModule(model, CausalLM(), torch.device("cpu"))
+    module = task_module.TaskModule(model, CausalLM(), torch.device("cpu"))
     if compiled:
         module._token_sums = torch.compile(module._token_sums, fullgraph=True, dynamic=False, backend="aot_eager")
     ids, targets = torch.randint(3, 256, (2, 1, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "targets": targets, "position_ids": torch.arange(TOKENS)[None]}
-    with patch.object(contract, "LOGITS_AT_ONCE", TOKENS * 256 // chunks):
+    with patch.object(task_module, "LOGITS_AT_ONCE", TOKENS * 256 // chunks):
         (module(batch)["loss"] / TOKENS).backward()
     head = [id(parameter) for parameter in plain_head(model).parameters()]
     return {name: p.grad.float() for name, p in model.named_parameters() if id(p) in head}

@@ -140,8 +140,8 @@ def store(folder):
     for name, dtype in (("tokens.bin", np.uint16), ("documents.bin", np.int64)):
         (folder / name).write_bytes(np.arange(9, dtype=dtype).tobytes())
     files = {path.name: {"bytes": path.stat().st_size, "sha256": "0" * 64} for path in folder.glob("*.bin")}
-    facts = {"format": FORMAT, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all"}
-    return facts | {"tokens": 9, "files": files, "checksums": {"bytes": 0, "sha256": "0" * 64}}
+    metadata = {"format": FORMAT, "layout": "windows", "dtype": "uint16", "source": "x", "documents_are": "all"}
+    return metadata | {"tokens": 9, "files": files, "checksums": {"bytes": 0, "sha256": "0" * 64}}
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def store(folder):
     ],
 )
 def test_a_stores_manifest(tmp_path, at, new, told):
-    facts = store(tmp_path / "store")
-    (tmp_path / "store" / "manifest.json").write_text(seal(changed(facts, at, new)))
+    metadata = store(tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").write_text(seal(changed(metadata, at, new)))
     with pytest.raises(DataError, match=rf"manifest\.json cannot be used: .*{told}.*Remove the folder"):
         open_store(tmp_path / "store", 4)
 
@@ -182,7 +182,7 @@ def test_a_run_json_that_is_not_bigtrains(tmp_path, text):
     folder.path.mkdir(parents=True)
     (folder.path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json is not what bigtrain has written: .*`mv "):
-        folder.facts()
+        folder.metadata()
 
 
 def test_buffers_that_belong_to_the_state_are_in_the_checkpoint_or_it_does_not_fit(saved, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigtrain.config.schema import Optimizer
+from bigtrain.config.schema import OptimizerConfig
 from bigtrain.optim import build_optimizer, parameter_groups
 
 
@@ -74,7 +74,7 @@ def test_a_step_without_gradient_shows_what_decays():
     """By lr * weight_decay, and nothing else; the betas and eps are the file's."""
     module = model()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(module, Optimizer(lr=0.5, weight_decay=0.2, betas=[0.8, 0.7], eps=1e-3))
+    optimizer = build_optimizer(module, OptimizerConfig(lr=0.5, weight_decay=0.2, betas=[0.8, 0.7], eps=1e-3))
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-3)
     for parameter in module.parameters():
@@ -91,7 +91,7 @@ def test_a_model_without_norms_and_biases_has_one_group():
 @pytest.mark.parametrize("ema", [0.5, 0.9])
 def test_the_average_follows_the_weights_after_each_step(ema):
     module = nn.Linear(2, 2)
-    optimizer = build_optimizer(module, Optimizer(lr=0.1, ema=ema))
+    optimizer = build_optimizer(module, OptimizerConfig(lr=0.1, ema=ema))
     expected = None
     for _ in range(3):
         module(torch.ones(1, 2)).sum().backward()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.config.schema import Optimizer, Source, Stage
+from bigtrain.config.schema import OptimizerConfig, SourceConfig, StageConfig
 from bigtrain.data.batches import _Shares
 from bigtrain.data.order import PATTERN, Order, locate, make_key, mixing_pattern, permute, stage_samples
 from bigtrain.errors import DataError
@@ -159,15 +159,15 @@ def test_locate() -> None:
 
 def weighted_stage(epochs, of, weights, batch=7):
     data = [{"source": f"data/{i}.jsonl", "weight": weight} for i, weight in enumerate(weights)]
-    return Stage(
+    return StageConfig(
         name="s",
         task="pretrain",
-        data=[Source(**source) for source in data],
+        data=[SourceConfig(**source) for source in data],
         sequence_length=8,
         global_batch_size=batch,
         epochs=epochs,
         epochs_of=f"data/{of}.jsonl",
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
     )
 
 

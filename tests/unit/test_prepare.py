@@ -18,7 +18,15 @@ import yaml
 
 from bigtrain import cli
 from bigtrain.config import to_yaml
-from bigtrain.config.schema import Model, Optimizer, Run, Source, Stage, Tokenizer, TrainTokenizer
+from bigtrain.config.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainTokenizerConfig,
+)
 from bigtrain.data import shards, writing
 from bigtrain.data.prepare import open_tokenizer, prepare_stage
 from bigtrain.errors import DataError
@@ -49,22 +57,22 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{name}:rows"
 
 
-def make_run(output: Path, source: str, task: str = "pretrain") -> Run:
-    stage = Stage(
+def make_run(output: Path, source: str, task: str = "pretrain") -> RunConfig:
+    stage = StageConfig(
         name="s",
         task=task,
-        data=[Source(source=source)],
+        data=[SourceConfig(source=source)],
         held_out=0.0,
         sequence_length=32,
         global_batch_size=2,
         steps=1,
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
     )
-    return Run(
+    return RunConfig(
         name="r",
         output=str(output),
-        model=Model(from_config={"model_type": "llama"}),
-        tokenizer=Tokenizer(train=TrainTokenizer(vocab_size=300)),
+        model=ModelConfig(from_config={"model_type": "llama"}),
+        tokenizer=TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300)),
         stages=[stage],
     )
 
@@ -89,7 +97,7 @@ class Logged:
 
 
 def work(
-    run: Run, block_bytes: int, log: Path, together: Barrier | None = None, dies: bool = False, stream: Any = None
+    run: RunConfig, block_bytes: int, log: Path, together: Barrier | None = None, dies: bool = False, stream: Any = None
 ) -> Path:
     """Prepare the store of a run, a few rows a block; returns its folder."""
     shards.BLOCK_BYTES = (block_bytes, block_bytes)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.config import load
-from bigtrain.config.schema import Model
+from bigtrain.config.schema import ModelConfig
 from bigtrain.errors import ConfigError
-from bigtrain.inference.opening import open_model
+from bigtrain.inference.load import load_model
 from bigtrain.launching.dry_run import model_size
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.trial import try_architecture
@@ -148,7 +148,7 @@ def weights(folder, tmp_path):
 def test_what_is_lacking_is_refused_in_a_sentence(broken, tmp_path, case):
     folder, message = broken(case)
     with pytest.raises(ConfigError, match=message) as opened:  # generate, eval
-        open_model(folder)
+        load_model(folder)
     assert "\n" not in str(opened.value)
     if case not in ("the config is empty", "the tokenizer is a pointer"):  # it comes so far
         with pytest.raises(ConfigError, match=message):  # run
@@ -156,7 +156,7 @@ def test_what_is_lacking_is_refused_in_a_sentence(broken, tmp_path, case):
     assert not (tmp_path / "written").exists()
     if case != "the tokenizer is a pointer":
         with pytest.raises(ConfigError, match=f"model.from_pretrained: .*{message}"):  # before run and import
-            try_architecture(Model(from_pretrained=str(folder)), 1, attention="sdpa", isolates=True)
+            try_architecture(ModelConfig(from_pretrained=str(folder)), 1, attention="sdpa", needs_document_mask=True)
 
 
 def test_run_and_dry_run_refuse_before_anything_is_written(broken, tmp_path):
@@ -174,7 +174,7 @@ def test_what_is_too_much_is_named(base, tmp_path, capfd):
     folder = tmp_path / "it"
     shutil.copytree(base / "whole", folder)
     with_tensor("model.layers.2.mlp.up_proj.weight", 64, 32)(folder / "model.safetensors")
-    open_model(folder)
+    load_model(folder)
     assert capfd.readouterr().err.count("llama has no use for model.layers.2.mlp.up_proj.weight; left out") == 1
 
 
@@ -189,7 +189,7 @@ def test_what_transformers_accepts_is_accepted(base, tmp_path):
     for number, folder in enumerate((renamed, tied, base / "bin", base / "shards")):
         reader = weights(folder, tmp_path / str(number))
         theirs = AutoModelForCausalLM.from_pretrained(folder)
-        for name, parameter in open_model(folder).model.named_parameters():
+        for name, parameter in load_model(folder).model.named_parameters():
             whole = reader.read(name, "weight", (0,) * parameter.dim(), tuple(parameter.shape))
             assert torch.equal(whole, theirs.get_parameter(name))
 
@@ -202,15 +202,15 @@ EXPERTS = MODEL | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_s
 def test_experts_that_transformers_puts_together_are_all_there(tmp_path, family, experts, lacking):
     config = AutoConfig.for_model(family, **{key: value for key, value in EXPERTS.items() if key != "model_type"})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "it")
-    it = Model(from_pretrained=str(tmp_path / "it"))
-    try_architecture(it, 298, attention="sdpa", isolates=True)
-    try_architecture(it, 300, attention="sdpa", isolates=True, added_tokens=True)
+    it = ModelConfig(from_pretrained=str(tmp_path / "it"))
+    try_architecture(it, 298, attention="sdpa", needs_document_mask=True)
+    try_architecture(it, 300, attention="sdpa", needs_document_mask=True, added_tokens=True)
     first = "w1" if family == "mixtral" else "gate_proj"
     without(f"layers.1.{experts}.{lacking.format(first)}")(tmp_path / "it" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"layers\.1\.|automatic conversion"):
         weights(tmp_path / "it", tmp_path)
     with pytest.raises(ConfigError, match=r"model\.from_pretrained: .*layers\.1\."):
-        try_architecture(it, 298, attention="sdpa", isolates=True)
+        try_architecture(it, 298, attention="sdpa", needs_document_mask=True)
 
 
 def write_gguf(file, without=()):
@@ -240,8 +240,8 @@ def write_gguf(file, without=()):
 
 def test_what_a_gguf_file_lacks_is_found_by_its_names(tmp_path):
     whole = write_gguf(tmp_path / "whole.gguf")
-    empty = try_architecture(Model(from_pretrained=str(whole)), 1, attention="sdpa", isolates=True)
+    empty = try_architecture(ModelConfig(from_pretrained=str(whole)), 1, attention="sdpa", needs_document_mask=True)
     assert pretrained_weights(str(whole), empty, 0, tmp_path / "written", lambda _: None)
-    lacking = Model(from_pretrained=str(write_gguf(tmp_path / "lacking.gguf", {"blk.0.attn_k"})))
+    lacking = ModelConfig(from_pretrained=str(write_gguf(tmp_path / "lacking.gguf", {"blk.0.attn_k"})))
     with pytest.raises(ConfigError, match=r"lack model\.layers\.0\.self_attn\.k_proj\.weight, which"):
-        try_architecture(lacking, 1, attention="sdpa", isolates=True)
+        try_architecture(lacking, 1, attention="sdpa", needs_document_mask=True)

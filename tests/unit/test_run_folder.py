@@ -53,8 +53,8 @@ def test_the_same_run_may_go_on_with_another_execution(run):
     config, folder = run
     folder.check(config("parallel.engine=fsdp", "parallel.processes=3", "stages.pretrain.checkpoint.keep=1"))
     assert folder.begin(config(), None, world_size=3) == 2
-    assert [attempt["world_size"] for attempt in folder.facts()["attempts"]] == [2, 3]
-    assert folder.facts()["attempts"][0]["versions"]["torch"].startswith("2.")
+    assert [attempt["world_size"] for attempt in folder.metadata()["attempts"]] == [2, 3]
+    assert folder.metadata()["attempts"][0]["versions"]["torch"].startswith("2.")
 
 
 HOLD = """
@@ -83,7 +83,7 @@ def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_p
     with pytest.raises(ConfigError, match=r"another job, begun at 20\d\d-.* is at work in .*small\. Two jobs cannot"):
         folder.begin(config, "pretrain", world_size=1)
     assert "; waiting up to 0 s" in capsys.readouterr().err
-    assert len(folder.facts()["attempts"]) == 1
+    assert len(folder.metadata()["attempts"]) == 1
     monkeypatch.setattr(run_folder, "ENDING_SECONDS", 60.0)
     job.kill()  # its lock goes with it
     assert folder.begin(config, None, world_size=1) == 2
@@ -101,7 +101,7 @@ def test_each_attempt_says_how_it_ended_as_far_as_anybody_knows(tmp_path):
     job = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     job.stdout.readline()
     RunFolder.of(config).end("refused", "another job is at work", time.time())
-    assert ["ended" in attempt for attempt in first.facts()["attempts"]] == [False]
+    assert ["ended" in attempt for attempt in first.metadata()["attempts"]] == [False]
     job.kill()
     job.communicate()
     for how, reason in (("failed", "the disk is full"), ("preempted", None), ("finished", None)):
@@ -110,7 +110,7 @@ def test_each_attempt_says_how_it_ended_as_far_as_anybody_knows(tmp_path):
         folder.end(how, reason, since)
         folder.leave()
         RunFolder.of(config).end("refused", f"after {how}", time.time())
-    ends = [(attempt["ended"]["how"], attempt["ended"]["reason"]) for attempt in first.facts()["attempts"]]
+    ends = [(attempt["ended"]["how"], attempt["ended"]["reason"]) for attempt in first.metadata()["attempts"]]
     assert ends[0] == ("killed", "it was killed, or its machine was lost: it left no word of its end")
     assert ends[1:3] == [("failed", "the disk is full"), ("refused", "after failed")]
     assert ends[3:] == [
@@ -119,7 +119,7 @@ def test_each_attempt_says_how_it_ended_as_far_as_anybody_knows(tmp_path):
         ("finished", None),
         ("refused", "after finished"),
     ]
-    assert [attempt.get("world_size") for attempt in first.facts()["attempts"]] == [1, 1, None, 1, None, 1, None]
+    assert [attempt.get("world_size") for attempt in first.metadata()["attempts"]] == [1, 1, None, 1, None, 1, None]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_restart_sets_the_stage_and_its_dependents_aside(run):
     assert folder.stage("pretrain.1").exists()
     assert folder.stage("finetune.1").exists()
     assert read_metrics(folder.path) == []
-    assert folder.facts()["stages"]["finetune.1"]["finished"]
+    assert folder.metadata()["stages"]["finetune.1"]["finished"]
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 8  # nothing was deleted
 
@@ -271,8 +271,8 @@ def test_a_run_that_has_saved_nothing_takes_any_change(tmp_path, override):
     (half / "weights-00000.safetensors").touch()
     folder.check(changed)
     assert folder.begin(changed, None, world_size=1) == 2
-    assert folder.facts()["stages"] == {}
-    assert folder.facts()["seed"] == changed.seed
+    assert folder.metadata()["stages"] == {}
+    assert folder.metadata()["seed"] == changed.seed
     assert read_metrics(folder.path) == []
     assert not folder.tokenizer.exists()
     left = {path.name for path in folder.path.iterdir()}
@@ -353,13 +353,13 @@ def check_origin(stage):
 
 def test_restart_of_what_has_not_begun_leaves_nothing(run):
     config, folder = run
-    before = folder.facts()["stages"]
+    before = folder.metadata()["stages"]
     folder.begin(config(), "finetune", world_size=1)
-    assert folder.facts()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
+    assert folder.metadata()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
     rows = (folder.path / "metrics.jsonl").read_text()
     (folder.checkpoints("finetune") / "step-00000001").mkdir(parents=True)
     folder.begin(config(), "finetune", world_size=1)
-    assert folder.facts()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
+    assert folder.metadata()["stages"] == {"pretrain": before["pretrain"], "finetune.1": before["finetune"]}
     assert (folder.path / "metrics.jsonl").read_text() == rows
     assert not folder.stage("finetune").exists()
     assert not folder.stage("finetune.2").exists()
@@ -456,7 +456,7 @@ def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
         ("refused", "seed: 1"),
         ("killed", killed),
     ]
-    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]] == [
+    assert [attempt["ended"]["how"] for attempt in folder.metadata()["attempts"]] == [
         "failed",
         "killed",
         "refused",
@@ -490,7 +490,7 @@ def test_a_start_that_is_refused_or_fails_is_an_event(tmp_path, monkeypatch):
     assert [kind for kind, _ in reasons] == ["refused", "refused", "failed", "failed"]
     assert "gone.jsonl" in reasons[0][1] and "trains something else" in reasons[1][1]
     assert [reason for _, reason in reasons[2:]] == [killed, "rank 0 failed: ZeroDivisionError: no"]
-    assert [attempt["ended"]["how"] for attempt in folder.facts()["attempts"]][1:] == [kind for kind, _ in reasons]
+    assert [attempt["ended"]["how"] for attempt in folder.metadata()["attempts"]][1:] == [kind for kind, _ in reasons]
 
 
 @pytest.mark.parametrize("saved", ["step-00000002", "step-00000001"])
@@ -498,7 +498,7 @@ def test_a_run_whose_run_json_was_taken_away_is_finished_and_described_again(tmp
     """As the message about a damaged one advises; it has all of its steps behind it, or the last one before it."""
     config = tiny.config(tmp_path, export=True, checkpoint={"every": 1})
     folder = tiny.train(config)
-    facts, (_, state) = json.loads((folder / "run.json").read_text()), final_state(folder, "p")
+    metadata, (_, state) = json.loads((folder / "run.json").read_text()), final_state(folder, "p")
     (folder / "run.json").write_text("{")
     with pytest.raises(ConfigError, match=r"take it away \(`mv .*run\.json .*run\.json\.damaged`\): the run goes on"):
         tiny.train(config)
@@ -508,7 +508,7 @@ def test_a_run_whose_run_json_was_taken_away_is_finished_and_described_again(tmp
     tiny.train(config)
     again, (step, reached) = json.loads((folder / "run.json").read_text()), final_state(folder, "p")
     assert again["stages"].keys() == {"p"} and len(again["attempts"]) == 1
-    assert again["stages"]["p"] == facts["stages"]["p"] | {"from": saved}
+    assert again["stages"]["p"] == metadata["stages"]["p"] | {"from": saved}
     assert step == 2 and all(torch.equal(tensor, state[name]) for name, tensor in reached.items())
     steps = [row["step"] for row in read_metrics(folder) if row["kind"] == "step"]
     assert steps == [1, 2]

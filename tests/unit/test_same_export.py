@@ -11,12 +11,12 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bigtrain.config import load, load_config
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import _streamer, _text, encode_prompt, generate
 from bigtrain.inference.generation import left_out
-from bigtrain.inference.opening import open_model
+from bigtrain.inference.load import load_model
 from bigtrain.launching.dry_run import dry_run
 from tests import tiny
 
@@ -63,20 +63,22 @@ def test_the_trained_end_of_turn_stops_every_program(taught):
     answer = plain[0, ids["input_ids"].shape[1] :].tolist()
     assert answer.index(end) == len(answer) - 1
     for where in (run, exported):
-        assert generate(open_model(where), "what is it", temperature=0.0, max_new_tokens=40) == ANSWER
+        assert generate(load_model(where), "what is it", temperature=0.0, max_new_tokens=40) == ANSWER
 
 
 def test_a_run_and_its_export_get_the_same_ids_and_numbers(taught):
-    run, exported = map(open_model, taught)
+    run, exported = map(load_model, taught)
     for chat in (None, False, True):
         assert encode_prompt(run, "the fox", chat) == encode_prompt(exported, "the fox", chat)
     assert 2 not in encode_prompt(run, "the fox", chat=False)
-    ours, theirs = (evaluate(where, [Source(source=str(taught[0].parents[1] / "data.jsonl"))]) for where in taught)
+    ours, theirs = (
+        evaluate(where, [SourceConfig(source=str(taught[0].parents[1] / "data.jsonl"))]) for where in taught
+    )
     assert (ours.loss, ours.targets, ours.accuracy) == (theirs.loss, theirs.targets, theirs.accuracy)
 
 
 def test_a_tokenizer_that_ends_each_text_does_not_end_a_prompt(taught):
-    base = open_model(taught[0].parents[1] / "base")
+    base = load_model(taught[0].parents[1] / "base")
     assert encode_prompt(base, "the fox") == encode_prompt(base, "the fox<|im_end|>")[:-1]
 
 
@@ -84,10 +86,10 @@ def test_a_begin_token_that_the_tokenizer_does_not_put_itself_begins_both_prompt
     base = tiny.pretrained(tmp_path / "base", bos_token="<|im_start|>")
     config = tiny.config(tmp_path, steps=1, export=True)
     run = tiny.train(config, f"model={{from_pretrained: {base}}}", "tokenizer=null")
-    ours, theirs = (encode_prompt(open_model(where), "the fox") for where in (run, run / "p" / "export"))
+    ours, theirs = (encode_prompt(load_model(where), "the fox") for where in (run, run / "p" / "export"))
     assert ours == theirs
     assert ours[0] == 1
-    assert encode_prompt(open_model(base), "the fox") == ours[1:]
+    assert encode_prompt(load_model(base), "the fox") == ours[1:]
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -175,7 +177,7 @@ def test_whatever_the_base_models_settings_say_the_export_is_written(trained, tm
         assert getattr(reopened, key) == value
     if case == "all is well":
         assert reopened.temperature == 0.6
-    assert generate(open_model(folder), "the", max_new_tokens=2, temperature=0.0) is not None
+    assert generate(load_model(folder), "the", max_new_tokens=2, temperature=0.0) is not None
 
 
 def test_what_the_export_will_change_is_told_before_training(trained, tmp_path, capsys):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.tally import Tally
 from bigtrain.errors import DataError
@@ -103,7 +103,7 @@ def read(source: Path, **fields: Any) -> tuple[list[tuple[str, str]], Counter[st
     """(key and text of each document, what is left out)."""
     tally = Tally()
     try:
-        rows = list(documents(Source(source=str(source), on_error="skip", **fields), (("text",),), tally))
+        rows = list(documents(SourceConfig(source=str(source), on_error="skip", **fields), (("text",),), tally))
     except DataError as error:
         if "no row can be used" not in str(error):
             raise
@@ -165,7 +165,7 @@ def test_a_broken_row_is_left_out_alone(tmp_path: Path, broken: str) -> None:
         assert [text for _, text in documents_] == ["first", "last ✓"], name
         assert dropped == {BROKEN[broken]: 1}, name
         with pytest.raises(DataError, match=r"a\.jsonl:2: |\.json, row 1: "):
-            list(documents(Source(source=str(tmp_path / name), **fields), (("text",),)))
+            list(documents(SourceConfig(source=str(tmp_path / name), **fields), (("text",),)))
 
 
 def test_bytes_that_are_no_text_in_a_list(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_bytes_that_are_no_text_in_a_list(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == (read(tmp_path / "a.parquet")[0], Counter({"not UTF-8": 1}))
     assert [text for _, text in read(tmp_path / "a.parquet")[0]] == ["a", "b"]
     with pytest.raises(DataError, match=r"a\.parquet, row 1: is not UTF-8"):
-        list(documents(Source(source=str(tmp_path / "a.parquet")), (("text",),)))
+        list(documents(SourceConfig(source=str(tmp_path / "a.parquet")), (("text",),)))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_field_that_is_not_there(tmp_path: Path, content: str, message: str) -
 def test_wrapped_rows_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"data": [{"text": "a"}]}')
     with pytest.raises(DataError, match=r"If the rows are the list in `data`, write `field: data`"):
-        list(documents(Source(source=str(tmp_path / "a.json")), (("text",),)))
+        list(documents(SourceConfig(source=str(tmp_path / "a.json")), (("text",),)))
 
 
 def test_a_column_that_is_not_read_is_not_opened(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_row_has_the_columns_that_are_not_null(tmp_path: Path) -> None:
     spelt_, in_a_table = (
         [{name: value for name, value in row.items() if name not in ("where", "key")} for row in found]
         for found in (
-            documents(Source(source=str(tmp_path / name)), COLUMNS["sft"]) for name in ("a.jsonl", "a.parquet")
+            documents(SourceConfig(source=str(tmp_path / name)), COLUMNS["sft"]) for name in ("a.jsonl", "a.parquet")
         )
     )
     assert spelt_ == in_a_table and len(spelt_) == 3
@@ -269,7 +269,7 @@ def test_a_quote_that_is_never_closed_costs_one_row(tmp_path: Path) -> None:
         assert len(documents_) == 1500, name
         line = 2 + sum(row.count("\n") + 1 for row in good[:place])
         with pytest.raises(DataError, match=rf"{name}:{line}: is not CSV"):
-            list(documents(Source(source=str(file)), (("text",),)))
+            list(documents(SourceConfig(source=str(file)), (("text",),)))
 
 
 def test_a_quote_that_is_not_closed_before_a_line_that_is_too_long(tmp_path: Path, monkeypatch: Any) -> None:
@@ -300,7 +300,7 @@ def test_a_real_file_counts_once(tmp_path: Path) -> None:
     (top / "out2").symlink_to(tmp_path / "outside")
     (top / "gone.txt").symlink_to("nowhere")
     for source in (top, f"{top}/**/*.txt", f"{top}/**", f"file://{top}"):
-        rows = documents(Source(source=str(source)), (("text",),))
+        rows = documents(SourceConfig(source=str(source)), (("text",),))
         places = [(Path(row["where"]).relative_to(top).as_posix(), row["text"]) for row in rows]
         assert places == [("b.txt", "b"), ("out/c.txt", "c"), ("sub/deep/a.txt", "a")], source
     assert len(read(Path(f"{top}/*.txt"))[0]) == 1

@@ -11,6 +11,7 @@ from fsspec import AbstractFileSystem, register_implementation
 
 from bigtrain.config import load, load_config, to_yaml
 from bigtrain.data.prepare import open_tokenizer, prepare_stages
+from bigtrain.distributed.consistency import CONFIG, in_common
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.inference import evaluate
 from bigtrain.inference.places import RunPlace
@@ -20,7 +21,6 @@ from bigtrain.launching.launch import Asked, launch
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.observability.trackers import Tracker
-from bigtrain.parallel.agreement import CONFIG, in_common
 from bigtrain.run_folder import RunFolder, ending_of
 from bigtrain.tasks import TASKS
 from tests.support import small_config

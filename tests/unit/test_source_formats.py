@@ -19,7 +19,7 @@ import fsspec
 import pytest
 from backports import zstd
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.data.fingerprints import fingerprint
 from bigtrain.data.sources import documents, size_of
 from bigtrain.data.tally import Tally
@@ -31,7 +31,7 @@ PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zs
 
 
 def texts(source: object, tally: Tally | None = None, **fields: Any) -> list[str]:
-    return [row["text"] for row in documents(Source(source=str(source), **fields), (("text",),), tally)]
+    return [row["text"] for row in documents(SourceConfig(source=str(source), **fields), (("text",),), tally)]
 
 
 def wrong(source: object, **fields: Any) -> str:
@@ -86,7 +86,7 @@ def test_compressed(tmp_path: Path, kind: str, suffix: str) -> None:
     file = tmp_path / f"a.{kind}{suffix}"
     file.write_bytes(packed)
     assert texts(file) == (["one\r\ndocument"] if kind == "txt" else TEXTS)
-    assert size_of(Source(source=str(file))) is None
+    assert size_of(SourceConfig(source=str(file))) is None
     file.write_bytes(packed[:-5])
     assert f"{file}: cannot be read: Compressed file ended" in wrong(file)
 
@@ -151,9 +151,9 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "shards", num_shards=3)
     assert texts(tmp_path / "shards", split="train[1:]") == [*TEXTS[1:], "more"]
     assert "is one split, train; there is no test" in wrong(tmp_path / "one", split="test")
-    first = fingerprint(Source(source=str(tmp_path / "one")))
+    first = fingerprint(SourceConfig(source=str(tmp_path / "one")))
     table.select([0, 1]).save_to_disk(tmp_path / "one")
-    assert fingerprint(Source(source=str(tmp_path / "one"))) != first
+    assert fingerprint(SourceConfig(source=str(tmp_path / "one"))) != first
     file = next((tmp_path / "one").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
     assert f"{tmp_path / 'one'}: cannot be read" in wrong(tmp_path / "one")
@@ -185,7 +185,7 @@ def test_urls(tmp_path: Path) -> None:
     assert texts(f"memory:/{root}/c.txt.gz") == ["dé"]
     for name in ("absent.txt", "*.absent"):
         assert "there is no such file" in (text := wrong(f"memory:/{root}/{name}")) or "no file matches" in text
-    source = Source(source=f"memory:/{root}/c.txt.gz")
+    source = SourceConfig(source=f"memory:/{root}/c.txt.gz")
     first = fingerprint(source)
     assert fingerprint(source) == first
     memory.pipe(f"{root}/c.txt.gz", gzip.compress(b"longer than that"))
@@ -288,9 +288,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with (tmp_path / "c.jsonl").open("w") as file:
         file.writelines(f"{line}\n" for _ in range(60_000))
     expected = {"a.jsonl": 2, "b.json": 30_000, "c.jsonl": 60_000}
-    assert sum(1 for _ in documents(Source(source=str(tmp_path / "c.jsonl"), split="train[:1]"), (("text",),))) == 1
+    assert (
+        sum(1 for _ in documents(SourceConfig(source=str(tmp_path / "c.jsonl"), split="train[:1]"), (("text",),))) == 1
+    )
     for name, count in expected.items():
-        source = Source(source=str(tmp_path / name), on_error="skip", max_characters=100_000)
+        source = SourceConfig(source=str(tmp_path / name), on_error="skip", max_characters=100_000)
         tracemalloc.start()
         try:
             assert sum(1 for _ in documents(source, (("text",),))) == count
@@ -305,14 +307,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 def test_a_fingerprint_follows_what_is_chosen(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
     choices: list[dict[str, Any]] = [{}, {"split": "train[:2]"}, {"on_error": "skip"}, {"max_characters": 5}]
-    sources = [Source(source=str(tmp_path / "a.jsonl"), **fields) for fields in choices]
+    sources = [SourceConfig(source=str(tmp_path / "a.jsonl"), **fields) for fields in choices]
     assert len({fingerprint(source) for source in sources}) == len(sources)
     assert fingerprint(sources[0].model_copy(update={"weight": 2.0})) == fingerprint(sources[0])
 
 
 def test_sizes(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl")
-    source = Source(source=str(tmp_path))
+    source = SourceConfig(source=str(tmp_path))
     assert size_of(source) == len(json_lines(ROWS))
     assert size_of(source.model_copy(update={"split": "train[:1]"})) is None
     write(tmp_path / "b.parquet")

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import wrong_with
 from bigtrain.data import fingerprints, stdlib
 from bigtrain.data.files import BUFFER, File, _nothing, hidden
@@ -26,7 +26,7 @@ from bigtrain.errors import DataError
 
 
 def read(source: object, *columns: str, **mapping: str) -> list[dict[str, str]]:
-    return list(documents(Source(source=str(source), columns=mapping), (columns or ("text",),)))
+    return list(documents(SourceConfig(source=str(source), columns=mapping), (columns or ("text",),)))
 
 
 def texts(source: object, **mapping: str) -> list[str]:
@@ -85,7 +85,7 @@ def test_urls_of_the_web_without_their_package_are_refused_before_anything_start
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     for protocol in ("http", "https"):
         sys.modules["fsspec.registry"]._registry.pop(protocol, None)
-        told = wrong_with(Source(source=f"{protocol}://host/a.jsonl?token=x"))
+        told = wrong_with(SourceConfig(source=f"{protocol}://host/a.jsonl?token=x"))
         assert told is not None and told.endswith("`pip install 'bigtrain[http]'`.")
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_copied_to_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["absent.txt", "absent/", "*.nothing", "empty"])
 def test_a_source_that_is_not_there(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    for ask in (texts, lambda source: fingerprint(Source(source=str(source)))):
+    for ask in (texts, lambda source: fingerprint(SourceConfig(source=str(source)))):
         with pytest.raises(DataError, match=r"no such file|no file matches|holds no files"):
             ask(tmp_path / name)
 
@@ -279,8 +279,8 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     (folder / "b.txt").write_text("two")
 
     def of(source: Path, **fields: Any) -> str:
-        plain = fingerprint(Source(source=str(source), **fields))
-        assert fingerprint(Source(source=str(source), **fields), stores) == plain
+        plain = fingerprint(SourceConfig(source=str(source), **fields))
+        assert fingerprint(SourceConfig(source=str(source), **fields), stores) == plain
         return plain
 
     first = of(folder)
@@ -314,7 +314,7 @@ def test_a_byte_anywhere_changes_the_fingerprint(tmp_path: Path, place: int, mon
     monkeypatch.setattr(fingerprints, "YOUNG", {False: -1.0, True: -1.0})
     file, stores = tmp_path / "a.txt", tmp_path / "stores"
     file.write_bytes(content := b"a" * (2 * BUFFER + 7))
-    source, stat = Source(source=str(file)), file.stat()
+    source, stat = SourceConfig(source=str(file)), file.stat()
     first = fingerprint(source, stores)
     file.write_bytes(content[:place] + b"b" + content[place + 1 :])
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -331,7 +331,7 @@ def test_a_source_of_any_kind_is_known_once_it_was_looked_at(tmp_path: Path, mon
     (tmp_path / "given_rows.py").write_text("def rows():\n    yield {'text': 'a'}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     sources = ["stdlib", "stdlib-functions", str(rows), f"zip://a.txt::{packed}", "given_rows:rows"]
-    for source in (Source(source=text) for text in sources):
+    for source in (SourceConfig(source=text) for text in sources):
         stores = tmp_path / "stores"
         before = is_known(source, stores)
         fingerprint(source, stores)
@@ -346,7 +346,7 @@ def test_a_file_is_read_once_for_its_fingerprint(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fingerprints, "YOUNG", {False: -1.0, True: -1.0})
     file, stores = tmp_path / "a.txt", tmp_path / "stores"
     file.write_text("one")
-    source = Source(source=str(file))
+    source = SourceConfig(source=str(file))
     assert not is_known(source, stores)
     first = fingerprint(source, stores)
     assert is_known(source, stores) and fingerprint(source, stores) == first and len(read) == 1
@@ -360,15 +360,19 @@ def test_a_file_is_read_once_for_its_fingerprint(tmp_path: Path, monkeypatch: py
 
 
 def test_fingerprint_follows_the_function(module: str, tmp_path: Path) -> None:
-    first = fingerprint(Source(source=f"{module}:rows"))
-    assert fingerprint(Source(source=f"{module}:rows")) == first != fingerprint(Source(source=f"{module}:none"))
+    first = fingerprint(SourceConfig(source=f"{module}:rows"))
+    assert (
+        fingerprint(SourceConfig(source=f"{module}:rows"))
+        == first
+        != fingerprint(SourceConfig(source=f"{module}:none"))
+    )
     file = tmp_path / f"{module}.py"
     file.write_text(file.read_text() + "# changed\n")
-    assert fingerprint(Source(source=f"{module}:rows")) != first
+    assert fingerprint(SourceConfig(source=f"{module}:rows")) != first
 
 
 def test_fingerprints_of_the_library_differ() -> None:
-    modules, functions = Source(source="stdlib"), Source(source="stdlib-functions")
+    modules, functions = SourceConfig(source="stdlib"), SourceConfig(source="stdlib-functions")
     assert fingerprint(modules) == fingerprint(modules) != fingerprint(functions)
 
 
@@ -435,7 +439,7 @@ def test_held_out_is_the_same_for_ever() -> None:
 def test_a_held_out_file_is_held_out_with_its_functions() -> None:
     sides = defaultdict(set)
     for source, columns in (("stdlib", ("text",)), ("stdlib-functions", ("prompt", "completion"))):
-        for row in documents(Source(source=source), (columns,)):
+        for row in documents(SourceConfig(source=source), (columns,)):
             sides[row["key"]].add((source, is_held_out(row["key"], 0.1)))
     both = {key: {side for _, side in seen} for key, seen in sides.items() if len({s for s, _ in seen}) == 2}
     assert len(both) > 200

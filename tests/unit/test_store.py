@@ -22,14 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config.schema import (
-    Evaluate,
-    Model,
-    Optimizer,
-    Run,
-    Source,
-    Stage,
-    Tokenizer,
-    TrainTokenizer,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainTokenizerConfig,
 )
 from bigtrain.data import writing
 from bigtrain.data.batches import IGNORE, Batches
@@ -42,13 +42,13 @@ from bigtrain.errors import DataError
 from bigtrain.tasks import TASKS
 
 PAD = 9999
-FACTS = {"source": "test", "documents_are": "all"}
+METADATA = {"source": "test", "documents_are": "all"}
 
 
 def make_store(folder: Path, documents: list[Document], layout: str, length: int, vocabulary: int = 10_000) -> Store:
     folder.mkdir()
     chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
-    write_store(folder, iter(documents), chosen, vocabulary_size=vocabulary, seed=3, facts=FACTS)
+    write_store(folder, iter(documents), chosen, vocabulary_size=vocabulary, seed=3, metadata=METADATA)
     return open_store(folder, length)
 
 
@@ -231,12 +231,12 @@ def test_shards_of_any_size_make_the_same_store(tmp_path_factory, lengths, lengt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "ASSEMBLY_BYTES", piece)  # shuffled a few tokens at a time
         try:
-            write_store(root / "whole", documents, chosen, vocabulary_size=10_000, seed=3, facts=FACTS)
+            write_store(root / "whole", documents, chosen, vocabulary_size=10_000, seed=3, metadata=METADATA)
         except DataError:
             with pytest.raises(DataError, match="no document is left"):
-                assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, facts=FACTS)
+                assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, metadata=METADATA)
             return
-        assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, facts=FACTS)
+        assemble(root / "pieced", shards, chosen, dtype=np.dtype(np.uint16), seed=3, metadata=METADATA)
     assert contents(root / "pieced") == contents(root / "whole")
 
 
@@ -285,7 +285,7 @@ def test_a_flipped_byte_is_found_when_it_is_read(tmp_path: Path, layout: str) ->
     whole = open_store(folder, 32)
     expected = [whole.sample(i) for i in range(whole.samples)]
     looks = (
-        lambda store: [store.borders(i) for i in range(store.samples)],
+        lambda store: [store.documents_in(i) for i in range(store.samples)],
         lambda store: store.document_lengths(10**9),
     )
     seen_by = [(look, repr(look(whole))) for look in looks]
@@ -375,7 +375,14 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
             sums[-1][-1] = xxhash.xxh3_64_intdigest(file.read())
     (folder / "checksums.bin").write_bytes(data := np.concatenate(sums).tobytes())
     checksums = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"format": FORMAT, "layout": layout, "sequence_length": length, **FACTS, "pad_id": 0, "dtype": "uint16"}
+    manifest = {
+        "format": FORMAT,
+        "layout": layout,
+        "sequence_length": length,
+        **METADATA,
+        "pad_id": 0,
+        "dtype": "uint16",
+    }
     (folder / "manifest.json").write_text(
         seal(
             manifest
@@ -423,33 +430,33 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{name}:rows"
 
 
-def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Run:
-    stage = Stage(
+def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> RunConfig:
+    stage = StageConfig(
         name="s",
         task=task,
-        data=[Source(source=source)],
-        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": Evaluate()}
+        data=[SourceConfig(source=source)],
+        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": EvaluateConfig()}
         | changes.pop("stage", {}),
         global_batch_size=2,
         steps=1,
-        optimizer=Optimizer(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3),
     )
-    return Run(
+    return RunConfig(
         name="r",
         output=str(folder / "out"),
-        model=Model(from_config={"model_type": "llama"}),
-        tokenizer=Tokenizer(train=TrainTokenizer(vocab_size=changes.pop("vocab_size", 300))),
+        model=ModelConfig(from_config={"model_type": "llama"}),
+        tokenizer=TokenizerConfig(train=TrainTokenizerConfig(vocab_size=changes.pop("vocab_size", 300))),
         stages=[stage],
         **changes,
     )
 
 
-def prepare(run: Run) -> StageData:
+def prepare(run: RunConfig) -> StageData:
     tokenizer = load_tokenizer(prepare_tokenizer(run))
     return prepare_stage(run, run.stages[0], TASKS[run.stages[0].task](), tokenizer)
 
 
-def prepare_folders(run: Run) -> list[str]:
+def prepare_folders(run: RunConfig) -> list[str]:
     data = prepare(run)
     return [str(store.folder) for store in data.train + data.held_out]
 
@@ -513,7 +520,7 @@ def test_changed_files_make_a_new_store(tmp_path: Path) -> None:
 
 
 def test_evaluation_data_of_its_own_is_taken_whole(tmp_path: Path, rows: str) -> None:
-    evaluate = Evaluate(data=[Source(source=rows)])
+    evaluate = EvaluateConfig(data=[SourceConfig(source=rows)])
     data = prepare(make_run(tmp_path, rows, stage={"held_out": 0.0, "evaluate": evaluate}))
     assert [store.manifest["documents"] for store in data.held_out] == [60]
 

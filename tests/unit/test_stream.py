@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import load_config
-from bigtrain.config.schema import Profile
+from bigtrain.config.schema import ProfileConfig
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream, read_metrics
@@ -159,7 +159,7 @@ def test_a_profiler_that_fails_is_dropped(tmp_path, capsys):
     stage = load_config(small_config(tmp_path)).stages[0]
     (tmp_path / "profile").write_text("a file where the folder should be")
     events = []
-    profiler = Profiler.of(Profile(steps=[1, 1]), tmp_path, rank=0)
+    profiler = Profiler.of(ProfileConfig(steps=[1, 1]), tmp_path, rank=0)
     run = StageRun(stage, 10, 0, Stream([events.append]), profiler=profiler)
     run.done = 1
     run._profile()
@@ -168,7 +168,7 @@ def test_a_profiler_that_fails_is_dropped(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("the profiler: File exists")
 
 
-FACTS = {
+METADATA = {
     "model": "llama",
     "parameters": 1000,
     "from": "random weights",
@@ -184,7 +184,7 @@ def finished_run(tmp_path, seconds=(1.0, 1.1, 0.9, 8.0, 1.0), losses=(4.0, 2.48)
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
     answers = [{"prompt": "say\x1b[31m", "answer": "two\nlines\tand \x1b[2J"}]
-    (folder.path / "run.json").write_text(json.dumps({"stages": {"pretrain": {**FACTS, "answers": answers}}}))
+    (folder.path / "run.json").write_text(json.dumps({"stages": {"pretrain": {**METADATA, "answers": answers}}}))
     files = Files(folder.path)
     for number, took in enumerate(seconds, 1):
         row = {"kind": "step", "stage": "pretrain", "step": number, "steps": 5, "tokens": 1000, "targets": 400}

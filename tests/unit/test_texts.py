@@ -6,7 +6,7 @@ import pwd
 import pytest
 import yaml
 
-from bigtrain.config import Run, differences, load, load_config, to_yaml
+from bigtrain.config import RunConfig, differences, load, load_config, to_yaml
 from bigtrain.config.load import source
 from bigtrain.config.texts import MEANINGS
 from bigtrain.errors import ConfigError
@@ -210,7 +210,7 @@ def test_every_pattern_has_a_meaning():
 def test_numbers_as_people_write_them(config):
     run = config("stages.pretrain.steps=1_000", "seed=0x1F", "stages.pretrain.held_out=0", "name='010'", text=GOOD)
     assert (run.stages[0].steps, run.seed, run.name) == (1000, 31, "010")
-    assert isinstance(run, Run)
+    assert isinstance(run, RunConfig)
 
 
 def test_names_that_look_like_other_things_stay_text(config, tmp_path):

@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bigtrain.config import load, load_config
-from bigtrain.config.schema import Model
+from bigtrain.config.schema import ModelConfig
 from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import model_size
-from bigtrain.models.causal_lm import ISOLATED, model_config
+from bigtrain.models.causal_lm import HAVE_DOCUMENT_MASK, model_config
 from bigtrain.models.trial import try_architecture
 from tests import tiny
 from tests.support import MODEL, final_state
@@ -25,7 +25,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def tried(values, **options):
-    return try_architecture(Model(from_config=values), 320, attention="sdpa", isolates=True, **options)
+    return try_architecture(ModelConfig(from_config=values), 320, attention="sdpa", needs_document_mask=True, **options)
 
 
 WRONG = [  # the model, the value, more words of the message
@@ -117,14 +117,14 @@ KINDS = {  # of each way of building attention, experts, positions and layers on
     "phi3",
     "qwen3_moe",
 }
-OTHERS = [pytest.param(family, marks=pytest.mark.soak) for family in sorted(ISOLATED - KINDS)]
+OTHERS = [pytest.param(family, marks=pytest.mark.soak) for family in sorted(HAVE_DOCUMENT_MASK - KINDS)]
 
 
-@pytest.mark.parametrize("family", [*sorted(KINDS & ISOLATED), *OTHERS])
+@pytest.mark.parametrize("family", [*sorted(KINDS & HAVE_DOCUMENT_MASK), *OTHERS])
 def test_what_can_be_trained_is_not_refused(family):
     values = small_values(family) | {"model_type": family}
     attention = "eager" if family == "gemma2" else "sdpa"  # it has no other
-    try_architecture(Model(from_config=values), 61, attention=attention, isolates=True)
+    try_architecture(ModelConfig(from_config=values), 61, attention=attention, needs_document_mask=True)
 
 
 def test_run_and_dry_run_refuse_before_anything_is_written(tmp_path):

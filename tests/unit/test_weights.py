@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.errors import CheckpointError
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.causal_lm import empty_model, persistent_buffers
 from bigtrain.models.weights import RandomWeights, pretrained_weights
-from bigtrain.parallel.contract import persistent_buffers
 
 SMALL = {
     "hidden_size": 64,

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from bigtrain.distributed.world import choose_device
 from bigtrain.errors import ConfigError
-from bigtrain.parallel.world import choose_device
 
 
 def test_each_process_takes_its_own_gpu():
@@ -43,7 +43,7 @@ def test_a_variable_that_hides_the_gpus_is_named(monkeypatch, visible):
 
 DETERMINISTIC = """
 import os
-from bigtrain.parallel.world import DETERMINISTIC, use_deterministic_kernels
+from bigtrain.distributed.world import DETERMINISTIC, use_deterministic_kernels
 
 use_deterministic_kernels()
 import torch

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Clean, Stage
+from bigtrain.config.schema import CleanConfig, StageConfig
 from bigtrain.data.cleaning.drops import MUCH, overrides
 from bigtrain.data.cleaning.judge import Documents, Judge
 from bigtrain.data.cleaning.texts import TextSteps
@@ -46,7 +46,7 @@ class Decisions:
     """Where a stage's decisions lie. settings: its `clean`, whose text steps `steps` are."""
 
     folder: Path
-    settings: Clean
+    settings: CleanConfig
     fingerprint: str
 
     @cached_property
@@ -74,7 +74,7 @@ class Decisions:
         return self._steps[source]
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What a token store of the cleaned documents depends on."""
         return {"clean": self.settings.model_dump(), "decisions": self.fingerprint}
 
@@ -102,10 +102,10 @@ class Decisions:
         return {"folder": str(self.folder), **totals, "changed": changed, "redacted": kinds, "dropped": dropped}
 
 
-def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> Decisions | None:
+def decide(output: str, stage: StageConfig, columns: Columns, make: bool = True) -> Decisions | None:
     """The decisions about a stage's training documents; None for a stage without `clean`.
 
-    They are made if nobody has; without `make` they may be missing, and only `facts` can be asked for.
+    They are made if nobody has; without `make` they may be missing, and only `metadata` can be asked for.
     Of documents that are alike the first one stays, in the order of the sources. Held-out documents are compared
     with, and stay as they are. One process reads and decides, others wait. Memory: O(1) per document, and a sample.
     Raises DataError for sources that cannot be read or of which nothing is left.
@@ -115,7 +115,7 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
     train = [Documents(source, stage.held_out) for source in stage.data]
     held_out = _held_out(stage) if stage.clean.leakage else []
     stores = Path(output) / "stores"
-    facts = {
+    metadata = {
         "version": VERSION,
         "clean": stage.clean.model_dump(),
         "libraries": {
@@ -126,10 +126,10 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
         "train": [_facts(part, columns, stores) for part in train],
         "held_out": [_facts(part, columns, stores) for part in held_out],
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
     settings = stage.clean
     folder = stores / f"clean-{digest[:16]}"
-    data = hashlib.sha256(json.dumps(facts["train"], sort_keys=True).encode()).hexdigest()
+    data = hashlib.sha256(json.dumps(metadata["train"], sort_keys=True).encode()).hexdigest()
     refused = stores / f"clean-{data[:16]}.refused"  # of these documents, whatever is done to them
 
     def build(empty: Path) -> None:
@@ -145,12 +145,12 @@ def decide(output: str, stage: Stage, columns: Columns, make: bool = True) -> De
         _write(empty / "boilerplate.json", [sorted(shared.hashes) for shared in judge.shared])
         names = [part.source.source for part in train]
         made = {"reasons": list(judge.codes), "documents": counts, "sources": names}
-        _write(empty / "manifest.json", {"fingerprint": digest, **facts, **made})
+        _write(empty / "manifest.json", {"fingerprint": digest, **metadata, **made})
 
     return Decisions(make_once(folder, build) if make else folder, settings, digest)
 
 
-def _warning(stage: Stage, judge: Judge) -> str | None:
+def _warning(stage: StageConfig, judge: Judge) -> str | None:
     """What to do if too much was dropped, in words; None if it was not."""
     report = judge.report
     documents, dropped = report.total("documents") - report.total("held_out"), report.total("dropped")
@@ -197,7 +197,7 @@ def kept(rows: Iterable[Row], decisions: Decisions, source: int) -> Iterator[Row
             yield row
 
 
-def _held_out(stage: Stage) -> list[Documents]:
+def _held_out(stage: StageConfig) -> list[Documents]:
     if stage.evaluate is not None and stage.evaluate.data is not None:
         return [Documents(source) for source in stage.evaluate.data]
     return [Documents(source, stage.held_out, held_out=True) for source in stage.data]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bigtrain.config.schema import Clean
+from bigtrain.config.schema import CleanConfig
 
 ADVISED = 1000  # dropped documents of which all that would drop them is found out, to give advice that works
 MUCH = 0.3  # a larger part of the training documents dropped is worth a warning
@@ -38,7 +38,7 @@ class Advice:
     def add(self, drops: Iterable[Drop]) -> None:
         self._keys[frozenset(drop.key for drop in drops)] += 1
 
-    def changes(self, clean: Clean) -> dict[str, str]:
+    def changes(self, clean: CleanConfig) -> dict[str, str]:
         """Key of `clean` -> value, for the fewest keys found with which at least half of the dropped documents stay;
         the key is empty where that leaves nothing of `clean`."""
         chosen: set[str] = set()

@@ -61,8 +61,8 @@ class NearIndex:
         values = signature.hashvalues
         agreements = [(-float((self._signatures[c] == values).mean()), c) for c in self._index.query(signature)]
         if agreements and -min(agreements)[0] >= self._threshold:
-            agreement, nearest = min(agreements)
-            return nearest, -agreement
+            consistency, nearest = min(agreements)
+            return nearest, -consistency
         self._index.insert(number, signature, check_duplication=False)
         self._signatures[number] = values
         return None

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Boilerplate, Clean, Source
+from bigtrain.config.schema import Boilerplate, CleanConfig, SourceConfig
 from bigtrain.data.cleaning.boilerplate import NOTHING_SHARED, SharedLines, draw, shared_lines
 from bigtrain.data.cleaning.drops import Advice, Drop
 from bigtrain.data.cleaning.duplicates import ExactIndex, LeakageIndex, NearIndex
@@ -28,7 +28,7 @@ HELD_OUT = "held out"  # the reason of documents that are no training documents
 class Documents:
     """What of a source is read: all of its documents, or one side of the split by the hash of their keys."""
 
-    source: Source
+    source: SourceConfig
     fraction: float = 0.0
     held_out: bool = False
 
@@ -46,7 +46,12 @@ class Judge:
     """
 
     def __init__(
-        self, clean: Clean, columns: Columns, train: list[Documents], held_out: list[Documents], every_drop: TextIO
+        self,
+        clean: CleanConfig,
+        columns: Columns,
+        train: list[Documents],
+        held_out: list[Documents],
+        every_drop: TextIO,
     ):
         """every_drop: gets a line of JSON for each dropped document."""
         self.report = Report(clean)
@@ -96,8 +101,11 @@ class Judge:
         if self.advice.collects:
             self.advice.add([drop, *reasons])
         self.report.drop(drop, row["where"], text, self._runs_shared(drop))
-        facts = {"document": row["where"], **{name: value for name, value in asdict(drop).items() if value is not None}}
-        self._every_drop.write(json.dumps(masked_values(facts), ensure_ascii=False) + "\n")
+        metadata = {
+            "document": row["where"],
+            **{name: value for name, value in asdict(drop).items() if value is not None},
+        }
+        self._every_drop.write(json.dumps(masked_values(metadata), ensure_ascii=False) + "\n")
         return self.codes.setdefault(drop.reason, len(self.codes) + 1)
 
     def _reasons(self, number: int, before: str, text: str) -> Iterator[Drop]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.config.schema import Clean
+from bigtrain.config.schema import CleanConfig
 from bigtrain.data.cleaning.boilerplate import SharedLines
 from bigtrain.data.cleaning.drops import Drop
 from bigtrain.data.cleaning.ngrams import Hashes, hash_words, ngrams
@@ -69,7 +69,7 @@ class Report:
     held_out: how many documents `leakage` compares with, and how many of them do not count.
     """
 
-    def __init__(self, clean: Clean):
+    def __init__(self, clean: CleanConfig):
         on = {name for name, value in clean if value not in (None, False, [])}
         steps = ("repair", "normalize", "boilerplate", "redact")
         self.changed: dict[str, Tally] = {name: Tally() for name in steps if name in on}
@@ -105,9 +105,9 @@ class Report:
         if len(tally.examples) == EXAMPLES:
             return
         hidden = self._hidden(text)
-        facts = {"document": document, "of": drop.of, "value": drop.value, "limit": drop.limit}
-        facts["shared"] = _longest(hidden, *shared) if shared else None
-        known = {name: value for name, value in facts.items() if value is not None}
+        metadata = {"document": document, "of": drop.of, "value": drop.value, "limit": drop.limit}
+        metadata["shared"] = _longest(hidden, *shared) if shared else None
+        known = {name: value for name, value in metadata.items() if value is not None}
         tally.examples.append({**known, "text": _shortened(hidden)})
 
     def boilerplate(self, source: str, shared: SharedLines) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config.schema import Clean
+from bigtrain.config.schema import CleanConfig
 from bigtrain.data.cleaning.ngrams import hash_text
 from bigtrain.data.cleaning.redaction import Redaction
 from bigtrain.data.files import ABOUT
@@ -95,7 +95,7 @@ def row_text(row: Row) -> str:
 class TextSteps:
     """The steps that change texts, of a stage's `clean`, in their order: repair, normalize, boilerplate, redact."""
 
-    def __init__(self, clean: Clean, boilerplate: Collection[int] = (), kinds: Counter[str] | None = None):
+    def __init__(self, clean: CleanConfig, boilerplate: Collection[int] = (), kinds: Counter[str] | None = None):
         """boilerplate: hashes of the lines to cut. kinds: counts what is redacted."""
         self._steps: list[tuple[str, Callable[[str], str]]] = []
         if clean.repair:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.distributed.rendezvous import on_one_host, rendezvous
 from bigtrain.errors import BigtrainError
 from bigtrain.launching.spawn import free_port
-from bigtrain.parallel.meeting import meet, on_one_host
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_listener_that_is_no_store_does_not_hold_a_rank(rank, answer):
     rank(1, listener.port)
     begun = time.monotonic()
     with pytest.raises(BigtrainError) as told:
-        meet(1, 2, {}, lambda _: [])
+        rendezvous(1, 2, {}, lambda _: [])
     assert time.monotonic() - begun < 15
     assert f"127.0.0.1:{listener.port}" in str(told.value)
     assert "MASTER_PORT" in str(told.value)
@@ -93,7 +93,7 @@ def test_rank_0_of_one_host_listens_there_alone(rank, monkeypatch, variables, al
 
     def come():
         with suppress(BigtrainError):  # rank 1 does not come
-            meet(0, 2, {}, lambda _: [])
+            rendezvous(0, 2, {}, lambda _: [])
 
     waiting = threading.Thread(target=come)
     waiting.start()
@@ -111,13 +111,13 @@ def test_a_port_that_another_program_has_is_named(rank):
     with pytest.raises(
         BigtrainError, match=rf"cannot use port {listener.port} \(MASTER_PORT\): Address already in use"
     ):
-        meet(0, 2, {}, lambda _: [])
+        rendezvous(0, 2, {}, lambda _: [])
     listener.close()
 
 
 def test_a_process_that_meets_twice_at_one_port_serves_it_once(rank):
     port = rank(0, WORLD_SIZE=1, BIGTRAIN_JOIN_SECONDS=30)
-    stores = [meet(0, 1, {}, lambda _: [])[0] for _ in range(2)]
+    stores = [rendezvous(0, 1, {}, lambda _: [])[0] for _ in range(2)]
     stores[0].set("a", "1")
     assert stores[1].check(["a"]) is False  # each meeting has its own part of it
     assert listening(port) == {"0100007F"}

@@ -1,6 +1,6 @@
-"""What all ranks have to have in common, and what differs when they do not: told once, by host and rank.
+"""Consistency checks: what must be the same on all ranks, and a message by host and rank where it is not.
 
-Versions, source and configuration are compared before there is a process group, the run's folder once rank 0 has begun
+Versions, source and configuration are compared before there is a process group; the run's folder once rank 0 has begun
 the run there.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,11 @@ import torch.distributed as dist
 import yaml
 
 import bigtrain
-from bigtrain.config import Run, to_yaml, without_secrets
-from bigtrain.config.environment import tell
+from bigtrain.config import RunConfig, to_yaml, without_secrets
 from bigtrain.config.files import literal
-from bigtrain.errors import BigtrainError, ConfigError, Told
-from bigtrain.parallel.meeting import Member, named
+from bigtrain.distributed.collectives import end_together
+from bigtrain.distributed.rendezvous import Member, named
+from bigtrain.errors import ConfigError
 from bigtrain.run_folder import VERSIONS, RunFolder
 
 CONFIG, SIZE, DEVICE, SOURCE = "the run's file", "WORLD_SIZE", "device", "the source of bigtrain"
@@ -38,7 +38,7 @@ SEE_SECONDS = 5.0  # that a file may take to show on another host: network disks
 Result = TypeVar("Result")
 
 
-def in_common(config: Run) -> dict[str, str]:
+def in_common(config: RunConfig) -> dict[str, str]:
     """Of this process: what has to be the same on all ranks, and what it is."""
     return {
         "python": platform.python_version(),
@@ -48,13 +48,13 @@ def in_common(config: Run) -> dict[str, str]:
     }
 
 
-def disagreements(members: list[Member]) -> list[str]:
+def differences_among(members: list[Member]) -> list[str]:
     """What the others have not as rank 0 has it, a line for each host and difference."""
     first, *others = members
     found: dict[tuple[str, str], list[int]] = {}
     for other in others:
-        for about, theirs in other.facts.items():
-            ours = first.facts.get(about, "nothing")
+        for about, theirs in other.metadata.items():
+            ours = first.metadata.get(about, "nothing")
             if theirs == ours:
                 continue
             values = _differing(ours, theirs) if about == CONFIG else [(about, ours, theirs)]
@@ -113,27 +113,8 @@ def _source() -> str:
     return digest.hexdigest()[:12]
 
 
-def from_first(action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, which alone calls it. Collective.
-
-    A BigtrainError that it raises there ends all ranks: as Told, or in a world of one as it is.
-    """
-    result: list[Any] = [None]
-    text, exit_code = "", 0
-    if dist.get_rank() == 0:
-        try:
-            result = [action()]
-        except BigtrainError as error:
-            if dist.get_world_size() == 1:
-                raise
-            text, exit_code = str(error), error.exit_code
-    _end_together(text, exit_code)
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
-
-
 def check_same_folder(folder: RunFolder, attempt: str) -> None:
-    """Raises Told on all ranks unless all see in `folder` the attempt of this id, that rank 0 has begun. Collective."""
+    """Raises ReportedError on all ranks unless all see in `folder` the attempt of this id, that rank 0 has begun. Collective."""
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (platform.node(), str(folder.path.absolute()), _sees(folder, attempt)))
     first = seen[0][0]
@@ -148,7 +129,7 @@ def check_same_folder(folder: RunFolder, attempt: str) -> None:
         + "\nAll ranks read and write the run's folder. Put it on a disk that all hosts share (NFS, Lustre, ...), with "
         "output=FOLDER, or run on one host."
     )
-    _end_together(text if lines and dist.get_rank() == 0 else "", ConfigError.exit_code)
+    end_together(text if lines and dist.get_rank() == 0 else "", ConfigError.exit_code)
 
 
 def _sees(folder: RunFolder, attempt: str) -> bool:
@@ -161,14 +142,3 @@ def _sees(folder: RunFolder, attempt: str) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
-
-
-def _end_together(text: str, exit_code: int) -> None:
-    """Raises Told on all ranks if rank 0 has a reason (`text`), after it has told it. Collective."""
-    if text:
-        tell(text, exit_code)
-    reason = [(text, exit_code)]
-    dist.broadcast_object_list(reason, src=0)
-    if reason[0][0]:
-        dist.barrier()  # all have read it: a rank may leave
-        raise Told(*reason[0])

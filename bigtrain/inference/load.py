@@ -13,36 +13,36 @@ from torch import nn
 
 from bigtrain.checkpoint import Checkpoint
 from bigtrain.config.files import literal
-from bigtrain.config.schema import Run, Stage
+from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, reason, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, kept_config, model_config
+from bigtrain.models.causal_lm import empty_model, kept_config, model_config, persistent_buffers
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
-from bigtrain.parallel.contract import PRECISIONS, persistent_buffers
+from bigtrain.parallel.engine import PRECISIONS
 from bigtrain.state import BUFFER, WEIGHT, Shape
 
-FACTS = "bigtrain.json"  # in an export: what `Trained` says
+METADATA = "bigtrain.json"  # in an export: what `TrainedAs` says
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedAs:
     """How bigtrain has trained a model last, which decides what its prompts and windows look like; an export knows."""
 
     task: str
     sequence_length: int
 
     @classmethod
-    def of_export(cls, folder: Path) -> Trained | None:
+    def of_export(cls, folder: Path) -> TrainedAs | None:
         """None for a model that bigtrain has not exported."""
-        file = folder / FACTS
+        file = folder / METADATA
         if not file.is_file():
             return None
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            return cls(str(facts["task"]), int(facts["sequence_length"]))
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            return cls(str(metadata["task"]), int(metadata["sequence_length"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file} does not say how the model was trained ({reason(error)}); export it again."
@@ -50,7 +50,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model that is ready to be used.
 
     model: in eval mode, without gradients, on `device`. what: where it came from, in words. trained: None for a model
@@ -62,16 +62,16 @@ class Opened:
     tokenizer: Any
     what: str
     device: torch.device
-    trained: Trained | None = None
-    run: Run | None = None
-    stage: Stage | None = None
+    trained: TrainedAs | None = None
+    run: RunConfig | None = None
+    stage: StageConfig | None = None
     step: int | None = None
     changes: tuple[str, ...] = ()
 
 
-def open_model(
+def load_model(
     where: str | Path, *, dtype: str | None = None, device: str | torch.device = "auto", ema: bool = False
-) -> Opened:
+) -> LoadedModel:
     """Open what `where` names (see `locate`); there is never more than one model in memory.
 
     dtype: fp32, bf16 or fp16; None: the run's precision, or that of the pretrained model's file.
@@ -83,12 +83,14 @@ def open_model(
     there = pick_device(device)
     if isinstance(place, RunPlace):
         model, tokenizer, changes = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
-        trained = Trained(place.stage.task, place.stage.sequence_length)
-        return Opened(model, tokenizer, str(place), there, trained, place.run, place.stage, place.step, tuple(changes))
+        trained = TrainedAs(place.stage.task, place.stage.sequence_length)
+        return LoadedModel(
+            model, tokenizer, str(place), there, trained, place.run, place.stage, place.step, tuple(changes)
+        )
     tokenizer = load_tokenizer(place.source)
     model = load_whole(place.source, "model", _dtype(dtype) if dtype else "auto")
     model = model.eval().requires_grad_(False).to(there)
-    return Opened(model, tokenizer, str(place), there, Trained.of_export(Path(place.source)))
+    return LoadedModel(model, tokenizer, str(place), there, TrainedAs.of_export(Path(place.source)))
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from bigtrain.config.environment import PROCESSES_WHY, join_seconds, shown
-from bigtrain.errors import BigtrainError, ConfigError, Told
-from bigtrain.parallel import agreement
-from bigtrain.parallel.meeting import INTERFACES, first_line, meet, on_one_host
-from bigtrain.parallel.network import Network, measure
+from bigtrain.distributed import consistency
+from bigtrain.distributed.network import Network, measure
+from bigtrain.distributed.rendezvous import INTERFACES, first_line, on_one_host, rendezvous
+from bigtrain.errors import BigtrainError, ConfigError, ReportedError
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class World:
 
 @contextmanager
 def joined(
-    device: str, precision: str, facts: Mapping[str, str] | None = None, deterministic: bool = False
+    device: str, precision: str, metadata: Mapping[str, str] | None = None, deterministic: bool = False
 ) -> Iterator[World]:
     """Join the process group that the launcher's environment names; without one, be a world of one.
 
-    `device` is auto, cpu or cuda; `facts` are what all ranks must have in common (`agreement.in_common`);
+    `device` is auto, cpu or cuda; `metadata` must be the same on all ranks (`consistency.in_common`);
     `deterministic`: compute with kernels that give the same bits every time. Raises
-    ConfigError for a device that is not there, or cannot do `precision`; Told when ranks are missing or do not agree;
+    ConfigError for a device that is not there, or cannot do `precision`; ReportedError when ranks are missing or do not agree;
     BigtrainError when they cannot reach each other.
     """
     if deterministic:
@@ -57,25 +57,25 @@ def joined(
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(chosen.index)  # by which DeepSpeed chooses its device
     why = os.environ.get(PROCESSES_WHY, "")
-    network = _form(rank, size, chosen, dict(facts or {}))
+    network = _form(rank, size, chosen, dict(metadata or {}))
     words = (_why_device(device, chosen), f"processes: {size}{', ' if why else ''}{why}")
     try:
         yield World(rank, size, local_rank, chosen, words, network)
     except BaseException as error:
-        if size == 1 or isinstance(error, Told):
+        if size == 1 or isinstance(error, ReportedError):
             dist.destroy_process_group()
         raise  # of several ranks the group stays: without it the others would fail before this one has told why
     dist.destroy_process_group()
 
 
-def _form(rank: int, size: int, device: torch.device, facts: dict[str, str]) -> Network | None:
+def _form(rank: int, size: int, device: torch.device, metadata: dict[str, str]) -> Network | None:
     """Form the process group once all ranks are there and agree, and try how fast it is."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # it needs no address
         return None
-    facts |= {agreement.SIZE: str(size), agreement.DEVICE: device.type}
-    store, hosts = meet(rank, size, facts, agreement.disagreements, gpu=gpu_identity(device))
+    metadata |= {consistency.SIZE: str(size), consistency.DEVICE: device.type}
+    store, hosts = rendezvous(rank, size, metadata, consistency.differences_among, gpu=gpu_identity(device))
     if on_one_host() and LOOPBACK in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # it listens where the other ranks are, and nobody else
     try:

@@ -1,6 +1,6 @@
-"""How the ranks of a run find each other: each comes to rank 0's store and says who it is; nobody waits for ever.
+"""Rendezvous: each rank registers at rank 0's store, before there is a process group; no rank waits for ever.
 
-That is before there is a process group: what would hang one (a rank that is missing, another backend) is seen here.
+A rank that is missing, or differs from the others, would hang the process group. It is reported here instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from bigtrain.config.environment import JOIN_SECONDS, join_seconds, tell
-from bigtrain.errors import BigtrainError, ConfigError, Told, shorten
+from bigtrain.errors import BigtrainError, ConfigError, ReportedError, shorten
 from bigtrain.terminal import say
 
 NOTICE_SECONDS = 30.0  # of waiting, until it is said for whom
@@ -30,40 +30,40 @@ INTERFACES = (
     "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name its interface, like eth0, on each host."
 )
 _SERVED: set[int] = set()  # ports of the stores that this process serves
-_MEETINGS = itertools.count()  # of this process; all ranks count alike, and a launcher's store outlives a meeting
+_RENDEZVOUS = itertools.count()  # of this process; all ranks count alike, and a launcher's store outlives a rendezvous
 
 
 @dataclass(frozen=True)
 class Member:
-    """A rank, its host's name, facts in which all ranks should agree (what they are about -> text), and what tells its
+    """A rank, its host's name, metadata that must be the same on all ranks (name -> text), and what tells its
     GPU from the others of the host, if it has one."""
 
     rank: int
     host: str
-    facts: dict[str, str]
+    metadata: dict[str, str]
     gpu: str | None = None
 
 
-def meet(
+def rendezvous(
     rank: int,
     size: int,
-    facts: dict[str, str],
-    disagreements: Callable[[list[Member]], list[str]],
+    metadata: dict[str, str],
+    differences_among: Callable[[list[Member]], list[str]],
     gpu: str | None = None,
 ) -> tuple[dist.Store, int]:
     """Wait until all ranks are there and agree; returns the store that they share, and the number of their hosts.
 
-    Collective. Raises Told on all ranks when some are missing or `disagreements` (called on rank 0, with the members in
-    order of rank) names any, and BigtrainError on a rank that cannot reach rank 0.
+    Collective. Raises ReportedError on all ranks when some are missing or `differences_among` (called on rank 0, with
+    the members in order of rank) returns any, and BigtrainError on a rank that cannot reach rank 0.
     """
     deadline = time.monotonic() + join_seconds()
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"bigtrain/{restart}/{next(_MEETINGS)}", _store(rank, deadline))
+    store = dist.PrefixStore(f"bigtrain/{restart}/{next(_RENDEZVOUS)}", _store(rank, deadline))
     if store.add(f"claims/{rank}", 1) > 1:
         raise BigtrainError(f"rank {rank} on {platform.node()}: another process has come as rank {rank} already.")
-    store.set(f"member/{rank}", json.dumps(asdict(Member(rank, platform.node(), facts, gpu))))
+    store.set(f"member/{rank}", json.dumps(asdict(Member(rank, platform.node(), metadata, gpu))))
     if rank == 0:
-        return store, _lead(store, size, deadline, disagreements)
+        return store, _lead(store, size, deadline, differences_among)
     try:
         store.wait(["verdict"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + NOTICE_SECONDS))
         verdict = json.loads(store.get("verdict"))
@@ -72,7 +72,7 @@ def meet(
         raise BigtrainError(f"rank {rank} on {platform.node()}: {reason}. Look for what it says.") from None
     if verdict["text"]:
         store.set(f"left/{rank}", "")
-        raise Told(verdict["text"], verdict["exit_code"])
+        raise ReportedError(verdict["text"], verdict["exit_code"])
     if size != verdict["size"]:  # a rank that rank 0 does not wait for
         raise BigtrainError(
             f"rank {rank} on {platform.node()}: WORLD_SIZE is {size} here and {verdict['size']} at rank 0; tell all "
@@ -81,7 +81,7 @@ def meet(
     return store, verdict["hosts"]
 
 
-def _lead(store: dist.Store, size: int, deadline: float, disagreements: Callable[[list[Member]], list[str]]) -> int:
+def _lead(store: dist.Store, size: int, deadline: float, differences_among: Callable[[list[Member]], list[str]]) -> int:
     """Rank 0's part: it waits for the others, judges, and tells before any rank may leave."""
     missing = _missing(store, size, deadline)
     present = [rank for rank in range(size) if rank not in missing]
@@ -90,14 +90,14 @@ def _lead(store: dist.Store, size: int, deadline: float, disagreements: Callable
     if missing:
         text, exit_code = _absent(missing, size), BigtrainError.exit_code
     else:
-        text, exit_code = "\n".join(disagreements(members)), ConfigError.exit_code
+        text, exit_code = "\n".join(differences_among(members)), ConfigError.exit_code
     if text:
         tell(text, exit_code)
     store.set("verdict", json.dumps({"text": text, "exit_code": exit_code, "hosts": hosts, "size": size}))
     if text:
         with suppress(dist.DistError):
             store.wait([f"left/{rank}" for rank in present if rank], timedelta(seconds=LEAVE_SECONDS))
-        raise Told(text, exit_code)
+        raise ReportedError(text, exit_code)
     return hosts
 
 
