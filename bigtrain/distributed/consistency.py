@@ -114,7 +114,10 @@ def _source() -> str:
 
 
 def check_same_folder(folder: RunFolder, attempt: str) -> None:
-    """Raises ReportedError on all ranks unless all see in `folder` the attempt of this id, that rank 0 has begun. Collective."""
+    """Raises ReportedError on every rank unless all of them see, in `folder`, the attempt that rank 0 has begun.
+
+    attempt: its id. Collective.
+    """
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (platform.node(), str(folder.path.absolute()), _sees(folder, attempt)))
     first = seen[0][0]

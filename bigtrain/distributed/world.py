@@ -40,10 +40,11 @@ def joined(
 ) -> Iterator[World]:
     """Join the process group that the launcher's environment names; without one, be a world of one.
 
-    `device` is auto, cpu or cuda; `metadata` must be the same on all ranks (`consistency.in_common`);
-    `deterministic`: compute with kernels that give the same bits every time. Raises
-    ConfigError for a device that is not there, or cannot do `precision`; ReportedError when ranks are missing or do not agree;
-    BigtrainError when they cannot reach each other.
+    device: auto, cpu or cuda. metadata: must be the same on all ranks (`consistency.in_common`). deterministic: use
+    only kernels that give the same bits every time.
+
+    Raises ConfigError for a device that is not there, or cannot do `precision`; ReportedError when ranks are missing or
+    differ; BigtrainError when they cannot reach each other.
     """
     if deterministic:
         use_deterministic_kernels()

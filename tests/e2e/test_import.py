@@ -22,6 +22,7 @@ from bigtrain.data.batches import Batch
 from bigtrain.errors import BigtrainError
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.parallel import build_engine
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks import TASKS
 from bigtrain.testing import Ranks
 from tests.support import MODEL, bigtrain, small_config
@@ -146,7 +147,7 @@ def engine_step(checkpoint, batch):
         "ddp",
         lambda meta: empty_model(CONFIG, attention="sdpa", activation_checkpointing="none", meta=meta),
         TASKS["pretrain"](),
-        replicate=1,
+        dims=ParallelDims(rank=0, replicate=1),
         precision="fp32",
         compile=False,
         micro_batch_size=5,

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import TokenizerConfig, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bigtrain.config.schema import ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig
-from bigtrain.config.schema import TokenizerConfig as TokenizerOf
+from bigtrain.config.schema import ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig, TokenizerConfig
 from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
@@ -381,7 +380,7 @@ CHATML_TEMPLATE = (
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_sentencepiece_like_tokenizers(scheme) -> None:
     """Their words begin with a mark that depends on what stands before; forgeries must not change that."""
-    backend = TokenizerConfig(models.Unigram())
+    backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     special = ["<unk>", "<pad>", "<|a|>", "<|b|>", "<|c|>"]
     trainer = trainers.UnigramTrainer(
@@ -575,7 +574,7 @@ def prepared(tmp_path, file, tokenizer, **changes):
         name="r",
         output=str(tmp_path),
         model=ModelConfig(from_config={"model_type": "llama"}),
-        tokenizer=TokenizerOf(from_pretrained=str(tmp_path)),
+        tokenizer=TokenizerConfig(from_pretrained=str(tmp_path)),
         stages=[stage],
     )
     return prepare_stage(run, stage, Sft(), tokenizer).train[0]

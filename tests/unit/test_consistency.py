@@ -24,7 +24,7 @@ CONFIGURATION = {
 
 
 def members(*changes):
-    """Rank 0 on node-a, and on node-b a rank for each of the changes to its facts."""
+    """Rank 0 on node-a, and on node-b a rank for each of the changes to its metadata."""
     metadata = in_common(RunConfig.model_validate(CONFIGURATION)) | {SIZE: "8", DEVICE: "cuda", "torch": "2.13.0"}
     return [
         Member(0, "node-a", metadata),

@@ -26,6 +26,7 @@ from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights
 from bigtrain.parallel import build_engine
+from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing import Ranks
 from tests.parity import cases
@@ -83,7 +84,7 @@ def train_and_save(folder, layout):
         layout,
         build,
         task,
-        replicate=1,
+        dims=ParallelDims.of(layout, dist.get_rank(), dist.get_world_size()),
         precision=run.precision,
         compile=False,
         micro_batch_size=2,

@@ -148,7 +148,7 @@ def test_the_host_waits_for_the_step_before_and_not_for_the_newest():
 def test_a_step_that_is_not_finite_is_named_though_it_is_heard_late():
     run = StageRun(stage(), 20, 0, Stream())
     run.start_clock()
-    run.completed(Outcome(*(torch.tensor(v).as_subclass(OnDevice) for v in (math.inf, 1.0, 1.0, 0.0, 0.0, 0.0))))
+    run.completed(Outcome(*(torch.tensor(v).as_subclass(OnDevice) for v in (math.inf, 1.0, 1.0, [0.0, 0.0, 0.0]))))
     with pytest.raises(training.NotFiniteError, match="step 1: the loss is inf"):
         run.completed(outcome(2))
 

@@ -328,7 +328,7 @@ import sys
 from pathlib import Path
 import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
-from bigtrain.config.schema import Source
+from bigtrain.config.schema import SourceConfig
 from bigtrain.data.fingerprints import fingerprint
 from bigtrain.data.sources import documents
 from bigtrain.errors import DataError
@@ -349,7 +349,7 @@ for fields in (
     {"config": "third", "split": "train"},
     {"source": "owner/nothing", "split": "train"},
 ):
-    source = Source(**{"source": "owner/name"} | fields)
+    source = SourceConfig(**{"source": "owner/name"} | fields)
     try:
         print(ascii([row["text"] for row in documents(source, (("text",),))]))
         prints.append(fingerprint(source))

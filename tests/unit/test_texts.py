@@ -60,8 +60,8 @@ def value(run, key):
 def test_every_path_of_the_schema_is_tried():
     found = {f"{name}.{key}" for name, section in sections().items() for key, info in section.model_fields.items()
              if any("expanded" in repr(part) for part in (info.annotation, *info.metadata))}  # fmt: skip
-    model = {"Model.from_pretrained", "Model.from_run", "Tokenizer.from_pretrained"}
-    assert found == {"Run.output", *model, "Source.source", "Stage.epochs_of"}  # which names a source
+    model = {"ModelConfig.from_pretrained", "ModelConfig.from_run", "TokenizerConfig.from_pretrained"}
+    assert found == {"RunConfig.output", *model, "SourceConfig.source", "StageConfig.epochs_of"}  # which names a source
 
 
 @pytest.mark.parametrize("key", PATHS)
