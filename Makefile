@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 
-.PHONY: quickstart setup check test soak golden bench clean
+.PHONY: quickstart setup check test soak mutants golden bench clean
 
 quickstart: setup
 	$(BIN)/bigtrain run configs/quickstart.yaml
@@ -36,6 +36,10 @@ test: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
+
+# Which planted faults the tests catch (an hour): after a change of the tests, the same ones as before it
+mutants: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -u -m tests.mutants
 
 # What runs give, to the last bit: `make golden VERB=record` before a change, `make golden` after it
 VERB ?= compare

@@ -1,7 +1,7 @@
 """What runs give, to the last bit, to be compared over a change that is to change no number.
 
-    python -m tests.golden record FOLDER     before the change
-    python -m tests.golden compare FOLDER    after it, on the same machine
+    python -m tests.golden record FOLDER              before the change
+    python -m tests.golden compare FOLDER [NAME...]   after it, on the same machine; NAME: cases, all if none is given
 
 All layouts on 1 to 3 processes in fp32 and bf16, both tasks, packed and not, with accumulation, evaluation, a moving
 average, dropout, and one run that is killed and started again. Kept are losses, norms, learning rates and counts of
@@ -38,8 +38,8 @@ CASES = {
     "checkpointing": ["parallel.activation_checkpointing=full"],
     "micro-1": ["parallel.micro_batch_size=1", "parallel.processes=1"],
     "dropout": ["model.from_config.attention_dropout=0.1"],
+    "killed": ["parallel.engine=zero2", "precision=bf16"],
 }
-KILLED = ["parallel.engine=zero2", "precision=bf16"]
 
 
 def samples():
@@ -66,26 +66,27 @@ def outcome(folder):
     return {"numbers": numbers(folder), "state": state}
 
 
-def results():
-    """(name, outcome) of each case, as it is done."""
-    yield "samples", samples()
+def results(names):
+    """(name, outcome) of each of the cases `names`, as it is done."""
     with tempfile.TemporaryDirectory() as folder:
         config = small_config(Path(folder), steps=6, every=3, ema=0.9)
-        for name, overrides in CASES.items():
-            run(config, f"name={name}", *overrides)
+        for name in names:
+            if name == "samples":
+                yield name, samples()
+                continue
+            overrides = [f"name={name}", *CASES[name]]
+            if name == "killed":
+                kill_after_step(["run", str(config), *overrides], Path(folder) / "runs" / name, "finetune", 4)
+            run(config, *overrides)
             yield name, outcome(Path(folder) / "runs" / name)
-        killed = Path(folder) / "runs" / "killed"
-        kill_after_step(["run", str(config), "name=killed", *KILLED], killed, "finetune", 4)
-        run(config, "name=killed", *KILLED)
-        yield "killed", outcome(killed)
 
 
-def main(verb, folder):
+def main(verb, folder, names):
     multiprocessing.set_forkserver_preload(["tests.preloaded"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     different = []
-    for name, got in results():
+    for name, got in results(names or ["samples", *CASES]):
         file = folder / f"{name}.json"
         if verb == "record":
             file.write_text(json.dumps(got))
@@ -96,7 +97,9 @@ def main(verb, folder):
 
 
 if __name__ == "__main__":
-    verb, folder = sys.argv[1:]
+    verb, folder, *names = sys.argv[1:]
     if verb not in ("record", "compare"):
         sys.exit(__doc__)
-    sys.exit(main(verb, folder))
+    if unknown := {*names} - {"samples", *CASES}:
+        sys.exit(f"no such case: {', '.join(sorted(unknown))}; there are samples, {', '.join(CASES)}")
+    sys.exit(main(verb, folder, names))
