@@ -49,11 +49,12 @@ from bigtrain.config import RunConfig, load_config
 from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.columns import BLOCK, CHECKSUMS, Column
-from bigtrain.data.prepare import open_tokenizer, prepare_stage, prepare_tokenizer
+from bigtrain.data.prepare import prepare_stage, prepare_tokenizer
 from bigtrain.data.sources import documents
 from bigtrain.data.store import FORMAT, Store, open_store, seal
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.writing import Layout, gather
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 from bigtrain.tasks.sft import Sft
 
@@ -116,7 +117,7 @@ def write_texts(folder: Path) -> list[str]:
 
 
 def prepare(run: RunConfig, tokenizer: Any) -> Store:
-    return prepare_stage(run, run.stages[0], TASKS["pretrain"](), tokenizer).train[0]
+    return prepare_stage(run.stages[0], TASKS["pretrain"](), tokenizer, stores=run.stores, seed=run.seed).train[0]
 
 
 def helper(pipe: Any, folder: Path) -> None:
@@ -244,7 +245,7 @@ def chats(rounds: int, folder: Path) -> None:
     templates = Path(str(distribution("trl").locate_file("trl/chat_templates")))
     print(f"chats       {len(chosen)} conversations, {sum(map(len, chosen)) / len(chosen):.1f} turns on average")
     for family, tokens in FAMILIES.items():
-        tokenizer = load_tokenizer(prepare_tokenizer(run), tokens)
+        tokenizer = load_tokenizer(prepare_tokenizer(run.tokenizer.train, run.stages[0], run.stores), tokens)
         tokenizer.bos_token, tokenizer.eos_token = tokens[:2]
         tokenizer.chat_template = (templates / f"{family.split()[0]}.jinja").read_text(encoding="utf-8")
         documents_of = ChatTemplate.of(tokenizer).documents
@@ -292,7 +293,7 @@ def feeding(rounds: int, folder: Path) -> None:
 
     longer = (f"stages.pretrain.sequence_length={LENGTH}", f"model.from_config.max_position_embeddings={LENGTH}")
     run = load_config(CONFIG, [f"output={folder / 'runs'}", *longer])
-    store = prepare_stage(run, run.stages[0], TASKS["pretrain"](), open_tokenizer(run)).train[0]
+    store = prepare(run, open_tokenizer(run))
     ends = np.fromfile(store.folder / "documents.bin", dtype=np.int64)
     tokens = np.fromfile(store.folder / "tokens.bin", dtype=store.manifest["dtype"]).astype(np.int64)
     rows = [tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
@@ -355,7 +356,7 @@ def checking(rounds: int, folder: Path) -> None:
     tokenizer = open_tokenizer(run)
     print("checking    a sample's cost against that on plain arrays, one core")
     for stage in run.stages:
-        where = prepare_stage(run, stage, TASKS[stage.task](), tokenizer).train[0].folder
+        where = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=run.stores, seed=run.seed).train[0].folder
         opened = partial(open_store, where, stage.sequence_length)
         plain, again = unchecked(opened()), opened()
         order = np.random.default_rng(0).permutation(plain.samples).tolist()
@@ -389,7 +390,7 @@ def packing(rounds: int, folder: Path) -> None:
     stage = run.stages[1]
     rows, length = stage.global_batch_size, stage.sequence_length
     tokenizer = open_tokenizer(run)
-    store = prepare_stage(run, stage, TASKS["sft"](), tokenizer).train[0]
+    store = prepare_stage(stage, TASKS["sft"](), tokenizer, stores=run.stores, seed=run.seed).train[0]
     found_rows = list(itertools.islice(documents(stage.data[0], Sft.columns), 1500))
     answers = zip([row["where"] for row in found_rows], Sft().encode(found_rows, tokenizer), strict=True)
     encoded = gather(answers, Layout("bins", length, 0), np.dtype(np.int64))

@@ -24,9 +24,10 @@ from throughput import interval
 
 from bigtrain.config import load_config
 from bigtrain.data.batches import Batches
-from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.prepare import prepare_stage
 from bigtrain.models.causal_lm import model_config
 from bigtrain.observability.stream import read_metrics
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
 MODEL = {
@@ -99,7 +100,7 @@ def prepare(folder: Path) -> None:
     run = load_config(folder / "run.yaml")
     tokenizer = open_tokenizer(run)
     (stage,) = run.stages
-    stores = prepare_stage(run, stage, TASKS[stage.task](), tokenizer).train
+    stores = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=run.stores, seed=run.seed).train
     batch = Batches(stores, None, seed=run.seed, global_batch_size=ROWS, total_samples=ROWS, data_rank=0, data_size=1)(
         0
     )

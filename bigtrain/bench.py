@@ -25,7 +25,7 @@ from bigtrain.checkpoint import NoSaver
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import CheckpointConfig, StageConfig
 from bigtrain.data.batches import Batch, Batches, Prefetched
-from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.prepare import prepare_stage
 from bigtrain.distributed.consistency import in_common
 from bigtrain.distributed.world import World, joined
 from bigtrain.models.causal_lm import model_config
@@ -37,6 +37,7 @@ from bigtrain.observability.progress import plural
 from bigtrain.observability.stream import Event, Stream
 from bigtrain.parallel.engine import Engine
 from bigtrain.parallel.task_module import TaskModule
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
 from bigtrain.stages import check_execution, compiling, stage_dims, stage_engine, stage_model
@@ -67,7 +68,7 @@ def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         tokenizer = open_tokenizer(config)
-        data = prepare_stage(config, stage, task, tokenizer)
+        data = prepare_stage(stage, task, tokenizer, stores=config.stores, seed=config.seed)
         model = model_config(config.model, tokenizer, config.adds_tokens)
         build = stage_model(config, stage, model)
         engine = stage_engine(config, stage, task, build, world)

@@ -10,13 +10,13 @@ from bigtrain.checkpoint import Retention, newest, save
 from bigtrain.checkpoint.foreign import find_foreign
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import StageConfig
-from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import joined
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.inputs import try_inputs
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.models.trial import try_architecture
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder, ending_of
 

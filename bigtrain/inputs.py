@@ -12,7 +12,6 @@ from bigtrain.checkpoint.format import step_folder
 from bigtrain.config import RunConfig, load_config
 from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
-from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.tokenizer import load_tokenizer, num_ids
 from bigtrain.disk import make_once
@@ -20,6 +19,7 @@ from bigtrain.errors import CheckpointError, ConfigError, DamagedError
 from bigtrain.inference.generation import lineage
 from bigtrain.models.causal_lm import keep_config, kept_config, model_config
 from bigtrain.models.trial import try_architecture
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.run_folder import RunFolder
 
 if TYPE_CHECKING:

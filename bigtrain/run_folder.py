@@ -195,7 +195,7 @@ class RunFolder:
             self._enter()
             self.check(config, restart)  # again: another job may have begun meanwhile
             clean(self.path)
-            clean(Path(config.output) / "stores")
+            clean(config.stores)
             return self._begin(config, restart, origin, execution)
 
     def _begin(

@@ -20,7 +20,7 @@ from bigtrain.config.rules import check_replicas, too_long_a_warmup
 from bigtrain.config.schema import StageConfig
 from bigtrain.config.unusual import unusual
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
-from bigtrain.data.prepare import StageData, counts, prepare_stages
+from bigtrain.data.prepare import StageData, counts
 from bigtrain.data.store import Store
 from bigtrain.disk import remove
 from bigtrain.distributed.collectives import from_first
@@ -51,6 +51,7 @@ from bigtrain.observability.trackers import trackers
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.engine import Engine
+from bigtrain.pipeline.build import prepare_stages
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests, TimeLimit
 from bigtrain.run_folder import RunFolder, ending_of
@@ -251,7 +252,8 @@ class _Pipeline:
         tokenizer = own_tokenizer(self.config, self.folder)
         model = own_architecture(self.config, self.folder, tokenizer)
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
-        data = prepare_stages(self.config, tasks, tokenizer, self.stream)
+        stores, seed = self.config.stores, self.config.seed
+        data = prepare_stages(self.config.stages, tokenizer, stores=stores, seed=seed, stream=self.stream)
         from_first(lambda: check_warmups(self.config, data))
         with self.requests:
             while True:

@@ -12,6 +12,7 @@ Paths are written with `~` and `$NAME`, as bigtrain.config.texts says.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -426,6 +427,11 @@ class RunConfig(Section):
     )
     profile: ProfileConfig | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[StageConfig] = mathematics("Trained one after the other.", min_length=1)
+
+    @property
+    def stores(self) -> Path:
+        """The folder of what is made of documents; runs with the same `output` share it."""
+        return Path(self.output) / "stores"
 
     @property
     def time_limit_seconds(self) -> float | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from bigtrain.config.schema import RunConfig, SourceConfig, StageConfig, TrainTokenizerConfig
+from bigtrain.config.schema import SourceConfig, StageConfig, TrainTokenizerConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
 from bigtrain.data.cut_answers import check_count, check_sample
@@ -22,10 +22,10 @@ from bigtrain.data.shards import Shards, batched, text_of
 from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, names_of, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tally import Tally
-from bigtrain.data.tokenizer import load_tokenizer, num_ids, tokenizer_fingerprint, train_tokenizer
+from bigtrain.data.tokenizer import num_ids, tokenizer_fingerprint, train_tokenizer
 from bigtrain.data.writing import Answer, Answered, Encoded, Layout, assemble, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
-from bigtrain.errors import ConfigError, DataError
+from bigtrain.errors import DataError
 from bigtrain.masking import masked
 from bigtrain.observability.stream import Stream
 
@@ -124,39 +124,38 @@ class SourcePart:
         }
 
 
-def training_parts(run: RunConfig, stage: StageConfig, columns: Columns, make: bool = True) -> list[SourcePart]:
+@dataclass(frozen=True)
+class Recipe:
+    """How documents become the samples of a store. seed: of the order in which the store holds them."""
+
+    task: Encoder
+    tokenizer: Any
+    layout: Layout
+    seed: int
+
+
+def training_parts(stage: StageConfig, columns: Columns, stores: Path, make: bool = True) -> list[SourcePart]:
     """The training documents of a stage. Without `make`, the decisions of its `clean` may be missing."""
-    cleaning = decide(run.output, stage, columns, make)
-    stores = Path(run.output) / "stores"
+    cleaning = decide(stores, stage, columns, make)
     return [
         SourcePart(source, stores, stage.held_out, False, cleaning, number) for number, source in enumerate(stage.data)
     ]
 
 
-def held_out_parts(run: RunConfig, stage: StageConfig) -> list[SourcePart]:
-    """The documents that a stage evaluates on; none without `evaluate`."""
-    stores = Path(run.output) / "stores"
-    if stage.evaluate is None:
-        return []
-    if stage.evaluate.data is not None:
+def held_out_parts(stage: StageConfig, stores: Path) -> list[SourcePart]:
+    """The documents that a stage holds out for its evaluations."""
+    if stage.evaluate is not None and stage.evaluate.data is not None:
         return [SourcePart(source, stores) for source in stage.evaluate.data]
     return [SourcePart(source, stores, stage.held_out, held_out=True) for source in stage.data]
 
 
-def prepare_tokenizer(run: RunConfig) -> str:
-    """The folder or Hub id of the run's tokenizer; trains it first if the run says so and nobody has.
+def prepare_tokenizer(train: TrainTokenizerConfig, stage: StageConfig, stores: Path) -> Path:
+    """The folder of a tokenizer that learns from the training documents of a stage; trained unless that has been done.
 
-    It learns from the training documents of the first stage; the sources take turns, document by document.
+    The sources take turns, document by document.
     """
-    if run.tokenizer is None or run.tokenizer.train is None:
-        given = run.given_tokenizer
-        if given is None:
-            raise ConfigError("tokenizer: give either train or from_pretrained.")
-        return given
-    train: TrainTokenizerConfig = run.tokenizer.train
-    stage = run.stages[0]
     columns = COLUMNS[stage.task]
-    parts = training_parts(run, stage, columns)
+    parts = training_parts(stage, columns, stores)
     metadata = {
         "format": FORMAT,
         "kind": "byte-level BPE",
@@ -172,50 +171,41 @@ def prepare_tokenizer(run: RunConfig) -> str:
         train_tokenizer(texts, train.vocab_size, train.sample_bytes, folder)
         (folder / "manifest.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
-    return str(make_once(_folder(run, "tokenizer", metadata), build))
-
-
-def open_tokenizer(run: RunConfig) -> Any:
-    """The run's tokenizer, with the tokens that it adds; trained first where that is due."""
-    if run.tokenizer is not None:
-        return load_tokenizer(prepare_tokenizer(run), run.tokenizer.add_tokens)
-    key = "model.from_pretrained" if run.model.from_run is None else "model.from_run"
-    return load_tokenizer(prepare_tokenizer(run), key=key)
-
-
-def prepare_stages(
-    run: RunConfig, tasks: Mapping[str, Encoder], tokenizer: Any, stream: Stream
-) -> dict[str, StageData]:
-    """`prepare_stage` for all of them, by name, with a word on each store. tasks: by the names of the stages."""
-    data = {}
-    for stage in run.stages:
-        stream.emit("preparing", what=f"data of {stage.name}")
-        data[stage.name] = prepare_stage(run, stage, tasks[stage.name], tokenizer, stream)
-        if (cleaning := data[stage.name].cleaning) is not None:
-            summary = cleaning.summary()
-            stream.emit("cleaned", stage=stage.name, **summary)
-            if summary["warning"] is not None:
-                stream.emit("cleaned_too_much", stage=stage.name, text=summary["warning"], folder=summary["folder"])
-        for store in (*data[stage.name].train, *data[stage.name].held_out):
-            stream.emit("prepared", stage=stage.name, folder=str(store.folder), **counts(store))
-    return data
+    return make_once(_folder(stores, "tokenizer", metadata), build)
 
 
 def prepare_stage(
-    run: RunConfig, stage: StageConfig, task: Encoder, tokenizer: Any, stream: Stream | None = None
+    stage: StageConfig, task: Encoder, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
 ) -> StageData:
     """Open the token stores of a stage; those that no run with the same ingredients has left are made first.
 
-    Processes that call it at the same time share the work: ranks of a run, or several runs. Raises DataError for
-    sources that cannot be read or hold too little, and for a disk without room.
+    stores: the folder that they lie in. Processes that call it at the same time share the work: ranks of a run, or
+    several runs. Raises DataError for sources that cannot be read or hold too little, and for a disk without room.
     """
-    train = training_parts(run, stage, task.columns)
-    evaluation = held_out_parts(run, stage)
+    stream = stream or Stream()
+    parts = training_parts(stage, task.columns, stores)
     weights = [source.weight for source in stage.data if source.weight is not None]
-    made = [
-        _store(run, stage, part, task, tokenizer, stream or Stream(), part in train) for part in (*train, *evaluation)
-    ]
-    return StageData(made[: len(train)], weights or None, held_out=made[len(train) :], cleaning=train[0].cleaning)
+    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage), seed)
+    train = [_store(part, recipe, stage, stream, is_trained_on=True) for part in parts]
+    evaluates = stage.evaluate is not None
+    held_out = prepare_held_out(stage, task, tokenizer, stores=stores, seed=seed, stream=stream) if evaluates else []
+    return StageData(train, weights or None, held_out, parts[0].cleaning)
+
+
+def prepare_held_out(
+    stage: StageConfig, task: Encoder, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
+) -> list[Store]:
+    """The stores of `held_out_parts`; as `prepare_stage`."""
+    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage), seed)
+    parts = held_out_parts(stage, stores)
+    return [_store(part, recipe, stage, stream or Stream(), is_trained_on=False) for part in parts]
+
+
+def prepare_windows(parts: Sequence[SourcePart], task: Encoder, tokenizer: Any, sequence_length: int) -> list[Store]:
+    """A store of each part, for a task whose samples are windows; as `prepare_stage`."""
+    assert task.layout == "windows"
+    recipe = Recipe(task, tokenizer, Layout(task.layout), seed=0)
+    return [open_store(_make(part, recipe, Stream()), sequence_length) for part in parts]
 
 
 def counts(store: Store) -> dict[str, Any]:
@@ -238,66 +228,63 @@ def counts(store: Store) -> dict[str, Any]:
     return {"sequences": store.samples} | metadata | {"left_over": store.left_over}
 
 
-def _store(
-    run: RunConfig,
-    stage: StageConfig,
-    part: SourcePart,
-    task: Encoder,
-    tokenizer: Any,
-    stream: Stream,
-    is_trained_on: bool,
-) -> Store:
-    layout = Layout(task.layout)
-    if task.layout == "bins":
-        layout = Layout("bins", stage.sequence_length, _pad_id(tokenizer), stage.long_conversations)
-    what = part.metadata(task.columns) | {
-        "encoding": task.encoding,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "seed": run.seed,
-    }
-    ingredients = what | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
-    if layout.long_conversations is not None:
-        ingredients |= {"long_conversations": layout.long_conversations}
-    folder = _folder(run, layout.name, ingredients)
+def _layout(task: Encoder, tokenizer: Any, stage: StageConfig) -> Layout:
+    if task.layout != "bins":
+        return Layout(task.layout)
+    return Layout("bins", stage.sequence_length, _pad_id(tokenizer), stage.long_conversations)
 
+
+def _store(part: SourcePart, recipe: Recipe, stage: StageConfig, stream: Stream, is_trained_on: bool) -> Store:
     def encode(rows: list[Row]) -> list[Answer]:
-        return [answer for _, answer in _answers(rows, part, task, tokenizer, layout)]
+        return [answer for _, answer in _answers(rows, part, recipe)]
 
-    checks_answers = is_trained_on and layout.long_conversations in ("cut", "split")
-    if not is_made(folder):
+    def check() -> None:
         if checks_answers and stage.max_cut_answers < 1:
-            check_sample(part.documents(task.columns), part.size(), encode, stage, part.source.source)
-        metadata = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
-        _make(folder, part, task, tokenizer, layout, metadata, stream)
-    if (shards := _shards_of(folder)).exists():
-        remove(shards)
+            check_sample(part.documents(recipe.task.columns), part.size(), encode, stage, part.source.source)
+
+    checks_answers = is_trained_on and recipe.layout.long_conversations in ("cut", "split")
+    folder = _make(part, recipe, stream, check)
     store = open_store(folder, stage.sequence_length, document_mask=not stage.cross_document_attention)
     store.manifest["source"] = masked(part.source.source)  # the same data may have been elsewhere when it was made
     if checks_answers:
         answers, cut = store.manifest["answers"], store.manifest["cut_answers"]
-        check_count(answers, cut, part.documents(task.columns), encode, stage, part.source.source)
+        rows = part.documents(recipe.task.columns)
+        check_count(answers, cut, rows, encode, stage, part.source.source)
     return store
 
 
-def _make(
-    folder: Path,
-    part: SourcePart,
-    task: Encoder,
-    tokenizer: Any,
-    layout: Layout,
-    metadata: dict[str, Any],
-    stream: Stream,
-) -> None:
+def _make(part: SourcePart, recipe: Recipe, stream: Stream, check: Callable[[], None] = lambda: None) -> Path:
+    """The folder of a store; unless it is there, `check` is called, and this process takes part in making it."""
+    task, layout = recipe.task, recipe.layout
+    what = part.metadata(task.columns) | {
+        "encoding": task.encoding,
+        "tokenizer": tokenizer_fingerprint(recipe.tokenizer),
+        "seed": recipe.seed,
+    }
+    ingredients = what | {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length}
+    if layout.long_conversations is not None:
+        ingredients |= {"long_conversations": layout.long_conversations}
+    folder = _folder(part.stores, layout.name, ingredients)
+    if not is_made(folder):
+        check()
+        metadata = {"source": masked(part.source.source)} | what | {"fingerprint": _hash(ingredients)}
+        _take_part(folder, part, recipe, metadata, stream)
+    if (shards := _shards_of(folder)).exists():
+        remove(shards)
+    return folder
+
+
+def _take_part(folder: Path, part: SourcePart, recipe: Recipe, metadata: dict[str, Any], stream: Stream) -> None:
     """Take part in making a store; it is there afterwards."""
-    dtype = token_dtype(num_ids(tokenizer))
+    layout, dtype = recipe.layout, token_dtype(num_ids(recipe.tokenizer))
 
     def encode(rows: list[Row]) -> Encoded:
-        return gather(_answers(rows, part, task, tokenizer, layout), layout, dtype)
+        return gather(_answers(rows, part, recipe), layout, dtype)
 
     made = Shards(
         _shards_of(folder),
         metadata,
-        partial(part.documents, task.columns),
+        partial(part.documents, recipe.task.columns),
         encode,
         lambda: is_made(folder),
         part.size(),
@@ -311,19 +298,19 @@ def _make(
             if fingerprint(part.source, part.stores) != metadata["source_fingerprint"]:
                 remove(_shards_of(folder))  # they may hold what was there for a while
                 raise DataError(f"{part.source.source}: {CHANGED}")
-            assemble(empty, shards, layout, dtype=dtype, seed=metadata["seed"], metadata=metadata, unencoded=tally)
+            assemble(empty, shards, layout, dtype=dtype, seed=recipe.seed, metadata=metadata, unencoded=tally)
 
         make_once(folder, build)
 
 
-def _answers(rows: list[Row], part: SourcePart, task: Encoder, tokenizer: Any, layout: Layout) -> Iterator[Answered]:
+def _answers(rows: list[Row], part: SourcePart, recipe: Recipe) -> Iterator[Answered]:
     """Where each row stands, and what the encoder makes of it.
 
     Raises DataError for one that it refuses, with `on_error: error`.
     """
     for batch in batched(map(part.cleaned, rows), BATCH_BYTES):
         try:
-            answers = task.encode(batch, tokenizer, layout)
+            answers = recipe.task.encode(batch, recipe.tokenizer, recipe.layout)
         except DataError as error:
             raise DataError(f"{part.source.source}: {error}") from error
         for row, answer in zip(batch, answers, strict=True):
@@ -345,8 +332,8 @@ def _pad_id(tokenizer: Any) -> int:
     raise DataError("the tokenizer has neither a pad nor an end token, which finetuning needs.")
 
 
-def _folder(run: RunConfig, kind: str, ingredients: dict[str, Any]) -> Path:
-    return Path(run.output) / "stores" / f"{kind}-{_hash(ingredients)[:16]}"
+def _folder(stores: Path, kind: str, ingredients: dict[str, Any]) -> Path:
+    return stores / f"{kind}-{_hash(ingredients)[:16]}"
 
 
 def _hash(ingredients: dict[str, Any]) -> str:

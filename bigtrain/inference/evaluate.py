@@ -13,9 +13,9 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from bigtrain.config.schema import EvaluateConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig
+from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data.batches import held_out_batches
-from bigtrain.data.prepare import held_out_parts, prepare_stage
+from bigtrain.data.prepare import SourcePart, held_out_parts, prepare_held_out, prepare_windows
 from bigtrain.data.store import Store, open_store
 from bigtrain.disk import is_made, scratch
 from bigtrain.distributed.world import World, joined
@@ -28,7 +28,7 @@ from bigtrain.masking import MASK
 from bigtrain.parallel import engine
 from bigtrain.parallel.task_module import TaskModule
 from bigtrain.run_folder import RunFolder
-from bigtrain.tasks import TASKS
+from bigtrain.tasks import TASKS, Task
 
 LONGEST_WINDOW = 4096  # tokens, of a model with more positions when nothing is said
 MICRO_BATCH_TOKENS = 8192
@@ -75,34 +75,81 @@ def evaluate(
         opened = load_model(
             place.checkpoint if isinstance(place, RunPlace) else where, dtype=dtype, device=world.device
         )
-        if data is None:
-            if not isinstance(place, RunPlace):
-                raise ConfigError(f"{place} is no run, so it has no held-out documents of its own; give data.")
-            if sequence_length is not None:
-                raise ConfigError("sequence_length: a run's held-out sequences are as long as its stage says.")
-            stage = _evaluating(place)
-            assert stage.evaluate is not None
-            recorded = _recorded(place, stage)
-            if file is not None or not recorded:
-                _check_readable(stage)
-            stores = recorded or prepare_stage(place.run, stage, TASKS[stage.task](), opened.tokenizer).held_out
-            limit = stage.evaluate.sequences if sequences is None else sequences
-            micro = micro_batch_size or place.run.parallel_of(stage).micro_batch_size
-            on = "its held-out documents"
-            return _evaluated(opened, place.run, stage, stores, limit, micro, world, on, file, out)
-        with scratch("evaluate-") as folder:
-            run = _run_over(data, _length(opened, sequence_length), world.size, folder)
-            stage = run.stages[0]
-            stores = prepare_stage(run, stage, TASKS[stage.task](), opened.tokenizer).held_out
-            micro = micro_batch_size or max(1, MICRO_BATCH_TOKENS // stage.sequence_length)
-            names = ", ".join(source.source for source in data)
-            return _evaluated(opened, run, stage, stores, sequences, micro, world, names, file, out)
+        if data is not None:
+            with scratch("evaluate-") as stores:
+                parts = [SourcePart(source, stores) for source in data]
+                length = _length(opened, sequence_length)
+                on = _every_token(parts, opened, length, sequences, micro_batch_size, world.size)
+                return _evaluated(opened, on, world, file is not None, out)
+        if not isinstance(place, RunPlace):
+            raise ConfigError(f"{place} is no run, so it has no held-out documents of its own; give data.")
+        if sequence_length is not None:
+            raise ConfigError("sequence_length: a run's held-out sequences are as long as its stage says.")
+        on = _held_out(place, opened, sequences, micro_batch_size, listed=file is not None)
+        return _evaluated(opened, on, world, file is not None, out)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is evaluated on. stores: of `parts`. rows: sequences of a batch, over all ranks; micro: that go through the
+    model at once. sequences: the first so many, None: all. what: in words."""
+
+    task: Task
+    parts: list[SourcePart]
+    stores: list[Store]
+    rows: int
+    micro: int
+    sequences: int | None
+    what: str
+
+
+def _every_token(
+    parts: list[SourcePart], opened: LoadedModel, length: int, sequences: int | None, micro: int | None, world_size: int
+) -> _Data:
+    """All documents of `parts`, in windows of `length` tokens."""
+    task = TASKS["pretrain"]()
+    together = max(1, MICRO_BATCH_TOKENS // length)
+    return _Data(
+        task,
+        parts,
+        prepare_windows(parts, task, opened.tokenizer, length),
+        rows=together * world_size,
+        micro=micro or together,
+        sequences=sequences,
+        what=", ".join(part.source.source for part in parts),
+    )
+
+
+def _held_out(place: RunPlace, opened: LoadedModel, sequences: int | None, micro: int | None, listed: bool) -> _Data:
+    """The held-out documents of a run's stage, also of one that holds documents out and never evaluates on them.
+
+    listed: whether the documents themselves are read as well. Raises ConfigError if there are none, or no longer.
+    """
+    run, stage = place.run, place.stage
+    if stage.evaluate is None and not stage.held_out:
+        raise ConfigError(f"{place}: the stage has no held-out documents (`evaluate` or `held_out`); give data.")
+    task = TASKS[stage.task]()
+    stores = _recorded(place, stage)
+    if listed or not stores:
+        _check_readable(stage)
+    stores = stores or prepare_held_out(stage, task, opened.tokenizer, stores=run.stores, seed=run.seed)
+    if sequences is None and stage.evaluate is not None:
+        sequences = stage.evaluate.sequences
+    return _Data(
+        task,
+        held_out_parts(stage, run.stores),
+        stores,
+        rows=stage.global_batch_size,
+        micro=micro or run.parallel_of(stage).micro_batch_size,
+        sequences=sequences,
+        what="its held-out documents",
+    )
 
 
 def _recorded(place: RunPlace, stage: StageConfig) -> list[Store]:
     """The held-out stores that the run itself evaluates on; empty if it has none, or they are not there any more."""
     known = RunFolder(place.folder).metadata().get("stages", {}).get(stage.name, {}).get("held_out", [])
-    folders = [Path(place.run.output) / "stores" / Path(store["store"]).name for store in known]
+    folders = [place.run.stores / Path(store["store"]).name for store in known]
     if not all(map(is_made, folders)):
         return []
     document_mask = not stage.cross_document_attention
@@ -111,8 +158,7 @@ def _recorded(place: RunPlace, stage: StageConfig) -> list[Store]:
 
 def _check_readable(stage: StageConfig) -> None:
     """Raises ConfigError for a held-out source that only opens with a secret: the run's folder has none."""
-    assert stage.evaluate is not None
-    for source in stage.evaluate.data or stage.data:
+    for source in (stage.evaluate.data if stage.evaluate else None) or stage.data:
         if MASK in source.source:
             raise ConfigError(
                 f"{source.source}: the run's folder keeps no secrets, so its held-out documents cannot be read again; "
@@ -120,50 +166,29 @@ def _check_readable(stage: StageConfig) -> None:
             )
 
 
-def _evaluated(
-    opened: LoadedModel,
-    run: RunConfig,
-    stage: StageConfig,
-    stores: list[Store],
-    sequences: int | None,
-    micro: int,
-    world: World,
-    on: str,
-    file: Path | None,
-    out: TextIO | None,
-) -> Evaluation:
-    """file: whether documents are listed; out: where, on the rank that writes."""
-    task = TASKS[stage.task]()
-    batches = held_out_batches(stores, stage.global_batch_size, sequences, world.rank, world.size, file is not None)
-    if file is None:
-        sums = engine.evaluate(TaskModule(opened.model, task, world.device), batches, micro, world.size, world.device)
+def _evaluated(opened: LoadedModel, on: _Data, world: World, listed: bool, out: TextIO | None) -> Evaluation:
+    """listed: whether each document is told of; out: where, on the rank that writes."""
+    batches = held_out_batches(on.stores, on.rows, on.sequences, world.rank, world.size, listed)
+    if not listed:
+        module = TaskModule(opened.model, on.task, world.device)
+        sums = engine.evaluate(module, batches, on.micro, world.size, world.device)
     else:
-        each = sums_by_document(opened.model, task, stores, batches, micro, world)
+        each = sums_by_document(opened.model, on.task, on.stores, batches, on.micro, world)
         sums = {name: float(values.sum()) for name, values in each.items()}
         if out is not None:
-            write_documents(out, held_out_parts(run, stage), stores, task, opened.tokenizer, each)
+            write_documents(out, on.parts, on.stores, on.task, opened.tokenizer, each)
     if not sums["targets"]:
-        raise ConfigError(f"{on}: nothing in the first {sequences} sequences is to be predicted; take more.")
+        raise ConfigError(f"{on.what}: nothing in the first {on.sequences} sequences is to be predicted; take more.")
     loss = sums["loss"] / sums["targets"]
     if not math.isfinite(loss):
-        raise BigtrainError(f"{opened.what}, on {on}: the loss is {loss}; the model computes what is not finite.")
+        raise BigtrainError(f"{opened.what}, on {on.what}: the loss is {loss}; the model computes what is not finite.")
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         accuracy=sums["correct"] / sums["targets"],
         targets=int(sums["targets"]),
-        what=f"{opened.what}, on {on}",
+        what=f"{opened.what}, on {on.what}",
     )
-
-
-def _evaluating(place: RunPlace) -> StageConfig:
-    """The stage as it evaluates; one that holds documents out without looking at them does so now."""
-    stage = place.stage
-    if stage.evaluate is not None:
-        return stage
-    if not stage.held_out:
-        raise ConfigError(f"{place}: the stage has no held-out documents (`evaluate` or `held_out`); give data.")
-    return stage.model_copy(update={"evaluate": EvaluateConfig()})
 
 
 def _length(opened: LoadedModel, asked: int | None) -> int:
@@ -175,23 +200,6 @@ def _length(opened: LoadedModel, asked: int | None) -> int:
     if opened.trained is not None:
         return opened.trained.sequence_length
     return min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
-
-
-def _run_over(data: list[SourceConfig], sequence_length: int, world_size: int, folder: Path) -> RunConfig:
-    """A run's file that says to evaluate on all documents of `data`, with its token stores in `folder`.
-
-    It would train on the same documents, so that each store is made once."""
-    stage = StageConfig(
-        name="evaluate",
-        task="pretrain",
-        data=data,
-        sequence_length=sequence_length,
-        global_batch_size=max(1, MICRO_BATCH_TOKENS // sequence_length) * world_size,
-        steps=1,
-        optimizer=OptimizerConfig(lr=1.0),
-        evaluate=EvaluateConfig(data=data),
-    )
-    return RunConfig(name="evaluate", output=str(folder), model=ModelConfig(), stages=[stage])
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def _sequences(run: RunConfig, stage: StageConfig) -> int | None:
     """Sequences of a whole stage; None where they depend on a token store that nobody has made."""
     if stage.epochs is None:
         return stage.sequences(0)
-    samples = _samples(run, stage) if (Path(run.output) / "stores").is_dir() else None
+    samples = _samples(run, stage) if run.stores.is_dir() else None
     if samples is None:
         return None
     from bigtrain.data.order import stage_samples
@@ -235,8 +235,8 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
     from bigtrain.tasks import TASKS
 
-    stores, first = Path(run.output) / "stores", run.stages[0]
-    if not all(is_known(source, stores) for source in (*first.sources, *stage.sources)):  # reading them takes time
+    first = run.stages[0]
+    if not all(is_known(source, run.stores) for source in (*first.sources, *stage.sources)):  # reading them takes time
         return None
     where = _tokenizer_folder(run)
     if where is None:
@@ -245,7 +245,7 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     tokenizer = load_tokenizer(where, run.tokenizer.add_tokens if run.tokenizer else ())
     same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
     same |= {"layout": task.layout} | ({"sequence_length": stage.sequence_length} if task.layout == "bins" else {})
-    parts = training_parts(run, stage, task.columns, make=False)
+    parts = training_parts(stage, task.columns, run.stores, make=False)
     found = [_made(run, part.metadata(task.columns) | same) for part in parts]
     folders = [folder for folder in found if folder is not None]
     if len(folders) < len(found):
@@ -259,7 +259,7 @@ def _tokenizer_folder(run: RunConfig) -> Path | None:
         from bigtrain.data.sources import COLUMNS
 
         columns = COLUMNS[run.stages[0].task]
-        parts = [part.metadata(columns) for part in training_parts(run, run.stages[0], columns, make=False)]
+        parts = [part.metadata(columns) for part in training_parts(run.stages[0], columns, run.stores, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
     name = run.given_tokenizer
     return Path(name) if name is not None and Path(name).exists() else None
@@ -267,7 +267,7 @@ def _tokenizer_folder(run: RunConfig) -> Path | None:
 
 def _made(run: RunConfig, metadata: dict[str, Any]) -> Path | None:
     """The folder below OUTPUT/stores that was made from this metadata."""
-    for manifest in sorted((Path(run.output) / "stores").glob("*/manifest.json")):
+    for manifest in sorted(run.stores.glob("*/manifest.json")):
         if metadata.items() <= json.loads(manifest.read_text(encoding="utf-8")).items():
             return manifest.parent
     return None

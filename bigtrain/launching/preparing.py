@@ -25,19 +25,18 @@ def prepare(config: RunConfig, processes: int | None, verify: bool) -> int:
 
 
 def _here(config: RunConfig, verify: bool) -> int:
-    from bigtrain.data.prepare import open_tokenizer, prepare_stages
     from bigtrain.data.store import verify_store
     from bigtrain.observability.progress import Progress
     from bigtrain.observability.stream import Stream
+    from bigtrain.pipeline.build import open_tokenizer, prepare_stages
     from bigtrain.pretrained import quiet
-    from bigtrain.tasks import TASKS
 
     quiet()
     first = int(os.environ.get("RANK", 0)) == 0
     stream = Stream([Progress()] if first else [])
     stream.emit("preparing", what="tokenizer")
     tokenizer = open_tokenizer(config)
-    data = prepare_stages(config, {s.name: TASKS[s.task]() for s in config.stages}, tokenizer, stream)
+    data = prepare_stages(config.stages, tokenizer, stores=config.stores, seed=config.seed, stream=stream)
     if verify and first:
         stream.emit("preparing", what="checksums")
         stores = [store.folder for stage in data.values() for store in (*stage.train, *stage.held_out)]

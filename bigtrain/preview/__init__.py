@@ -7,15 +7,14 @@ from typing import Any
 
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import StageConfig
-from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.pretrained import quiet
 from bigtrain.preview.batch import View, view
 from bigtrain.preview.page import write_page
 from bigtrain.preview.terminal import show
-from bigtrain.tasks import TASKS
 from bigtrain.terminal import say
 
 
@@ -32,8 +31,7 @@ def preview(config: RunConfig, *, stage: str | None, step: int, rows: int, html:
     chosen: list[StageConfig] = config.stages if stage is None else [stages[stage]]
     quiet()
     tokenizer: Any = open_tokenizer(config)
-    only = config.model_copy(update={"stages": chosen})
-    data = prepare_stages(only, {s.name: TASKS[s.task]() for s in chosen}, tokenizer, Stream([Progress()]))
+    data = prepare_stages(chosen, tokenizer, stores=config.stores, seed=config.seed, stream=Stream([Progress()]))
     views: list[View] = []
     absent: list[str] = []
     for one in chosen:

@@ -9,12 +9,11 @@ import yaml
 
 from bigtrain.config import load
 from bigtrain.data.batches import IGNORE, Batches
-from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.preview import preview
 from bigtrain.preview.batch import view
-from bigtrain.tasks import TASKS
 from tests.support import bigtrain, small_config
 
 
@@ -44,7 +43,7 @@ def views(path, step, rows):
     """Of each stage: (its batch, its view, its tokenizer)."""
     run = load(path, []).run
     tokenizer = open_tokenizer(run)
-    data = prepare_stages(run, {s.name: TASKS[s.task]() for s in run.stages}, tokenizer, Stream())
+    data = prepare_stages(run.stages, tokenizer, stores=run.stores, seed=run.seed, stream=Stream())
     for stage in run.stages:
         batches = Batches(
             data[stage.name].train,

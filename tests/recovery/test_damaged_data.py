@@ -10,8 +10,9 @@ import numpy as np
 from bigtrain.config import load_config
 from bigtrain.data.batches import Batches
 from bigtrain.data.columns import BLOCK
-from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.prepare import prepare_stage
 from bigtrain.observability.stream import read_metrics
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 from tests.support import bigtrain, small_config
 
@@ -43,7 +44,9 @@ def test_a_changed_byte_is_found_by_the_step_that_reads_it_and_the_run_goes_on_a
     here = [*one, f"stages.pretrain.data.0.source={data}/*.py"]
     config = load_config(path, here)
     stage = config.stages[0]
-    [store] = prepare_stage(config, stage, TASKS["pretrain"](), open_tokenizer(config)).train
+    [store] = prepare_stage(
+        stage, TASKS["pretrain"](), open_tokenizer(config), stores=config.stores, seed=config.seed
+    ).train
     step, block = last_new_block(store, config)
     with (store.folder / "tokens.bin").open("r+b") as file:
         file.seek(block * BLOCK + 7)

@@ -21,12 +21,9 @@ from pyarrow import parquet
 from bigtrain.config.schema import (
     CleanConfig,
     EvaluateConfig,
-    ModelConfig,
     OptimizerConfig,
-    RunConfig,
     SourceConfig,
     StageConfig,
-    TokenizerConfig,
 )
 from bigtrain.data import sources, stdlib
 from bigtrain.data.prepare import StageData, counts, prepare_stage
@@ -67,14 +64,7 @@ def prepared(
         optimizer=OptimizerConfig(lr=1e-3),
         **settings,
     )
-    run = RunConfig(
-        name="r",
-        output=str(folder / "out"),
-        model=ModelConfig(from_config={"model_type": "llama"}),
-        tokenizer=TokenizerConfig(from_pretrained=str(folder)),
-        stages=[only],
-    )
-    return prepare_stage(run, only, encoder(TASKS[task]()), tokenizer)
+    return prepare_stage(only, encoder(TASKS[task]()), tokenizer, stores=folder / "out" / "stores", seed=0)
 
 
 def turn(role: str, content: str) -> dict[str, str]:

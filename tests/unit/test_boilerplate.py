@@ -28,11 +28,10 @@ from bigtrain.config.schema import (
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.texts import words
-from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
-from bigtrain.tasks import TASKS
+from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 
 HEADER = ["Skip to the main content of this page", "Home | Guide | Reference | Release notes | Community"]
 FOOTER = [
@@ -92,7 +91,7 @@ def stage_of(
 
 
 def decided(folder: Path, stage: StageConfig) -> Decisions:
-    decisions = decide(str(folder), stage, COLUMNS[stage.task])
+    decisions = decide(folder / "stores", stage, COLUMNS[stage.task])
     assert decisions is not None
     return decisions
 
@@ -337,7 +336,7 @@ def test_following_the_advice_of_a_refusal_works(
     report = json.loads((refused / "report.json").read_text())
     assert report["dropped"] == len(texts) and report["warning"] in message
     [stage] = load(file, changes).run.stages
-    decisions = decide(str(tmp_path / "out"), stage, COLUMNS["pretrain"])
+    decisions = decide(tmp_path / "out" / "stores", stage, COLUMNS["pretrain"])
     assert decisions is None or 2 * decisions.report["kept"] >= len(set(texts))
     assert decisions is None or not refused.exists()
 
@@ -364,7 +363,7 @@ def test_more_than_three_tenths_dropped_is_a_warning_and_an_event(tmp_path: Path
     file = config(tmp_path, texts, {"min_characters": 50, "exact_duplicates": True})
     run = load(file).run
     events: list[dict[str, Any]] = []
-    prepare_stages(run, {"s": TASKS["pretrain"]()}, open_tokenizer(run), Stream([events.append]))
+    prepare_stages(run.stages, open_tokenizer(run), stores=run.stores, seed=run.seed, stream=Stream([events.append]))
     told = [event for event in events if event["kind"] == "cleaned_too_much"]
     assert len(told) == warns
     if warns:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bigtrain.config.schema import ModelConfig, OptimizerConfig, RunConfig, SourceConfig, StageConfig, TokenizerConfig
+from bigtrain.config.schema import OptimizerConfig, SourceConfig, StageConfig
 from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
@@ -570,14 +570,7 @@ def prepared(tmp_path, file, tokenizer, **changes):
         optimizer=OptimizerConfig(lr=1e-3),
         **{"sequence_length": 40} | changes,
     )
-    run = RunConfig(
-        name="r",
-        output=str(tmp_path),
-        model=ModelConfig(from_config={"model_type": "llama"}),
-        tokenizer=TokenizerConfig(from_pretrained=str(tmp_path)),
-        stages=[stage],
-    )
-    return prepare_stage(run, stage, Sft(), tokenizer).train[0]
+    return prepare_stage(stage, Sft(), tokenizer, stores=tmp_path / "stores", seed=0).train[0]
 
 
 def test_too_many_answers_without_their_end(opened, tmp_path) -> None:

@@ -45,11 +45,12 @@ from bigtrain.data.cleaning.ngrams import hash_words, ngrams, shingles
 from bigtrain.data.cleaning.redaction import KINDS, Redaction, passes_luhn
 from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.texts import TextSteps, repair, row_text, words
-from bigtrain.data.prepare import open_tokenizer, prepare_stage, prepare_stages
+from bigtrain.data.prepare import prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.tasks import TASKS
 from tests.unit.mutations import VALUES
 
@@ -486,7 +487,7 @@ def stage_of(*sources: str, task: str = "pretrain", **values: Any) -> StageConfi
 
 
 def decided(folder: Path, stage: StageConfig) -> Decisions:
-    decisions = decide(str(folder), stage, COLUMNS[stage.task])
+    decisions = decide(folder / "stores", stage, COLUMNS[stage.task])
     assert decisions is not None
     return decisions
 
@@ -545,7 +546,7 @@ def held_out_text(stage: StageConfig, number: int) -> str:
 
 
 def test_a_stage_without_cleaning_is_left_alone(tmp_path: Path) -> None:
-    assert decide(str(tmp_path / "out"), stage_of("stdlib"), COLUMNS["pretrain"]) is None
+    assert decide(tmp_path / "out" / "stores", stage_of("stdlib"), COLUMNS["pretrain"]) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -662,7 +663,7 @@ def test_other_ingredients_decide_anew(tmp_path: Path) -> None:
     renamed = stage.model_copy(update={"name": "other", "steps": 9})
     folders = [decided(tmp_path / "out", s).folder for s in (stage, strict, swapped, renamed)]
     assert folders[0] == folders[3]
-    planned = decide(str(tmp_path / "out"), fewer, COLUMNS["pretrain"], make=False)
+    planned = decide(tmp_path / "out" / "stores", fewer, COLUMNS["pretrain"], make=False)
     assert planned is not None and not planned.folder.exists()
     assert len({*folders, planned.folder}) == 4
 
@@ -771,7 +772,7 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
     tokenizer = open_tokenizer(run)
     events: list[dict[str, Any]] = []
     task = TASKS["pretrain"]()
-    data = prepare_stages(run, {"s": task}, tokenizer, Stream([events.append]))["s"]
+    data = prepare_stages(run.stages, tokenizer, stores=run.stores, seed=run.seed, stream=Stream([events.append]))["s"]
     decisions = decided(tmp_path / "out", stage)
     assert data.cleaning == decisions
     for store, rows in zip(data.train, training(stage, decisions), strict=True):
@@ -783,7 +784,7 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
     assert told["kept"] == decisions.report["kept"] and told["folder"] == str(decisions.folder)
 
     plain = stage.model_copy(update={"clean": None})
-    dirty = prepare_stage(run_of(tmp_path / "out", plain), plain, task, tokenizer)
+    dirty = prepare_stage(plain, task, tokenizer, stores=run.stores, seed=run.seed)
     assert dirty.cleaning is None
     assert dirty.held_out[0].folder == data.held_out[0].folder
     assert not {store.folder for store in dirty.train} & {store.folder for store in data.train}

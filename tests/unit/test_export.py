@@ -18,7 +18,6 @@ from bigtrain.checkpoint import Retention, save
 from bigtrain.checkpoint.format import write_manifest
 from bigtrain.config import load_config, to_yaml
 from bigtrain.config.schema import OptimizerConfig
-from bigtrain.data.prepare import open_tokenizer
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import MARK, export, write_folder
@@ -27,6 +26,7 @@ from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.testing import Ranks
 from tests.parity import cases

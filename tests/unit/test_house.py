@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"checkpoint"},
     {"training"},
     {"inference"},
-    {"stages", "history", "bench", "inputs", "preview", "importing"},
+    {"pipeline", "stages", "history", "bench", "inputs", "preview", "importing"},
     {"launching"},
     {"cli", "testing", "__init__", "__main__"},
 ]

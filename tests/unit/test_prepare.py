@@ -28,9 +28,10 @@ from bigtrain.config.schema import (
     TrainTokenizerConfig,
 )
 from bigtrain.data import shards, writing
-from bigtrain.data.prepare import open_tokenizer, prepare_stage
+from bigtrain.data.prepare import prepare_stage
 from bigtrain.errors import DataError
 from bigtrain.observability.stream import Event, Stream
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
 ROWS = 60
@@ -103,7 +104,7 @@ def work(
     shards.BLOCK_BYTES = (block_bytes, block_bytes)
     (stage,) = run.stages
     task = Logged(TASKS[stage.task](), log, together, dies)
-    (store,) = prepare_stage(run, stage, task, open_tokenizer(run), stream).train
+    (store,) = prepare_stage(stage, task, open_tokenizer(run), stores=run.stores, seed=run.seed, stream=stream).train
     return store.folder
 
 

@@ -10,7 +10,6 @@ import yaml
 from fsspec import AbstractFileSystem, register_implementation
 
 from bigtrain.config import load, load_config, to_yaml
-from bigtrain.data.prepare import open_tokenizer, prepare_stages
 from bigtrain.distributed.consistency import CONFIG, in_common
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.inference import evaluate
@@ -21,8 +20,8 @@ from bigtrain.launching.launch import Asked, launch
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.observability.trackers import Tracker
+from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.run_folder import RunFolder, ending_of
-from bigtrain.tasks import TASKS
 from tests.support import small_config
 
 URL = "https://user:{}@host/x.jsonl?part=1&token={}"
@@ -148,7 +147,6 @@ def vault():
 
 def test_stores_hold_no_secrets_and_outlive_a_rotated_one(tmp_path, vault, capsys):
     """With cleaning, a tokenizer that is trained, and rows that are dropped, each of which names where it stood."""
-    task = TASKS["pretrain"]()
 
     def prepared(password, user="user"):
         source = f"vault://{user}:{password}@host/x.jsonl"
@@ -157,7 +155,9 @@ def test_stores_hold_no_secrets_and_outlive_a_rotated_one(tmp_path, vault, capsy
         config = load_config(small_config(tmp_path), [f"stages.pretrain.data=[{data}]", clean])
         config = config.model_copy(update={"stages": config.stages[:1]})
         tokenizer = open_tokenizer(config)
-        data = prepare_stages(config, {"pretrain": task}, tokenizer, Stream([Progress()]))["pretrain"]
+        data = prepare_stages(
+            config.stages, tokenizer, stores=config.stores, seed=config.seed, stream=Stream([Progress()])
+        )["pretrain"]
         return {store.folder for store in (*data.train, *data.held_out)}, {path.name for path in stores.iterdir()}
 
     stores = tmp_path / "runs" / "stores"

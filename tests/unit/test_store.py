@@ -36,9 +36,9 @@ from bigtrain.data.batches import IGNORE, Batches
 from bigtrain.data.columns import BLOCK, Column
 from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
 from bigtrain.data.store import FORMAT, Store, open_store, seal, verify_store
-from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.writing import Document, Layout, assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
+from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
 PAD = 9999
@@ -452,8 +452,8 @@ def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Ru
 
 
 def prepare(run: RunConfig) -> StageData:
-    tokenizer = load_tokenizer(prepare_tokenizer(run))
-    return prepare_stage(run, run.stages[0], TASKS[run.stages[0].task](), tokenizer)
+    tokenizer = open_tokenizer(run)
+    return prepare_stage(run.stages[0], TASKS[run.stages[0].task](), tokenizer, stores=run.stores, seed=run.seed)
 
 
 def prepare_folders(run: RunConfig) -> list[str]:
@@ -530,7 +530,9 @@ def test_two_processes_train_the_tokenizer_once(tmp_path: Path, rows: str) -> No
     run = make_run(tmp_path, rows)
     os.mkfifo(tmp_path / "gate")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        results = [pool.apply_async(prepare_tokenizer, (run,)) for _ in range(2)]
+        results = [
+            pool.apply_async(prepare_tokenizer, (run.tokenizer.train, run.stages[0], run.stores)) for _ in range(2)
+        ]
         gate = None
         while gate is None:
             results[0].wait(0.1)

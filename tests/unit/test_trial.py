@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bigtrain.config import load, load_config
 from bigtrain.config.schema import ModelConfig
-from bigtrain.data.prepare import open_tokenizer
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import model_size
 from bigtrain.models.causal_lm import HAVE_DOCUMENT_MASK, model_config
 from bigtrain.models.trial import try_architecture
+from bigtrain.pipeline.build import open_tokenizer
 from tests import tiny
 from tests.support import MODEL, final_state
 from tests.unit.test_isolation import small_values

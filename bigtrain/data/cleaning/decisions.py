@@ -102,7 +102,7 @@ class Decisions:
         return {"folder": str(self.folder), **totals, "changed": changed, "redacted": kinds, "dropped": dropped}
 
 
-def decide(output: str, stage: StageConfig, columns: Columns, make: bool = True) -> Decisions | None:
+def decide(stores: Path, stage: StageConfig, columns: Columns, make: bool = True) -> Decisions | None:
     """The decisions about a stage's training documents; None for a stage without `clean`.
 
     They are made if nobody has; without `make` they may be missing, and only `metadata` can be asked for.
@@ -114,7 +114,6 @@ def decide(output: str, stage: StageConfig, columns: Columns, make: bool = True)
         return None
     train = [Documents(source, stage.held_out) for source in stage.data]
     held_out = _held_out(stage) if stage.clean.leakage else []
-    stores = Path(output) / "stores"
     metadata = {
         "version": VERSION,
         "clean": stage.clean.model_dump(),
