@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bigtrain.checkpoint import NoSaver
-from bigtrain.config.schema import OptimizerConfig, ScheduleConfig, SourceConfig, StageConfig
+from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data.batches import Batches, Prefetched
 from bigtrain.data.store import open_store
 from bigtrain.data.writing import Layout, write_store
@@ -51,6 +51,7 @@ from bigtrain.models.linear import make_fast, mkl_is_slow
 from bigtrain.models.weights import cut
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
+from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.resilience.requests import Requests
@@ -58,8 +59,9 @@ from bigtrain.state import WEIGHT, Shape
 from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
 from bigtrain.training.run import StageRun
+from bigtrain.training.schedules.constant import Constant
 
-OPTIMIZER = OptimizerConfig(lr=3e-4)
+OPTIMIZER = AdamW(lr=3e-4)
 WARMUP = 5  # rounds that are not counted
 # Relative, between the losses of a step: autocast and parameters cast to bf16 do not round alike.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -211,7 +213,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
         global_batch_size=size.rows,
         steps=setting.steps,
         optimizer=OPTIMIZER,
-        schedule=ScheduleConfig(name="constant"),
+        schedule=Constant(),
     )
     if not dist.is_initialized():  # not before: the Trainer takes notice of a process group
         backend = "nccl" if setting.device.type == "cuda" else "gloo"

@@ -21,8 +21,8 @@ from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.inputs import open_origin
 from bigtrain.observability.stream import Stream
-from bigtrain.optim import slots
 from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
+from bigtrain.state import Shape
 from bigtrain.training.run import StageRun
 
 
@@ -109,7 +109,7 @@ class History:
 
         from_first(check)
 
-    def plan(self, stage: StageConfig, parameters: int, done: int) -> None:
+    def plan(self, stage: StageConfig, shapes: dict[str, Shape], done: int) -> None:
         """Tell how large checkpoints will be and how much room there is, and set those aside that are ahead of a run
         that has `done` steps of the stage; collective.
 
@@ -124,7 +124,7 @@ class History:
             for ahead in (folder for folder in complete(root) if (step_of(folder) or 0) > done):
                 aside = set_aside(ahead, AHEAD)
                 self._stream.emit("checkpoint_ahead", stage=stage.name, done=done, set_aside=str(aside))
-            size, free = 4 * parameters * (1 + len(slots(stage.optimizer))), shutil.disk_usage(root).free
+            size, free = 4 * stage.optimizer.elements(shapes), shutil.disk_usage(root).free
             self._stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
             if size > free:
                 raise CheckpointError(

@@ -16,7 +16,7 @@ import bigtrain
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, newest, set_aside
 from bigtrain.config import RunConfig
 from bigtrain.config.environment import has_launcher
-from bigtrain.config.rules import check_replicas, too_long_a_warmup
+from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import StageConfig
 from bigtrain.config.unusual import unusual
 from bigtrain.data.batches import Batches, Prefetched, held_out_batches
@@ -128,12 +128,12 @@ def check_execution(config: RunConfig, world: World) -> None:
         raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
 
 
-def check_warmups(config: RunConfig, data: dict[str, StageData]) -> None:
-    """Raises ConfigError for a warm-up that is longer than its stage, whose length the data has told."""
+def check_schedules(config: RunConfig, data: dict[str, StageData]) -> None:
+    """Raises ConfigError for a schedule that does not fit into its stage, whose length the data has told."""
     for stage in config.stages:
         steps = -(-data[stage.name].samples(stage) // stage.global_batch_size)
-        if told := too_long_a_warmup(stage, steps):
-            raise ConfigError(f"stages.{stage.name}.schedule.warmup_steps: {told}")
+        for (key,), told in stage.schedule.too_long(steps):
+            raise ConfigError(f"stages.{stage.name}.schedule.{key}: {told}")
 
 
 def _open(config: RunConfig, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
@@ -254,7 +254,7 @@ class _Pipeline:
         tasks = {stage.name: TASKS[stage.task]() for stage in self.config.stages}
         stores, seed = self.config.stores, self.config.seed
         data = prepare_stages(self.config.stages, tokenizer, stores=stores, seed=seed, stream=self.stream)
-        from_first(lambda: check_warmups(self.config, data))
+        from_first(lambda: check_schedules(self.config, data))
         with self.requests:
             while True:
                 try:
@@ -316,7 +316,7 @@ class _Pipeline:
                 cleaned=str(data.cleaning.folder) if data.cleaning else None,
             )
         self.history.tell_of_dropout(stage, dropouts(model), resumed is not None)
-        self.history.plan(stage, parameters, run.done)
+        self.history.plan(stage, shapes, run.done)
         try:
             finished = self._train(stage, run, engine, data, sequences)
         except NotFiniteError as error:

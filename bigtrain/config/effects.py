@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bigtrain.config.core import Section
 from bigtrain.config.files import KeyPath
-from bigtrain.config.schema import RunConfig, Section, StageConfig
+from bigtrain.config.schema import RunConfig, StageConfig
 
 # Key of a stage, when it has no effect although it is given, what is said then.
 OF_STAGES: tuple[tuple[KeyPath, Callable[[StageConfig], bool], str], ...] = (
-    (
-        ("schedule", "min_ratio"),
-        lambda stage: stage.schedule.name == "constant",
-        "has no effect with `constant`; remove it, or choose cosine or linear.",
-    ),
-    (
-        ("schedule", "warmup_ratio"),
-        lambda stage: stage.schedule.warmup_steps is not None,
-        "has no effect beside warmup_steps; remove one of them.",
-    ),
     (
         ("checkpoint", "keep_weights_only"),
         lambda stage: stage.checkpoint.keep_every is None,
@@ -77,13 +68,8 @@ def without_effect(run: RunConfig) -> Iterator[tuple[KeyPath, str]]:
             yield ("parallel", name), "has no effect, as every stage has its own; remove it, or those of the stages."
 
 
-def known_steps(stage: StageConfig) -> int | None:
-    """Steps of a stage; None where they depend on its data."""
-    return None if stage.epochs is not None else stage.sequences(0) // stage.global_batch_size
-
-
 def _of_profile(run: RunConfig) -> Iterator[tuple[KeyPath, str]]:
-    lengths = [known_steps(stage) for stage in run.stages]
+    lengths = [stage.num_steps for stage in run.stages]
     known = [length for length in lengths if length is not None]
     if run.profile is not None and len(known) == len(lengths) and run.profile.steps[0] > max(known):
         yield (

@@ -8,16 +8,16 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from bigtrain.config.core import Choice, Section, mark_of
 from bigtrain.config.files import ConfigFile, Dumper, KeyPath, literal, parse, read_yaml
 from bigtrain.config.rules import broken_here, broken_rules
-from bigtrain.config.schema import RunConfig, Section, SourceConfig, mark_of
+from bigtrain.config.schema import RunConfig, SourceConfig
 from bigtrain.config.texts import MEANINGS
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.masking import masked_values
@@ -27,6 +27,8 @@ DEFAULT = "default"  # the origin of a value that nobody has given
 
 RENAMED = {"documents_may_read_each_other": "cross_document_attention"}
 ABSENT, A_STAGE = "absent", "a stage"  # in the place of a value, in `differences`
+
+Kind = type[Section] | type[Choice]  # what may stand below a key
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
     here: the run is to be started on this machine: what it names must be on its disk.
     """
     document = read_yaml(Path(path))
+    _spell_out(document)
     for override in overrides:
         _override(document, override)
+        _spell_out(document)
     try:
         run = RunConfig.model_validate(document.values)
     except ValidationError as error:
@@ -64,12 +68,31 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, here:
     return loaded
 
 
+def _spell_out(document: ConfigFile) -> None:
+    """Write each component that is given by its name alone as `{name: NAME}`, so that its keys have a place."""
+
+    def spell(kind: Kind | None, value: Any, at: KeyPath) -> Any:
+        if isinstance(value, list):
+            value[:] = [spell(kind, item, (*at, i)) for i, item in enumerate(value)]
+        elif kind is not None and isinstance(value, str) and issubclass(kind, Choice):
+            document.origins[(*at, "name")] = document.origin(at)
+            return {"name": value}
+        elif kind is not None and isinstance(value, dict):
+            section = _section_of(kind, value)
+            for key, below in _kinds(section).items() if section else ():
+                if key in value:
+                    value[key] = spell(below, value[key], (*at, key))
+        return value
+
+    spell(RunConfig, document.values, ())
+
+
 def source(text: str, option: str) -> SourceConfig:
     """A source that is named on the command line. Raises ConfigError, which names the option."""
     try:
         return SourceConfig(source=text)
     except ValidationError as error:
-        raise ConfigError(f"{option} {text}: {_message(error.errors(include_url=False)[0], ('source',))}") from None
+        raise ConfigError(f"{option} {text}: {_message(error.errors(include_url=False)[0], ('source',), {})}") from None
 
 
 def lacking(loaded: Loaded) -> list[str]:
@@ -199,13 +222,13 @@ def _explain(error: ValidationError, document: ConfigFile) -> str:
     misspelt = {
         (*detail["loc"][:-1], meant)
         for detail in details
-        if detail["type"] == "extra_forbidden" and (meant := _meant(detail["loc"]))
+        if detail["type"] == "extra_forbidden" and (meant := _meant(detail["loc"], document.values))
     }
     for detail in details:
         if detail["type"] == "missing" and detail["loc"] in misspelt:
             continue
         path = tuple(p for p in detail["loc"] if not _is_union_branch(p))
-        messages.setdefault(path, []).append(_message(detail, path))
+        messages.setdefault(path, []).append(_message(detail, path, document.values))
     return "\n".join(_line(document, path, _joined(told)) for path, told in messages.items())
 
 
@@ -214,9 +237,9 @@ def _joined(told: list[str]) -> str:
     return "; or: ".join([*(one.removesuffix(".") for one in told[:-1]), told[-1]])
 
 
-def _meant(unknown: KeyPath) -> str | None:
+def _meant(unknown: KeyPath, values: dict[str, Any]) -> str | None:
     """The known key that an unknown one probably is."""
-    close = difflib.get_close_matches(str(unknown[-1]), _keys_at(unknown[:-1]), 1, 0.6)
+    close = difflib.get_close_matches(str(unknown[-1]), _kinds(_at(unknown[:-1], values)[1]), 1, 0.6)
     return close[0] if close else None
 
 
@@ -225,16 +248,13 @@ def _is_union_branch(part: str | int) -> bool:
     return part in ("int", "float", "str") or (isinstance(part, str) and part.startswith("literal["))
 
 
-def _message(detail: ErrorDetails, path: KeyPath) -> str:
+def _message(detail: ErrorDetails, path: KeyPath, values: dict[str, Any]) -> str:
     value = detail.get("input")
     match detail["type"]:
         case "extra_forbidden":
-            key = str(path[-1])
-            if key in RENAMED:
-                return f"this key is called `{RENAMED[key]}` now."
-            if homes := sorted(_homes(key)):
-                return f"unknown key; it belongs below {' or '.join(f'`{home}`' for home in homes)}."
-            return f"unknown key; {nearest(key, _keys_at(path[:-1]))}"
+            return _unknown_key(str(path[-1]), *_at(path[:-1], values))
+        case "component":
+            return detail["msg"]
         case "missing":
             return "this key is required."
         case "literal_error":
@@ -250,6 +270,19 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
             return (
                 f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(value)}{_remedy(detail['type'], value)}."
             )
+
+
+def _unknown_key(key: str, kind: Kind, section: type[Section]) -> str:
+    if key in RENAMED:
+        return f"this key is called `{RENAMED[key]}` now."
+    if issubclass(kind, Choice):
+        theirs = [name for name, other in sorted(kind.ours().items()) if key in other.model_fields]
+        if theirs:
+            names = " and ".join(filter(None, [", ".join(theirs[:-1]), theirs[-1]]))
+            return f"is a key of {names}; remove it, or choose {'that' if len(theirs) == 1 else 'one of these'}."
+    if homes := sorted(set(_homes(key))):
+        return f"unknown key; it belongs below {' or '.join(f'`{home}`' for home in homes)}."
+    return f"unknown key; {nearest(key, _kinds(section))}"
 
 
 def _remedy(kind: str, value: Any) -> str:
@@ -295,34 +328,45 @@ def _line(document: ConfigFile, path: KeyPath, message: str) -> str:
     return f"{document.origin(path)}: {'.'.join(named)}: {message}"
 
 
-def _keys_at(path: KeyPath) -> list[str]:
-    section: type[BaseModel] | None = RunConfig
+def _kinds(section: type[Section]) -> dict[str, Kind | None]:
+    """The keys of a section, each with what stands below it; None where no keys do."""
+    return {info.alias or name: _kind_in(info.annotation) for name, info in section.model_fields.items()}
+
+
+def _kind_in(annotation: Any) -> Kind | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section | Choice):
+        return annotation
+    return next((kind for kind in map(_kind_in, typing.get_args(annotation)) if kind is not None), None)
+
+
+def _section_of(kind: Kind, values: Any) -> type[Section] | None:
+    """The section that values of the file, not yet checked, are meant as."""
+    return kind.of(values) if issubclass(kind, Choice) else kind
+
+
+def _at(path: KeyPath, values: Any) -> tuple[Kind, type[Section]]:
+    """What stands at the path of a section: its kind, and the section that the values choose."""
+    kind: Kind | None = RunConfig
+    section: type[Section] | None = RunConfig
     for part in path:
+        values = values[part]
         if isinstance(part, str) and section is not None:
-            fields = {info.alias or name: info for name, info in section.model_fields.items()}
-            section = _section_in(fields[part].annotation)
-    assert section is not None, path
-    return [info.alias or name for name, info in section.model_fields.items()]
+            kind = _kinds(section)[part]
+            section = None if kind is None else _section_of(kind, values)
+    assert kind is not None and section is not None, path
+    return kind, section
 
 
-def _homes(key: str, section: type[BaseModel] = RunConfig, path: str = "") -> Iterator[str]:
+def _homes(key: str, section: type[Section] = RunConfig, path: str = "") -> Iterator[str]:
     """The sections below which a key of this name stands, with dots."""
     for name, info in section.model_fields.items():
-        known = info.alias or name
+        known, kind = info.alias or name, _kind_in(info.annotation)
         if known == key and path:
             yield path
-        below = _section_in(info.annotation)
-        if below is not None:
+        if kind is not None:
             place = f"{known}.NAME" if typing.get_origin(info.annotation) is list else known
-            yield from _homes(key, below, f"{path}.{place}" if path else place)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, UnionType):
-        return next((s for s in map(_section_in, typing.get_args(annotation)) if s is not None), None)
-    return None
+            for below in kind.ours().values() if issubclass(kind, Choice) else [kind]:
+                yield from _homes(key, below, f"{path}.{place}" if path else place)
 
 
 def _dotted(path: KeyPath) -> str:

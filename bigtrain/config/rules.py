@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.effects import known_steps, without_effect
+from bigtrain.config.core import Broken, Component, sections
+from bigtrain.config.effects import without_effect
 from bigtrain.config.files import KeyPath, literal
 from bigtrain.config.origin import Origin
 from bigtrain.config.schema import RunConfig, SourceConfig, StageConfig
@@ -40,7 +41,6 @@ RESERVED = (
 )  # what else a run's folder may hold
 
 LONG_NAME = 200  # characters of a name: disks take 255 bytes of one, and endings come after it
-Broken = Iterator[tuple[KeyPath, str]]
 
 
 def broken_rules(run: RunConfig) -> list[tuple[KeyPath, str]]:
@@ -52,6 +52,7 @@ def broken_rules(run: RunConfig) -> list[tuple[KeyPath, str]]:
         *_reporting(run),
         *_parallel(run),
         *(broken for i in range(len(run.stages)) for broken in _stage(run, i)),
+        *_components(run),
     ] or list(without_effect(run))
 
 
@@ -66,6 +67,13 @@ def broken_here(run: RunConfig) -> list[tuple[KeyPath, str]]:
         *(broken for i in range(len(run.stages)) for broken in _cleaning_here(run.stages[i], ("stages", i, "clean"))),
         *(broken for i in range(len(run.stages)) for broken in _sources(run.stages[i], ("stages", i))),
     ]
+
+
+def _components(run: RunConfig) -> Broken:
+    for i, stage in enumerate(run.stages):
+        for at, component in sections(stage, ("stages", i)):
+            if isinstance(component, Component):
+                yield from (((*at, *key), told) for key, told in component.check(run, stage))
 
 
 def _finite(value: Any, at: KeyPath) -> Broken:
@@ -209,13 +217,6 @@ def _stage(run: RunConfig, i: int) -> Broken:
             (*at, "sequence_length"),
             f"{stage.sequence_length} is longer than model.from_config.max_position_embeddings ({positions}).",
         )
-    if len(lengths) == 1 and (steps := known_steps(stage)) is not None and (told := too_long_a_warmup(stage, steps)):
-        yield (*at, "schedule", "warmup_steps"), told
-    if any(not 0 <= beta < 1 for beta in stage.optimizer.betas):
-        yield (
-            (*at, "optimizer", "betas"),
-            f"each must be at least 0 and below 1, got {literal(stage.optimizer.betas)}.",
-        )
     yield from _weights(stage.data, (*at, "data"))
     yield from _epochs(stage, at)
     yield from _splits(stage, at)
@@ -239,14 +240,6 @@ def _epochs(stage: StageConfig, at: KeyPath) -> Broken:
         several = f"{names.count(stage.epochs_of)} sources have this name; the one that is meant needs its own."
         none = f"no source of the stage is {stage.epochs_of}; {nearest(stage.epochs_of, names)}"
         yield (*at, "epochs_of"), several if stage.epochs_of in names else none
-
-
-def too_long_a_warmup(stage: StageConfig, steps: int) -> str | None:
-    """What is wrong with the warm-up of a stage of so many steps; None if nothing is."""
-    warmup = stage.schedule.warmup_steps
-    if warmup is None or warmup <= steps:
-        return None
-    return f"{warmup} is longer than the whole stage ({steps} steps): the learning rate would never reach its peak."
 
 
 def _cleaning(stage: StageConfig, at: KeyPath) -> Broken:

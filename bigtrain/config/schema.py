@@ -13,34 +13,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from bigtrain.config.core import Section, choice, execution, mathematics, reporting
 from bigtrain.config.origin import Origin
 from bigtrain.config.texts import DURATION, REGION, RUN_NAME, STAGE_NAME, PathText
 
-Mark = Literal["mathematics", "execution", "reporting"]
+if TYPE_CHECKING:
+    from bigtrain.optim import Optimizer
+    from bigtrain.training.schedules import Schedule
+else:
+    Optimizer = choice("bigtrain.optim:Optimizer", default="adamw")
+    Schedule = choice("bigtrain.training.schedules:Schedule", default="cosine")
+
 Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A mapping of the run's file: unknown keys and wrong types are errors, values cannot be changed later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
-
-
-def mathematics(doc: str, default: Any = ..., **limits: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"mark": "mathematics"}, **limits)
-
-
-def execution(doc: str, default: Any = ..., **limits: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"mark": "execution"}, **limits)
-
-
-def reporting(doc: str, default: Any = ..., **limits: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"mark": "reporting"}, **limits)
 
 
 class ModelConfig(Section):
@@ -250,31 +239,6 @@ class CleanConfig(Section):
     leakage: Leakage | None = mathematics("Drop training documents that held-out ones give away; null: none.", None)
 
 
-class OptimizerConfig(Section):
-    name: Literal["adamw"] = mathematics("The optimizer.", "adamw")
-    lr: float = mathematics("Peak learning rate.", gt=0)
-    betas: list[float] = mathematics("Decay of the two moments.", [0.9, 0.95], min_length=2, max_length=2)
-    eps: float = mathematics("Added to the root of the second moment.", 1e-8, gt=0)
-    weight_decay: float = mathematics("Decoupled decay of weights; norms and biases are spared.", 0.1, ge=0)
-    max_grad_norm: float | None = mathematics(
-        "The gradient is scaled down to this global 2-norm; null: never.", 1.0, gt=0
-    )
-    ema: float | None = mathematics(
-        "Decay of an exponential moving average of the weights, kept beside the moments; `bigtrain export --ema` "
-        "writes it. null: none.",
-        None,
-        gt=0,
-        lt=1,
-    )
-
-
-class ScheduleConfig(Section):
-    name: Literal["cosine", "linear", "constant"] = mathematics("Shape of the decay after the warm-up.", "cosine")
-    warmup_steps: int | None = mathematics("Steps until the peak.", None, ge=0)
-    warmup_ratio: float = mathematics("The same as a part of all steps; used without warmup_steps.", 0.0, ge=0, le=1)
-    min_ratio: float = mathematics("Learning rate at the end, as a part of the peak.", 0.1, ge=0, le=1)
-
-
 class EvaluateConfig(Section):
     every: int | None = mathematics(
         "Steps between evaluations; null: only before the first and after the last.", None, ge=1
@@ -358,8 +322,8 @@ class StageConfig(Section):
         "meanwhile. null: all data, which has no weights then.",
         None,
     )
-    optimizer: OptimizerConfig = mathematics("How weights are updated.")
-    schedule: ScheduleConfig = mathematics("The learning rate as a function of the step.", ScheduleConfig())
+    optimizer: Optimizer = mathematics("How weights are updated.")
+    schedule: Schedule = mathematics("The learning rate as a function of the step.", {}, validate_default=True)
     evaluate: EvaluateConfig | None = mathematics("Loss on documents that are not trained on; null: none.", None)
     checkpoint: CheckpointConfig = reporting("When the state is saved.", CheckpointConfig())
     parallel: StageParallelConfig = execution(
@@ -372,6 +336,14 @@ class StageConfig(Section):
     def sources(self) -> list[SourceConfig]:
         """All that the stage reads."""
         return [*self.data, *((self.evaluate.data if self.evaluate else None) or [])]
+
+    @property
+    def num_steps(self) -> int | None:
+        """Of the whole stage; None where they depend on its data, or its length is not given as it must be."""
+        lengths = [self.steps, self.tokens, self.epochs]
+        if self.epochs is not None or sum(length is not None for length in lengths) != 1:
+            return None
+        return self.sequences(0) // self.global_batch_size
 
     def sequences(self, samples: int) -> int:
         """That the whole stage trains on, where one epoch has `samples`."""
@@ -461,8 +433,3 @@ class RunConfig(Section):
     def parallel_of(self, stage: StageConfig) -> ParallelConfig:
         """How a stage is executed: `parallel` with what the stage says differently."""
         return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
-
-
-def mark_of(field: Any) -> Mark:
-    """The mark of a pydantic FieldInfo of this module."""
-    return field.json_schema_extra["mark"]

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from bigtrain.config.core import Section
 from bigtrain.config.files import KeyPath
 from bigtrain.config.load import Loaded
-from bigtrain.config.schema import Section
 
 
 class Resolved(NamedTuple):

@@ -11,12 +11,12 @@ from typing import Literal
 
 from bigtrain.config.files import literal
 from bigtrain.config.schema import SourceConfig
+from bigtrain.config.user_code import NAMED
 from bigtrain.errors import nearest
 
 Kind = Literal["stdlib", "function", "url", "hub", "saved", "files"]
 
 STANDARD_LIBRARY = ("stdlib", "stdlib-functions")
-FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ROWS = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?", re.ASCII)
 JSON = (".json", ".jsonl", ".jsonlines", ".ndjson", ".jl")
@@ -38,7 +38,7 @@ def kind_of(source: SourceConfig) -> Kind:
         return "saved"
     if path.exists():
         return "files"
-    if FUNCTION.fullmatch(name):
+    if NAMED.fullmatch(name):
         return "function"
     if "://" in name:
         return "url"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from bigtrain.config.schema import OptimizerConfig, RunConfig, SourceConfig, StageConfig
+from bigtrain.config.core import Component, sections
+from bigtrain.config.schema import RunConfig, SourceConfig, StageConfig
 from bigtrain.config.sources import parse_split
 
 
@@ -15,7 +16,9 @@ def unusual(run: RunConfig) -> list[str]:
 
 
 def _of_stage(run: RunConfig, stage: StageConfig) -> Iterator[str]:
-    yield from (f"optimizer.{text}" for text in _of_optimizer(stage.optimizer))
+    for at, component in sections(stage):
+        if isinstance(component, Component):
+            yield from (f"{'.'.join(map(str, at))}.{text}" for text in component.unusual())
     micro = run.parallel_of(stage).micro_batch_size
     if micro > stage.global_batch_size and micro != type(run.parallel).model_fields["micro_batch_size"].default:
         batch = stage.global_batch_size
@@ -27,21 +30,6 @@ def _of_stage(run: RunConfig, stage: StageConfig) -> Iterator[str]:
                     f"evaluate.data: {source.source} is trained on too, in stage {trained.name}: the loss on it says "
                     "nothing about other documents. Evaluate on others, or hold some out with `held_out`."
                 )
-
-
-def _of_optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
-    first, second = optimizer.betas
-    if first > second:
-        yield f"betas: [{first:g}, {second:g}] look swapped; the usual are [0.9, 0.95] to [0.9, 0.999]."
-    for name, value, least, most, usual in (
-        ("lr", optimizer.lr, 1e-8, 0.1, "1e-5 to 1e-2"),
-        ("weight_decay", optimizer.weight_decay, 0.0, 1.0, "0 to 0.3"),
-        ("eps", optimizer.eps, 0.0, 1e-2, "1e-10 to 1e-6"),
-        ("max_grad_norm", optimizer.max_grad_norm, 1e-3, 1e3, "0.3 to 5"),
-        ("ema", optimizer.ema, 0.9, 1.0, "0.99 to 0.9999"),
-    ):
-        if value is not None and not least <= value <= most:
-            yield f"{name}: {value:g} is unusual; the usual range is {usual}."
 
 
 def _lineage(run: RunConfig, stage: StageConfig) -> Iterator[StageConfig]:

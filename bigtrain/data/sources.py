@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import itertools
 import json
-import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import Kind, kind_of, parse_split
+from bigtrain.config.user_code import closest, imported, raised
 from bigtrain.data import stdlib
 from bigtrain.data.conversations import LISTS, SHAPES, UNREAD, one_shape, read_column, unread
 from bigtrain.data.files import Located, Row, Unusable, find
 from bigtrain.data.formats import rows_of
 from bigtrain.data.tally import Tally
-from bigtrain.errors import DataError, one_line, shorten
+from bigtrain.errors import DataError, shorten
 
 Columns = tuple[tuple[str, ...], ...]
 
@@ -50,7 +46,7 @@ def documents(source: SourceConfig, columns: Columns, tally: Tally | None = None
         if ours not in theirs:
             raise DataError(
                 f"{source.source}: `columns` maps `{ours}`, which this task does not read; "
-                f"the nearest of its columns is `{_nearest(ours, theirs)}`."
+                f"the nearest of its columns is `{closest(ours, theirs)}`."
             )
     first_wrong, used = None, False
     tally = Tally() if tally is None else tally
@@ -197,7 +193,7 @@ def _whole(text: str, theirs: str, where: str) -> str:
 def _missing(row: Row, ours: str, theirs: str) -> str:
     if theirs in row:
         return f"column `{theirs}` is null."
-    nearest = _nearest(theirs, row)
+    nearest = closest(theirs, row)
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     wrapped = f" If the rows are the list in {_shown(lists[0])}, write `field: {lists[0]}`." if lists else ""
     meant = _shown(nearest)
@@ -213,37 +209,17 @@ def _shown(name: Any) -> str:
     return f"`{line if len(line) <= 60 else line[:60] + '...'}`"
 
 
-def _nearest(name: str, names: Any) -> str:
-    return next(iter(difflib.get_close_matches(name, list(map(str, names)), n=1, cutoff=0.0)), "")
-
-
 def load_function(source: str) -> Callable[[], Iterator[dict[str, Any]]]:
     """The function that `module:name` names: of a module that is installed, on PYTHONPATH, or in the working folder.
 
     Raises DataError if there is none.
     """
-    module_name, _, name = source.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last: none of its files takes the place of a library
     try:
-        module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except ImportError as error:
-        raise DataError(
-            f"{source}: {module_name} cannot be imported: {error}. It was looked for among the installed modules, on "
-            f"PYTHONPATH and in {here}."
-        ) from error
-    except BaseException as error:
-        raise DataError(f"{source}: {module_name} cannot be imported: {_told(error)}") from error
-    function = getattr(module, name, None)
+        function = imported(source)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from error
     if not callable(function):
-        file = getattr(module, "__file__", None) or "built into Python"
-        raise DataError(
-            f"{source}: {module_name} ({file}) has no function {name}; the nearest is {_nearest(name, vars(module))}. "
-            "A module of the working folder needs a name that no installed one has."
-        )
+        raise DataError(f"{source}: is no function.")
     return function
 
 
@@ -258,11 +234,4 @@ def _function_rows(source: str) -> Iterator[Located]:
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # also what would end the process without a word, like SystemExit
-        raise DataError(f"{source}: gives no row {number}: {_told(error)}") from error
-
-
-def _told(error: BaseException) -> str:
-    """What a user's code has raised, and where, in a line."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    said = f": {one_line(error)}" if str(error) else ""
-    return f"{type(error).__name__}{said} ({place.filename}, line {place.lineno})."
+        raise DataError(f"{source}: gives no row {number}: {raised(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +25,22 @@ from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
 from bigtrain.masking import masked
 from bigtrain.observability.console import console
+from bigtrain.state import Shape
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model, those of the embedding included, and of the embedding alone; dropout by its key."""
+    """Shapes of a model's parameters by name, those of the embedding included; elements of the embedding alone;
+    dropout by its key."""
 
     model_type: str
-    parameters: int
+    shapes: dict[str, Shape]
     embedding: int
     dropout: dict[str, float]
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def model_size(run: RunConfig) -> Size | str:
 
 
 def _built(run: RunConfig, entries: int) -> Size:
-    from bigtrain.models.causal_lm import dropouts
+    from bigtrain.models.causal_lm import dropouts, parameter_shapes
     from bigtrain.models.trial import try_architecture
     from bigtrain.pretrained import quiet
 
@@ -120,8 +127,7 @@ def _built(run: RunConfig, entries: int) -> Size:
         longest=max(stage.sequence_length for stage in run.stages),
     )
     embedding: Any = empty.get_input_embeddings()
-    parameters = sum(p.numel() for p in empty.parameters())
-    return Size(empty.config.model_type, parameters, embedding.weight.numel(), dropouts(empty.config))
+    return Size(empty.config.model_type, parameter_shapes(empty), embedding.weight.numel(), dropouts(empty.config))
 
 
 def _left_out(run: RunConfig, size: Size | str) -> list[str]:

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bigtrain.config.effects import known_steps
 from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.launching.job import Job
+
+if TYPE_CHECKING:
+    from bigtrain.launching.dry_run import Size
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # noqa: S108 - folders that each machine has for itself
 BYTES = 4  # of a weight or a moment in a checkpoint
@@ -100,11 +103,11 @@ def room(job: Job) -> Room:
     size = model_size(run)
     if isinstance(size, str):
         return Room(None, f"A guess, as the model's size is {' '.join(size.split())}.", 0)
-    whole = max(_checkpoint_bytes(stage, size.parameters) for stage in run.stages)
-    checkpoints = sum(_kept(stage, size.parameters) for stage in run.stages)
+    whole = max(_checkpoint_bytes(stage, size) for stage in run.stages)
+    checkpoints = sum(_kept(stage, size) for stage in run.stages)
     exports = sum(size.parameters * (4 if run.precision == "fp32" else 2) for stage in run.stages if stage.export)
     parts = [f"checkpoints {_gib(checkpoints)} GiB"] + ([f"exports {_gib(exports)} GiB"] if exports else [])
-    tokens = [(known_steps(stage) or 0) * stage.global_batch_size * stage.sequence_length for stage in run.stages]
+    tokens = [(stage.num_steps or 0) * stage.global_batch_size * stage.sequence_length for stage in run.stages]
     stores = sum(tokens) * 4
     parts.append(f"token stores at most {_gib(stores)} GiB" if all(tokens) else "token stores not counted")
     copies = whole if any(stage.checkpoint.asynchronous for stage in run.stages) else 0
@@ -112,16 +115,16 @@ def room(job: Job) -> Room:
     return Room(_gib(1.2 * (checkpoints + exports + stores)), told[0].upper() + told[1:], _gib(copies / job.nodes))
 
 
-def _checkpoint_bytes(stage: StageConfig, parameters: int) -> int:
-    return BYTES * parameters * (4 if stage.optimizer.ema is not None else 3)  # weights, two moments, an average
+def _checkpoint_bytes(stage: StageConfig, size: Size) -> int:
+    return BYTES * stage.optimizer.elements(size.shapes)
 
 
-def _kept(stage: StageConfig, parameters: int) -> int:
+def _kept(stage: StageConfig, size: Size) -> int:
     settings = stage.checkpoint
-    whole = _checkpoint_bytes(stage, parameters)
-    steps = known_steps(stage)
+    whole = _checkpoint_bytes(stage, size)
+    steps = stage.num_steps
     older = 0 if settings.keep_every is None or steps is None else steps // settings.keep_every
-    return (settings.keep + 1) * whole + older * (BYTES * parameters if settings.keep_weights_only else whole)
+    return (settings.keep + 1) * whole + older * (BYTES * size.parameters if settings.keep_weights_only else whole)
 
 
 def _gib(size: float) -> int:

@@ -1,71 +1,73 @@
-"""Optimizers and their parameter groups."""
+"""Optimizers, one file each: the keys of the run's file, what is built from them, and what it keeps of a parameter."""
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from bigtrain.config.core import Component, mathematics
+from bigtrain.optim.groups import average, parameter_groups
+from bigtrain.state import Shape
 
 if TYPE_CHECKING:
-    from bigtrain.config.schema import OptimizerConfig
-
+    import torch
+    from torch import nn
 
 EMA = "ema"  # the slot of the moving average of a weight
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: what decays, and norms and biases, which do not.
+class Optimizer(Component):
+    """How weights are updated. A subclass says which torch optimizer it is, and what that keeps of a parameter."""
 
-    A norm is recognised by its class name, a bias by its name; other vectors (gates, scales) do not decay either.
-    """
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for parameter in module.parameters(recurse=False)
-    }
-    decays: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor behind
-        bias = name.rsplit(".", 1)[-1].endswith("bias")
-        (spared if bias or dimensions < 2 or id(parameter) in exempt else decays).append(parameter)
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    lr: float = mathematics("Peak learning rate.", gt=0)
+    weight_decay: float = mathematics("Decay of the weights; norms and biases are spared.", 0.1, ge=0)
+    max_grad_norm: float | None = mathematics(
+        "The gradient is scaled down to this global 2-norm; null: never.", 1.0, gt=0
+    )
+    ema: float | None = mathematics(
+        "Decay of an exponential moving average of the weights, kept beside the optimizer's state; "
+        "`bigtrain export --ema` writes it. null: none.",
+        None,
+        gt=0,
+        lt=1,
+    )
 
+    @abstractmethod
+    def torch_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over torch's parameter groups, each with its `params` and `weight_decay`."""
 
-def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the run's file names, over the parameters of `model` that train, in torch's fused kernel."""
-    groups = parameter_groups(model, settings.weight_decay)
-    betas = (settings.betas[0], settings.betas[1])
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
-    if settings.ema is not None:
-        optimizer.register_step_post_hook(partial(_average, settings.ema))
-    return optimizer
+    @abstractmethod
+    def moments(self, name: str, shape: Shape) -> tuple[str, ...]:
+        """What it keeps of a parameter for each of its elements, in fp32, by the names that torch has in its state."""
 
+    def slots(self, name: str, shape: Shape) -> tuple[str, ...]:
+        """All that is kept of a parameter beside its weight."""
+        return (*self.moments(name, shape), *((EMA,) if self.ema is not None else ()))
 
-def slots(settings: OptimizerConfig) -> tuple[str, ...]:
-    """What the optimizer keeps of each element that it trains, in fp32."""
-    return ("exp_avg", "exp_avg_sq") + ((EMA,) if settings.ema is not None else ())
+    def elements(self, shapes: Mapping[str, Shape]) -> int:
+        """Elements of the state of these parameters: their weights and all slots."""
+        return sum(math.prod(shape) * (1 + len(self.slots(name, shape))) for name, shape in shapes.items())
 
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the parameters of `model` that train."""
+        optimizer = self.torch_optimizer(parameter_groups(model, self.weight_decay))
+        if self.ema is not None:
+            average(optimizer, EMA, self.ema)
+        return optimizer
 
-@torch.no_grad()
-def _average(decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """ema = decay * ema + (1 - decay) * weight after each step; it begins as the weights after the first one."""
-    averages, weights = [], []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                continue  # it had no gradient yet
-            if EMA in state:
-                averages.append(state[EMA])
-                weights.append(parameter)
-            else:
-                state[EMA] = parameter.detach().clone()
-    if averages:
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+    def unusual(self) -> Iterator[str]:
+        yield from self.outside(
+            ("lr", 1e-8, 0.1, "1e-5 to 1e-2"),
+            ("weight_decay", 0.0, 1.0, "0 to 0.3"),
+            ("max_grad_norm", 1e-3, 1e3, "0.3 to 5"),
+            ("ema", 0.9, 1.0, "0.99 to 0.9999"),
+        )
+
+    def outside(self, *ranges: tuple[str, float, float, str]) -> Iterator[str]:
+        """What is said of each value outside of (its key, the least, the most, the usual range)."""
+        for name, least, most, usual in ranges:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                yield f"{name}: {value:g} is unusual; the usual range is {usual}."

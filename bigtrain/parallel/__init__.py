@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bigtrain.config.schema import OptimizerConfig
+    from bigtrain.optim import Optimizer
     from bigtrain.parallel.dims import ParallelDims
     from bigtrain.parallel.engine import Engine
     from bigtrain.tasks import Task
@@ -26,7 +26,7 @@ def build_engine(
     precision: str,
     compile: bool,
     micro_batch_size: int,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     seed: int,
     device: torch.device,
 ) -> Engine:

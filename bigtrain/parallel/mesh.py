@@ -20,7 +20,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from bigtrain.data.batches import Batch
 from bigtrain.distributed.collectives import read_together, sum_over_ranks
 from bigtrain.models.causal_lm import persistent_buffers, repeated_layers
-from bigtrain.optim import build_optimizer
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.engine import (
     NO_FLAGS,
@@ -41,7 +40,7 @@ from bigtrain.state import BUFFER, WEIGHT, Box, Shape, StateReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bigtrain.config.schema import OptimizerConfig
+    from bigtrain.optim import Optimizer
     from bigtrain.tasks import Task
 
 
@@ -61,7 +60,7 @@ class MeshEngine:
         precision: str,
         compile: bool,
         micro_batch_size: int,
-        optimizer: OptimizerConfig,
+        optimizer: Optimizer,
         seed: int,
         device: torch.device,
     ):
@@ -83,7 +82,7 @@ class MeshEngine:
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         model.tie_weights()  # making parameters real one by one has untied them
         self._parameters = dict(model.named_parameters())
-        self._optimizer = build_optimizer(model, optimizer)
+        self._optimizer = optimizer.build(model)
         self._copies: _Copies | None = None
         if not self._wrapped and precision != "fp32":
             self._copies = _Copies(model, self._parameters, self._dtype)

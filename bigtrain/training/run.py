@@ -15,7 +15,6 @@ from bigtrain.errors import NotFiniteError, shorten
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.engine import Outcome
-from bigtrain.training.schedules import learning_rate
 
 
 class Due(NamedTuple):
@@ -61,7 +60,7 @@ class StageRun:
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
-        return learning_rate(self.done, self.steps, self._stage.optimizer.lr, self._stage.schedule)
+        return self._stage.schedule.rate(self.done, self.steps, self._stage.optimizer.lr)
 
     def completed(self, outcome: Outcome) -> Due:
         """Count a step. On a GPU its numbers are reported after the next one, so that the host never waits for it."""

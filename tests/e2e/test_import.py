@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from bigtrain.checkpoint import Checkpoint
 from bigtrain.cli import app
-from bigtrain.config.schema import OptimizerConfig
 from bigtrain.data.batches import Batch
 from bigtrain.errors import BigtrainError
 from bigtrain.models.causal_lm import empty_model
+from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks import TASKS
@@ -151,7 +151,7 @@ def engine_step(checkpoint, batch):
         precision="fp32",
         compile=False,
         micro_batch_size=5,
-        optimizer=OptimizerConfig(lr=LR, eps=EPS, betas=list(BETAS), weight_decay=DECAY, max_grad_norm=None),
+        optimizer=AdamW(lr=LR, eps=EPS, betas=list(BETAS), weight_decay=DECAY, max_grad_norm=None),
         seed=0,
         device=torch.device("cpu"),
     )

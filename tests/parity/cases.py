@@ -7,17 +7,17 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
-from bigtrain.config.schema import OptimizerConfig
 from bigtrain.data.batches import IGNORE, Batch
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights
+from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine, task_module
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.tasks.causal_lm import CausalLM
 
 LENGTH = 24
 VOCABULARY = 97
-OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-4, betas=[0.9, 0.95], weight_decay=0.1, max_grad_norm=1.0, ema=0.9)
+OPTIMIZER = AdamW(lr=1e-2, eps=1e-4, betas=[0.9, 0.95], weight_decay=0.1, max_grad_norm=1.0, ema=0.9)
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

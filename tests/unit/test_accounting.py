@@ -21,7 +21,6 @@ from pyarrow import parquet
 from bigtrain.config.schema import (
     CleanConfig,
     EvaluateConfig,
-    OptimizerConfig,
     SourceConfig,
     StageConfig,
 )
@@ -31,6 +30,7 @@ from bigtrain.data.tokenizer import load_tokenizer, train_tokenizer
 from bigtrain.data.writing import Layout, gather, token_dtype
 from bigtrain.errors import DataError
 from bigtrain.observability.progress import Progress, dropped
+from bigtrain.optim.adamw import AdamW
 from bigtrain.tasks import TASKS
 
 ALTERNATING = (
@@ -61,7 +61,7 @@ def prepared(
         data=list(sources),
         global_batch_size=1,
         steps=1,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
         **settings,
     )
     return prepare_stage(only, encoder(TASKS[task]()), tokenizer, stores=folder / "out" / "stores", seed=0)

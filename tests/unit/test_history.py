@@ -39,7 +39,7 @@ def history(tmp_path):
 
 def test_size_and_room_are_told_before_the_first_save(history, tmp_path):
     found, stage, events, out = history
-    found.plan(stage, 1_000_000, 0)
+    found.plan(stage, {"weight": (1000, 1000)}, 0)
     assert events[0]["bytes"] == 16_000_000  # weight, two moments and the average of each parameter, in fp32
     assert events[0]["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
     assert "checkpoints: 16.0 MB each, 2 of them kept; " in out.getvalue()
@@ -50,12 +50,12 @@ def test_a_run_that_cannot_save_even_once_is_refused(history):
     with pytest.raises(
         CheckpointError, match=r"a checkpoint of stage pretrain takes .* MB, .* could not save even once"
     ):
-        found.plan(stage, 10**15, 0)
+        found.plan(stage, {"weight": (10**15,)}, 0)
 
 
 def test_little_room_is_told(history, tmp_path):
     found, stage, _, out = history
-    found.plan(stage, shutil.disk_usage(tmp_path).free // 24, 0)
+    found.plan(stage, {"weight": (shutil.disk_usage(tmp_path).free // 24,)}, 0)
     assert "room for 1 only: `checkpoint.keep` and the one being written need 3" in out.getvalue()
 
 

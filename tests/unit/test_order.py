@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.config.schema import OptimizerConfig, SourceConfig, StageConfig
+from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data.batches import _Shares
 from bigtrain.data.order import PATTERN, Order, locate, make_key, mixing_pattern, permute, stage_samples
 from bigtrain.errors import DataError
+from bigtrain.optim.adamw import AdamW
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -167,7 +168,7 @@ def weighted_stage(epochs, of, weights, batch=7):
         global_batch_size=batch,
         epochs=epochs,
         epochs_of=f"data/{of}.jsonl",
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
     )
 
 

@@ -20,7 +20,6 @@ from bigtrain import cli
 from bigtrain.config import to_yaml
 from bigtrain.config.schema import (
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
     SourceConfig,
     StageConfig,
@@ -31,6 +30,7 @@ from bigtrain.data import shards, writing
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.errors import DataError
 from bigtrain.observability.stream import Event, Stream
+from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
@@ -67,7 +67,7 @@ def make_run(output: Path, source: str, task: str = "pretrain") -> RunConfig:
         sequence_length=32,
         global_batch_size=2,
         steps=1,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
     )
     return RunConfig(
         name="r",

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from bigtrain.config.schema import (
     EvaluateConfig,
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
     SourceConfig,
     StageConfig,
@@ -38,6 +37,7 @@ from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
 from bigtrain.data.store import FORMAT, Store, open_store, seal, verify_store
 from bigtrain.data.writing import Document, Layout, assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
+from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
@@ -439,7 +439,7 @@ def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Ru
         | changes.pop("stage", {}),
         global_batch_size=2,
         steps=1,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamW(lr=1e-3),
     )
     return RunConfig(
         name="r",
