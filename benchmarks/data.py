@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -207,8 +208,9 @@ FAMILIES = {  # templates of trl, with their tokens; the first two are those of 
     "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
     "phi3": ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "qwen3": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
-    "qwen3 with reasoning": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "deepseekv3": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
 }
+OTHERS = ("qwen3 reasoning", "qwen3 thinks", "deepseekv3 thinks", "qwen2_5 calls", "qwen3 calls")  # a family, and how
 
 
 def conversations(number: int) -> list[list[dict[str, str]]]:
@@ -228,10 +230,23 @@ def conversations(number: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def reasoned(message: dict[str, str]) -> dict[str, str]:
-    if message["role"] != "assistant":
-        return message
-    return {**message, "reasoning_content": message["content"][:150].strip()}
+def changed(messages: list[dict[str, str]], how: str) -> list[dict[str, Any]]:
+    """With reasoning beside the answers, or within them; with a call of a tool before each, in OpenAI's format."""
+    said: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] != "assistant" or not how:
+            said.append(message)
+        elif how == "reasoning":
+            said.append({**message, "reasoning_content": content[:150].strip()})
+        elif how == "thinks":
+            said.append({**message, "content": f"<think>\n{content[:150].strip()}\n</think>\n\n{content}"})
+        else:
+            function = {"name": "look_up", "arguments": json.dumps({"text": content[:40], "number": number})}
+            call = {"id": f"call_{len(content)}_{number}", "type": "function", "function": function}
+            found = {"role": "tool", "tool_call_id": call["id"], "name": "look_up", "content": content[:150].strip()}
+            said += [{"role": "assistant", "content": "", "tool_calls": [call]}, found, message]
+    return said
 
 
 def list_of(work: Callable[[Any], Any], given: list[Any]) -> list[Any]:
@@ -244,13 +259,15 @@ def chats(rounds: int, folder: Path) -> None:
     chosen = conversations(200)
     templates = Path(str(distribution("trl").locate_file("trl/chat_templates")))
     print(f"chats       {len(chosen)} conversations, {sum(map(len, chosen)) / len(chosen):.1f} turns on average")
-    for family, tokens in FAMILIES.items():
+    for family in (*FAMILIES, *OTHERS):
+        name, _, how = family.partition(" ")
+        tokens = FAMILIES[name]
         tokenizer = load_tokenizer(prepare_tokenizer(run.tokenizer.train, run.stages[0], run.stores), tokens)
         tokenizer.bos_token, tokenizer.eos_token = tokens[:2]
-        tokenizer.chat_template = (templates / f"{family.split()[0]}.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = (templates / f"{name}.jinja").read_text(encoding="utf-8")
         documents_of = ChatTemplate.of(tokenizer).documents
         text_of = partial(tokenizer.apply_chat_template, tokenize=False)
-        said = [[*map(reasoned, messages)] for messages in chosen] if "reasoning" in family else chosen
+        said = [changed(messages, how) for messages in chosen]
         rows = [{"key": "", "where": "", "messages": messages} for messages in said]
 
         def rate(work: Callable[[], Any]) -> float:
@@ -264,10 +281,10 @@ def chats(rounds: int, folder: Path) -> None:
                 "ids": partial(rate, partial(Sft().encode, rows, tokenizer)),
             },
         )
-        print(f"  {family:<10} documents       {median(found['ours'], 0)} /s")
-        print(f"  {family:<10} transformers    {median(found['theirs'], 0)} /s")
+        print(f"  {family:<17} documents       {median(found['ours'], 0)} /s")
+        print(f"  {family:<17} transformers    {median(found['theirs'], 0)} /s")
         print(f"    ratio                     {median(ratios(found['ours'], found['theirs']))}   (bar: 0.8)")
-        print(f"  {family:<10} with ids        {median(found['ids'], 0)} /s")
+        print(f"  {family:<17} with ids        {median(found['ids'], 0)} /s")
 
 
 # Feeding.

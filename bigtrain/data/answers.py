@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bigtrain.data.conversations import Message
-from bigtrain.data.frames import shape_of
+from bigtrain.data.stand_ins import Cut, shape_of
 from bigtrain.data.templates import Rendering, Span
 
 
@@ -37,27 +37,25 @@ class Border(NamedTuple):
 
 @dataclass
 class Conversation:
-    """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. texts: those of all, held
-    together in `joined`. is_plain: characters can stand for all that it has, and nothing looks like a token. forms:
-    those of the messages, numbered; seen: of those before each, a set as bits. is_opaque: no text of it is one that the
-    template looks into."""
+    """messages: with MARKs (`marked`); plain: without. whole: the rendering of all of them. forms: those of the
+    messages, numbered; seen: of those before each, a set as bits. cut: its texts, if the template looks ahead,
+    characters can stand for all that they say, and nothing looks like a token. is_opaque: whether answers of its kind
+    are alike."""
 
     messages: list[Message]
     plain: list[Message]
     tools: Any
     whole: Rendering
-    texts: list[str]
-    joined: str
-    is_plain: bool
     forms: list[int]
     seen: list[int]
-    is_opaque: bool = False
+    cut: Cut | None
+    is_opaque: bool
 
     def kind(self, number: int) -> Hashable:
         """What decides how a template leads over to an answer, if no text does: all messages where it looks ahead, else
         the two at hand, and which forms have come before."""
         if self.whole.ahead:
-            return True, number, len(self.tools or ()), *self.forms
+            return True, number, len(self.tools or ()), *self.forms, self.cut and self.cut.form
         before = self.forms[number - 1] if number else None
         return False, min(number, 2), bool(self.tools), before, self.forms[number], self.seen[number]
 

@@ -10,8 +10,9 @@ Where a template has generation marks, they narrow that down: only what they enc
 
 To follow the rule to the letter, a conversation is rendered twice for each of its answers. That is done once for each
 kind of answer, and what comes before it is remembered; the next conversations are rendered once. Of a template that
-looks ahead it is done with characters that stand for the texts (frames.py), and what stands around an answer is
-remembered where more that follow change it. Texts that the template may look into are rendered for each answer.
+looks ahead it is done with characters that stand for the texts (stand_ins.py, frames.py), and what stands around an
+answer is remembered where more that follow change it. Texts that the template may look into are rendered for each
+answer.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from bigtrain.config.files import literal
 from bigtrain.data.answers import Answer, Border, Conversation, answer_in, form_of
 from bigtrain.data.call_arguments import CALL, takes_text, with_arguments
 from bigtrain.data.conversations import Message
-from bigtrain.data.frames import CALLS, SLOTS, TIME, WatchedTemplate, filled, shape_of, stand_ins, tool_stand_ins
+from bigtrain.data.frames import WatchedTemplate
 from bigtrain.data.marks import ANSWER, MARK, QUESTION, any_of, check_marks, marked, texts_of
+from bigtrain.data.stand_ins import TIME, Cut, cut, shape_of, tool_stand_ins
 from bigtrain.data.templates import REASONING, Rendering, Span, Template
 from bigtrain.errors import DataError
 
-PLAIN = {"role", "content", "tool_calls", *REASONING}
 REMEMBERED = 100_000  # kinds of answers
 
 
@@ -72,6 +73,7 @@ class ChatTemplate:
         self._takes_text = {template: takes_text(template) for template in templates.values()}
         self._watched: dict[Template, WatchedTemplate] = {}
         self._before: dict[Hashable, Border | None] = {}  # kind of an answer -> what is known; None: look at each
+        self._met: set[Hashable] = set()  # kinds of answers that have come once
         self._forms: dict[Hashable, int] = {}  # of messages
         self._silent: dict[Hashable, bool] = {}  # role -> whether the template leaves out what it says
 
@@ -141,8 +143,7 @@ class ChatTemplate:
 
     def _conversation(self, messages: list[Message], tools: Any, template: Template) -> Conversation:
         plain = [message if len(message) == 2 else self._for_template(message, template) for message in messages]
-        texts = [*texts_of(plain)]
-        joined = "\0".join(texts)
+        joined = "\0".join(texts_of(plain))
         guarded, has_tokens = plain, self._of_template.search(joined) is not None
         if has_tokens:
             guarded = marked(plain, self._of_turns, self._of_template)
@@ -150,38 +151,28 @@ class ChatTemplate:
         if guarded is not plain:
             check_marks(whole.text, template.render(plain, tools=tools).text)
         self._check_roles(plain, whole.text, template)
-        is_plain = whole.ahead and not has_tokens and self._can_stand_in(plain, tools)
+        found = None
+        if whole.ahead and not has_tokens and self._can_stand_in(plain, tools):
+            watched = self._watched.get(template)
+            found = cut(plain, [piece for piece in watched.pieces if piece in joined] if watched else ())
         numbers = self._forms
         forms = [numbers.setdefault(form_of(message), len(numbers)) for message in plain]
         seen = [0]
         for form in forms:
             seen.append(seen[-1] | 1 << form)
-        conversation = Conversation(guarded, plain, tools, whole, texts, joined, is_plain, forms, seen)
-        conversation.is_opaque = self._is_opaque(conversation, template)
-        return conversation
+        is_opaque = found is not None if whole.ahead else not any(literal in joined for literal in template.literals)
+        return Conversation(guarded, plain, tools, whole, forms, seen, found, is_opaque)
 
     def _can_stand_in(self, messages: list[Message], tools: Any) -> bool:
         """Whether characters can stand for all that messages and tools say."""
         calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
-        if not all(message.keys() <= PLAIN for message in messages) or not all(map(_are_known, calls)):
+        if not all(shape_of(call) is not None for held in calls for call in held):
             return False
         if not (calls or tools):
             return True
         if tools and not (isinstance(tools, list) and all(tool and isinstance(tool, dict) for tool in tools)):
             return False
         return self._of_template.search(json.dumps([tools, calls], ensure_ascii=False)) is None
-
-    def _is_opaque(self, conversation: Conversation, template: Template) -> bool:
-        if not conversation.whole.ahead:
-            return not any(literal in conversation.joined for literal in template.literals)
-        watched = self._watched.get(template)
-        if (
-            watched is None
-            or not conversation.is_plain
-            or any(piece in conversation.joined for piece in watched.pieces)
-        ):
-            return False
-        return all(text == text.strip() for text in conversation.texts)
 
     def _answer(self, conversation: Conversation, number: int, template: Template) -> Answer:
         kind = (template, conversation.kind(number))
@@ -192,24 +183,32 @@ class ChatTemplate:
                 return self._checked(known, message) if "tool_calls" in message else known
         answer, more = self._alone(conversation, number, template)
         self._checked(answer, message)
-        if kind not in self._before and len(self._before) < REMEMBERED:
-            if not conversation.whole.ahead:
-                if conversation.is_opaque:
-                    self._before[kind] = self._lead(conversation.whole, number, answer, more, template)
-            elif conversation.is_plain:
-                self._before[kind] = self._watched_border(conversation, number, template)
+        if conversation.is_opaque and kind not in self._before and self._is_worth_it(kind, conversation.cut):
+            if conversation.cut:
+                self._before[kind] = self._watched_border(conversation, conversation.cut, number, template)
+            else:
+                self._before[kind] = self._lead(conversation.whole, number, answer, more, template)
         return answer
+
+    def _is_worth_it(self, kind: Hashable, cut: Cut | None) -> bool:
+        """Whether more answers of a kind may come; where texts are cut in many ways, when it comes again."""
+        if len(self._before) + len(self._met) >= REMEMBERED:
+            return False
+        if cut is None or cut.is_whole or kind in self._met:
+            return True
+        self._met.add(kind)
+        return False
 
     def _bordered(self, conversation: Conversation, number: int, border: Border, template: Template) -> Answer | None:
         """An answer by what is known of its kind; None if that does not hold for it."""
-        whole, (before, more, rest) = conversation.whole, border
-        if whole.ahead:
-            before, more = filled(before, conversation.messages), filled(more, conversation.messages)
-        if rest is None:
+        whole, before, more, rest = conversation.whole, *border
+        if conversation.cut:
+            before, more, rest = map(conversation.cut.filled, (before, more, rest or ""))
+        if border.rest is None:
             answer = self._within_whole(whole, number, before, template)
         else:
             begin = whole.turns[number]
-            text, start = whole.text[:begin] + before + filled(rest, conversation.messages), begin + len(before)
+            text, start = whole.text[:begin] + before + (rest or ""), begin + len(before)
             stop = self._end(text, start, len(text))
             answer = None if stop is None else answer_in(text, start, stop, None)
         if answer is not None and more and answer.text.startswith(more, answer.start):
@@ -240,15 +239,13 @@ class ChatTemplate:
         same = self._within_whole(whole, number, before, template)
         return Border(before, more) if same is not None and same[1:] == answer[1:] else None
 
-    def _watched_border(self, conversation: Conversation, number: int, template: Template) -> Border | None:
-        """What is known of answers in conversations of the same forms, whatever their texts, if anything is."""
-        messages = stand_ins(conversation.plain)
-        if len(messages) > SLOTS:
-            return None
+    def _watched_border(self, conversation: Conversation, cut: Cut, number: int, template: Template) -> Border | None:
+        """What is known of answers in conversations that are cut alike, whatever their texts, if anything is."""
+        messages = cut.stand_ins(conversation.plain)
         try:
             watched = self._watched.get(template) or WatchedTemplate(*template.given)
             self._watched[template] = watched
-            watched.looked = False
+            watched.watch(cut)
             tools = tool_stand_ins(conversation.tools)
             whole = watched.render(messages, tools=tools)
             stood_in = replace(conversation, messages=messages, plain=messages, tools=tools)
@@ -348,10 +345,6 @@ class ChatTemplate:
 
 
 _KNOWN: WeakKeyDictionary[Any, tuple[Hashable, ChatTemplate]] = WeakKeyDictionary()
-
-
-def _are_known(calls: Any) -> bool:
-    return len(calls) <= CALLS and all(shape_of(call) is not None for call in calls)
 
 
 def _sources(tokenizer: Any) -> tuple[str, str]:

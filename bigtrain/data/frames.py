@@ -1,32 +1,27 @@
 """What stands around the texts of messages in a template's text: the same for all texts that it does not look into.
 
-A template that is watched is given one character of its own for each text. Whatever it does with one is held against
-lists of what comes out alike for all texts: writing, joining and storing it, asking whether it is there, and looking in
-it for constants, which are noted. Anything else with a text in it says `looked`, and nothing is known of other texts.
-Arguments of tool calls and descriptions of tools stand in as a whole: a template may write them as JSON, and no more.
+A template that is watched is given characters that stand for texts (stand_ins.py). Whatever it does with them is held
+against lists of what comes out alike for all texts that are cut alike: writing, joining and storing them, asking
+whether they are there, and looking in them for constants, which are noted. Anything else with a text in it says
+`looked`, and nothing is known of other texts. Arguments of tool calls and descriptions of tools stand in as a whole: a
+template may write them as JSON, and no more.
 """
 
 from __future__ import annotations
 
-import json
 import operator
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jinja2 import nodes
 from jinja2.runtime import Context, Macro, Undefined
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from bigtrain.data.conversations import Message
-from bigtrain.data.templates import REASONING, Sandbox, Template, filtered
+from bigtrain.data.marks import ANSWER
+from bigtrain.data.stand_ins import OPAQUE, TIME, Cut, Opaque
+from bigtrain.data.templates import Sandbox, Template, filtered
 
-NAMES = ("content", *REASONING)  # of the texts of a message
-CALLS, WIDTH = 6, 16  # of a message, at most: calls, and characters that stand in
-FIRST, TIME = "\U00100000", "\U0010ffff"
-SLOT = re.compile(f"[{FIRST}-\U0010fffe]")
-SLOTS = (ord(TIME) - ord(FIRST)) // WIDTH  # messages, at most
 SCOPES = frozenset({"_loop_vars", "_block_vars"})  # that jinja gives to each call
 HELD = re.compile("[\ue000-\uf8ff\U00100000-\U0010ffff]")
 CALCULATIONS = (nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Sub, nodes.Mod, nodes.Pow)
@@ -42,66 +37,9 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def stand_ins(messages: list[Message]) -> list[Message]:
-    """The messages, with a character for each text that says something. Their calls have a `shape_of`."""
-    stood_in = []
-    for i, message in enumerate(messages):
-        base = ord(FIRST) + WIDTH * i
-        held: Message = {name: chr(base + k) for k, name in enumerate(NAMES) if message.get(name)}
-        if message.get("tool_calls"):
-            first = base + len(NAMES)
-            held["tool_calls"] = [_stand_in(call, first + 2 * k) for k, call in enumerate(message["tool_calls"])]
-        stood_in.append(message | held)
-    return stood_in
-
-
-def tool_stand_ins(tools: Any) -> Any:
-    """As many tools, of which nothing is known."""
-    return [Opaque({TIME: TIME}) for _ in tools] if tools else tools
-
-
-def shape_of(call: Message) -> Hashable:
-    """All of a tool call but its name and its arguments; None if it has anything that cannot stand in."""
-    function = call.get("function", call)
-    if not isinstance(function, dict) or call.get("type", "function") != "function":
-        return None
-    keys, name, arguments = {*call} - {"type"}, function.get("name"), function.get("arguments")
-    known = keys == {"function"} and function.keys() == {"name", "arguments"} if "function" in call else len(keys) == 2
-    if not known or not (name and isinstance(name, str) and arguments and isinstance(arguments, str | dict)):
-        return None
-    return "function" in call, "type" in call, isinstance(arguments, str)
-
-
-def _stand_in(call: Message, code: int) -> Message:
-    if "function" in call:
-        return call | {"function": _stand_in(call["function"], code)}
-    arguments = chr(code + 1)
-    opaque = arguments if isinstance(call["arguments"], str) else Opaque({arguments: arguments})
-    return call | {"name": chr(code), "arguments": opaque}
-
-
-def filled(text: str, messages: list[Message]) -> str:
-    """A text of stand-ins, with the texts of messages for them."""
-
-    def text_of(slot: re.Match[str]) -> str:
-        number, name = divmod(ord(slot[0]) - ord(FIRST), WIDTH)
-        if name < len(NAMES):
-            return str(messages[number][NAMES[name]])
-        call, is_arguments = divmod(name - len(NAMES), 2)
-        called = messages[number]["tool_calls"][call]
-        found = called.get("function", called)["arguments" if is_arguments else "name"]
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-
-    return SLOT.sub(text_of, text)
-
-
-class Opaque(dict[str, str]):
-    """A dict of which a template knows nothing but that it is one, and not empty. It has the character for its JSON."""
-
-
 class WatchedTemplate(Template):
     """A template that is given stand-ins. looked: whether what it has made of them is no rule for other texts. pieces:
-    the constants that it has looked for; where a text has one, or has space at an edge, nothing is known either."""
+    the constants that it has looked for; texts are to be cut at them."""
 
     def __init__(self, source: str, variables: dict[str, Any]):
         self._watching = _Watching()
@@ -117,13 +55,16 @@ class WatchedTemplate(Template):
     def looked(self) -> bool:
         return self._is_blind or self._watching.is_blind or self._watching.looked
 
-    @looked.setter
-    def looked(self, value: bool) -> None:
-        self._watching.looked = value
+    def watch(self, cut: Cut) -> None:
+        """It is given what stands for these from here on."""
+        self._watching.looked, self._watching.ids = False, cut.ids
+        self._watching.given = f"{cut.form}{TIME}{ANSWER}"
 
 
 class _Watching(Sandbox):
     looked = is_blind = False
+    given = ""  # all texts
+    ids: Collection[str] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,12 +118,18 @@ class _Watching(Sandbox):
 
     def _is_known(self, left: Any, how: str, right: Any) -> bool:
         if how in ("eq", "ne"):
-            text, other = (left, right) if _is_text(left) else (right, left)
-            return _is_text(text) and not _holds(other) and self._noted([other])
+            if left in self.ids and right in self.ids:
+                return True
+            text, other = (left, right) if self._is_text(left) else (right, left)
+            return self._is_text(text) and not _holds(other) and self._noted([other])
         if how in ("in", "notin") and not _holds(left):
-            return type(right) is dict or (_is_text(right) and self._noted([left]))
+            return type(right) is dict or (self._is_text(right) and self._noted([left]))
         among = how in ("in", "notin") and isinstance(right, list | tuple | dict) and not _holds([*right])
-        return among and _is_text(left) and self._noted([*right])
+        return among and self._is_text(left) and self._noted([*right])
+
+    def _is_text(self, value: Any) -> bool:
+        """Whether it is what stands for a text or for a part of it, and nothing else with it."""
+        return isinstance(value, str) and _holds(value) and _has_texts_alone(value) and value in self.given
 
     def _noted(self, constants: list[Any]) -> bool:
         self.pieces.update(constant for constant in constants if isinstance(constant, str) and constant)
@@ -200,7 +147,7 @@ class _Watching(Sandbox):
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        if not isinstance(__obj, Macro) and __obj is not Namespace:
+        if not isinstance(__obj, Macro):
             given = {name: value for name, value in kwargs.items() if name not in SCOPES}
             __self.plain([*args, *given.values()])
             __self._watch_method(__obj, args, given)
@@ -214,7 +161,7 @@ class _Watching(Sandbox):
             return
         if isinstance(owner, str) and name in TRIMS:
             self.trimmed(owner, *args)
-        elif not kwargs and _is_text(owner) and name in LOOKS and args and isinstance(args[0], str) and args[0]:
+        elif not kwargs and self._is_text(owner) and name in LOOKS and args and isinstance(args[0], str) and args[0]:
             self.looked |= len(args) > 1 + (name in ("replace", "split"))
             self.pieces.add(args[0])
         else:
@@ -298,17 +245,9 @@ def _is_ours(node: nodes.Node) -> bool:
     return isinstance(node, nodes.TemplateData) or (isinstance(node, nodes.Filter) and node.name.startswith("__"))
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it is a text, and nothing else with it."""
-    return isinstance(value, str) and len(value) == 1 and _holds(value) and _has_texts_alone(value)
-
-
 def _has_texts_alone(value: Any) -> bool:
     """Whether no character in it stands for arguments or a tool."""
-    if not isinstance(value, str):
-        return True
-    places = ((ord(slot) - ord(FIRST)) % WIDTH - len(NAMES) for slot in SLOT.findall(value))
-    return TIME not in value and not any(place > 0 and place % 2 for place in places)
+    return not isinstance(value, str) or OPAQUE.search(value) is None
 
 
 def _holds(value: Any) -> bool:

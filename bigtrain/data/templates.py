@@ -213,7 +213,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if attribute in _SAFE.get(type(obj), ()):
             return getattr(obj, attribute)
-        if type(obj) is Namespace and not attribute.startswith("_"):
+        if issubclass(type(obj), Namespace) and not attribute.startswith("_"):
             found = getattr(obj, attribute, self)
             return found if found is not self else self.undefined(obj=obj, name=attribute)
         if type(obj) is _Messages:  # its methods are about the whole list

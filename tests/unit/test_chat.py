@@ -871,6 +871,66 @@ def test_qwen3_is_learned_as_a_rendering_for_each_gives_it(opened) -> None:
     assert any(border is not None and border.rest for border in fast._before.values())
 
 
+THOUGHTS = [  # of which each is said with many texts
+    "<think>\n{}\n</think>\n\n{}", "{}</think>{}", "<think>{}", "<think>{}<think>{}</think>{}</think>\n{}", " {}\n",
+    "<think>\n\n</think>\n\n{}", "</think>{}\n\n",
+]  # fmt: skip
+TAKES_APART = {  # what is written of a last answer
+    "R1": "{{ m.content.split('</think>')[-1].lstrip('\n') }}",
+    "thought": "<{{ m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') }}>{{ m.content }}",
+    "each": "{% for t in m.content.split('</think>') %}[{{ t | trim }}]{% endfor %}",
+    "replaced": "{{ m.content.replace('<think>\n', '<T>').split('</think>', 1)[-1] }}",
+    "trims": "{{ m.content.strip('<think>') }}",
+    "joined": "{% set t = '</' ~ m.content %}{{ t.split('</think>')[0] }}",
+    "shared": "{% if '</think>\n' in m.content or '>\n\n' in m.content %}<A>{% endif %}{{ m.content }}",
+    **{f"is {name}": "{% if " + name + " %}<A>{% endif %}{{ m.content }}" for name in (
+        "m.content.split('</think>')[-1] == 'abc'", "m.content.split('</think>')[-1] | trim == messages[0].content",
+        "m.content.split('</think>') | length > 2", "m.content.split('</think>')[0] | length > 9",
+        "m.content.split('</think>')[-1][0] == 'a'", "m.content.split('</think>')[0].split('<think>')[-1].strip()",
+        "m.content.startswith('<think>') and m.content.endswith('\n')", "m.content | trim != m.content",
+        "'</think>abc' in m.content", "'bc' in (m.content.replace('<think>', 'b'))",
+    )},
+}  # fmt: skip
+
+
+def thought_in_one_cut(number):
+    """Conversations whose texts are cut in few ways, but for what stands between."""
+    cut = number % len(THOUGHTS)
+    said = ["{}", THOUGHTS[cut], THOUGHTS[0] if cut % 3 == 2 else "{}", THOUGHTS[cut // 2]]
+    texts = iter([SAID[(number * (k + 2) + k * k) % 11] for k in range(12)] + ["think>"] * 4)
+    contents = (re.sub(r"\{\}", lambda _: next(texts), text) for text in said)
+    return [turn("assistant" if n % 2 else "user", content) for n, content in enumerate(contents)]
+
+
+def test_thoughts_within_answers_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2) -> None:
+    tokenizer, templates = with_template(smollm2, ""), [opened("qwen3").chat_template]
+    for written in TAKES_APART.values():
+        last = "{% if loop.last and m.role == 'assistant' %}<think></think>" + written + "{% else %}{{ m.content }}"
+        templates.append(STATE + "{% for m in messages %}" + WRITES.replace("{{ m.content }}", last + "{% endif %}"))
+    for number, source in enumerate(templates):
+        tokenizer.chat_template = source
+        fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+        exact._before = Forgetful()
+        for messages in map(thought_in_one_cut, range(28)):
+            assert outcome(fast, messages) == outcome(exact, messages), (source, messages)
+        assert number > 5 or {*fast._before.values()} != {None}
+
+
+def test_thoughts_within_answers_do_not_cost_a_rendering_each(opened, monkeypatch) -> None:
+    """But for conversations that are cut in a way that came at most once before, and while it is found where to."""
+    renderings = Counter()
+    real = Template.render
+    monkeypatch.setattr(Template, "render", lambda *given, **more: renderings.update(n=1) or real(*given, **more))
+    template = ChatTemplate(opened("qwen3"))
+    for number in range(10):
+        thought = f"<think>\nso {number}\n</think>\n\nIt is {number}."
+        said = [turn("assistant" if n % 2 else "user", thought if n % 2 else f"{number}?\n") for n in range(16)]
+        if number == 6:
+            renderings.clear()
+        assert len(template.documents(said)) == 8
+    assert renderings["n"] == 4
+
+
 GIVEN = [{"a": 2}, {"b": "abc d"}, {"a": {"b": [1.5, None]}, "é": 'q"\n\\'}, '{"a": 3}', {}, {"t": "x"}, {"a": "a"}]
 WRITES_CALLS = {  # what is written of the calls of a last answer
     **{name: "{{ f.arguments" + name + " | tojson }}" for name in ("", ".a", "['b']", ".values() | list", ".get('a')")},
@@ -905,11 +965,11 @@ def called_in_one_form(number):
     return messages, [{"type": "function", "function": {"name": texts[5]}}] if number % 2 else None
 
 
-def assert_calls_are_exact(tokenizer, numbers):
+def assert_calls_are_exact(tokenizer, numbers, conversation=called_in_one_form):
     fast, exact = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
     exact._before = Forgetful()
     for number in numbers:
-        messages, tools = called_in_one_form(number)
+        messages, tools = conversation(number)
         assert outcome(fast, messages, tools) == outcome(exact, messages, tools), (tokenizer.chat_template, number)
     return fast
 
@@ -930,15 +990,62 @@ def test_tool_calls_that_a_template_looks_into_are_learned_as_a_rendering_for_ea
         assert_calls_are_exact(tokenizer, range(24))
 
 
+FIND = "{% for b in messages %}{% for t in b.tool_calls or [] %}{% if t.id == m.tool_call_id %}[{{ t.function.name }}]"
+IDENTIFIES = {  # what is written of a call's id (`c`), or of the answer to it (`m`)
+    "found": ("", FIND + "{% endif %}{% endfor %}{% endfor %}"),
+    **{f"is {name}": ("{% if " + name + " %}<A>{% endif %}", "") for name in (
+        "c.id == 'call_1'", "c.id != messages[-2].tool_call_id", "c.id in [messages[-2].tool_call_id]", "c.id",
+        "c.id == messages[0].content", "c.id in messages[0].content", "c.id | length == 6", "c.id | trim == c.id",
+        "c.id.split('_')[0] == messages[-2].tool_call_id.split('_')[0]", "c.id.startswith('call')", "c.id == f.name",
+        "c.id < messages[-2].tool_call_id", "'call' in c.id", "c.id == c.id ~ ''", "c.id is defined",
+    )},
+    "written": ("{{ c.id }}", "{{ m.tool_call_id }}{{ m.name }}"),
+    "name": ("", "{% if m.name == 'call_1' %}<A>{% elif m.name %}{{ m.name }}{% endif %}"),
+    "names": ("{% if f.name == messages[-2].name %}<A>{% endif %}", ""),
+    "a key": ("{% set d = {c.id: 1} %}{{ d[c.id] }}", ""),
+    "upper": ("{{ c.id | upper }}", ""),
+}  # fmt: skip
+ALIKE = [("call_1", "call_1"), ("call_1", "call_2"), ("a", "a"), ("a", "b"), (" a", "a"), ("", ""), ("id", "yes")]
+
+
+def identified_in_one_form(number):
+    """Conversations of few forms with a call that has an id, and an answer to it."""
+    messages, tools = called_in_one_form(number)
+    call_id, answer_to = ALIKE[number // 3 % len(ALIKE)]
+    if number % 7 != 6:
+        messages[1]["tool_calls"][0]["id"] = call_id
+    messages[2] |= {"tool_call_id": answer_to, "name": ["add", "call_1", call_id or "f"][number % 3]}
+    if number % 4 == 3:
+        messages[1]["tool_calls"].append({**messages[1]["tool_calls"][0], "id": answer_to})
+    return messages, tools
+
+
+def test_calls_with_an_id_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2) -> None:
+    assert_calls_are_exact(opened("qwen3"), range(24), identified_in_one_form)
+    tokenizer = with_template(smollm2, "")
+    known = set()
+    for name, (of_call, of_answer) in IDENTIFIES.items():
+        said = of_answer + "{{ m.content }}{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        calls = "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + of_call + "{{ f.name }}{% endfor %}"
+        writes = WRITES.replace("{{ m.content }}", said + calls)
+        tokenizer.chat_template = STATE + "{% for m in messages %}" + writes
+        fast = assert_calls_are_exact(tokenizer, range(24), identified_in_one_form)
+        known |= {name for border in fast._before.values() if border is not None}
+    assert known >= {"found", "written", "is c.id", "is c.id != messages[-2].tool_call_id"}
+
+
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
-def test_a_conversation_with_tool_calls_is_rendered_once(opened, monkeypatch, family) -> None:
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_a_conversation_with_tool_calls_is_rendered_once(opened, monkeypatch, family, has_ids) -> None:
     renderings = Counter()
     real = Template.render
     monkeypatch.setattr(Template, "render", lambda *given, **more: renderings.update(n=1) or real(*given, **more))
     template = ChatTemplate(opened(family))
     for number in range(10):
         call = {"type": "function", "function": {"name": f"add{number}", "arguments": {"a": number, f"b{number}": "c"}}}
-        said = [turn("user", f"{number}?"), turn("assistant", "", tool_calls=[call]), turn("tool", f"{number}")]
+        call, answered = (call | {"id": f"{number}"}, {"tool_call_id": f"{number}"}) if has_ids else (call, {})
+        said = [turn("user", f"{number}?"), turn("assistant", "", tool_calls=[call])]
+        said.append(turn("tool", f"{number}", **answered))
         if number == 1:
             renderings.clear()
         template.documents([*said, turn("assistant", f"It is {number}.")] * 3, [call])
