@@ -17,7 +17,7 @@ feeding     `batches(step)` of 8 x 2048 tokens against a torch DataLoader over a
             collator that packs documents and restarts positions; one core each.
 checking    what the checksums of a store cost a sample, in blocks that were compared before and in the first pass over
             a store, as ratios to the same code on plain arrays; windows of 2048 tokens and bins of 256, in any order.
-packing     finetuning a small Llama on conversations that are packed into bins, against the same conversations one a
+packing     finetuning a small Llama on conversations that are packed, against the same conversations one a
             row, padded to the longest of each batch: tokens per second that are no padding.
 seeking     batches(1,000,000) of a new Batches, and opening a store of 10 billion tokens (sparse files).
 """
@@ -47,14 +47,15 @@ import xxhash
 from torch.utils.data import DataLoader
 
 from bigtrain.config import RunConfig, load_config
-from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.batches import Batches
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.columns import BLOCK, CHECKSUMS, Column
 from bigtrain.data.prepare import prepare_stage, prepare_tokenizer
 from bigtrain.data.sources import documents
 from bigtrain.data.store import FORMAT, Store, open_store, seal
 from bigtrain.data.tokenizer import load_tokenizer
-from bigtrain.data.writing import Layout, gather
+from bigtrain.data.types import IGNORE, Layout
+from bigtrain.data.writing import gather
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 from bigtrain.tasks.sft import Sft
@@ -361,7 +362,7 @@ class Plain:
 
 
 def unchecked(store: Store) -> Store:
-    for name in {"_tokens", "_documents", "_trained", "_bins"} & vars(store).keys():
+    for name in {"_tokens", "_documents", "_loss_mask", "_packed"} & vars(store).keys():
         if (column := getattr(store, name)) is not None:
             setattr(store, name, Plain(column) if name == "_documents" else column._array)
     return store
@@ -410,11 +411,11 @@ def packing(rounds: int, folder: Path) -> None:
     store = prepare_stage(stage, TASKS["sft"](), tokenizer, stores=run.stores, seed=run.seed).train[0]
     found_rows = list(itertools.islice(documents(stage.data[0], Sft.columns), 1500))
     answers = zip([row["where"] for row in found_rows], Sft().encode(found_rows, tokenizer), strict=True)
-    encoded = gather(answers, Layout("bins", length, 0), np.dtype(np.int64))
+    encoded = gather(answers, Layout("packed", length, 0), np.dtype(np.int64))
     ends = encoded.lengths.cumsum()
-    assert encoded.trained is not None
+    assert encoded.loss_mask is not None
     singles = [
-        (encoded.tokens[end - n : end], encoded.trained[end - n : end])
+        (encoded.tokens[end - n : end], encoded.loss_mask[end - n : end])
         for end, n in zip(ends, encoded.lengths, strict=True)
     ]
     shuffled = np.random.default_rng(0).permutation(len(singles))
@@ -461,7 +462,7 @@ def packing(rounds: int, folder: Path) -> None:
             "padded": lambda: useful_tokens(padded),
         },
     )
-    print(f"packing     finetuning on stdlib-functions, {rows} rows a step, bins {store.manifest['fill']:.1%} full")
+    print(f"packing     finetuning on stdlib-functions, {rows} rows a step, samples {store.manifest['fill']:.1%} full")
     print(f"  packed                      {median(found['packed'], 0)} tokens/s")
     print(f"  padded per batch            {median(found['padded'], 0)} tokens/s")
     print(f"    ratio                     {median(ratios(found['packed'], found['padded']))}   (bar: 1.5)")

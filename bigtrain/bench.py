@@ -102,7 +102,7 @@ def _timed(stage: StageConfig, engine: Engine, batches: Callable[[int], Batch], 
     stream = Stream([rows.append])
     run = StageRun(plain, steps * stage.global_batch_size, 0, stream, skips_overflows=True)  # of random weights in fp16
     with compiling(stage.name):
-        train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
+        train(run, engine, batches, evaluate=dict, saver=NoSaver(), requests=Requests())
     return [row for row in rows if row["kind"] == "step"]
 
 

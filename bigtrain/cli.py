@@ -252,7 +252,7 @@ def evaluate(
         Path | None, typer.Option(help="Also write each document's place, beginning and loss as JSONL.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Held-out loss, perplexity and token accuracy."""
+    """The task's metrics on held-out documents: loss, perplexity, accuracy and the like."""
     from bigtrain.config.load import source
     from bigtrain.inference.evaluate import evaluate as measure
     from bigtrain.pretrained import quiet
@@ -260,8 +260,8 @@ def evaluate(
     quiet()
     found = measure(where, [source(text, "--data") for text in data] if data else None, documents=documents)
     with _product():
-        say(f"{found.what}: {found.targets} targets")
-        say(f"loss {found.loss:.6f}   perplexity {found.perplexity:.4f}   accuracy {found.accuracy:.2%}")
+        say(f"{found.what}: {found.metrics['targets']} targets")
+        say("   ".join(f"{name} {value:.6g}" for name, value in found.metrics.items() if name != "targets"))
         if documents is not None:
             say(f"each document: {documents}")
 

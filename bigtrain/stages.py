@@ -41,7 +41,8 @@ from bigtrain.inference.generate import generate
 from bigtrain.inference.generation import left_out
 from bigtrain.inference.load import LoadedModel, load_model
 from bigtrain.inputs import lost_origin, own_architecture, own_tokenizer, try_inputs
-from bigtrain.models.causal_lm import dropouts, empty_model, parameter_shapes, plain_head
+from bigtrain.models.causal_lm import dropouts, empty_model, parameter_shapes
+from bigtrain.models.families import plain_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
@@ -318,7 +319,7 @@ class _Pipeline:
         self.history.tell_of_dropout(stage, dropouts(model), resumed is not None)
         self.history.plan(stage, shapes, run.done)
         try:
-            finished = self._train(stage, run, engine, data, sequences)
+            finished = self._train(stage, task, run, engine, data, sequences)
         except NotFiniteError as error:
             raise BigtrainError(f"{error} {self.history.way_on(stage)}") from None
         engine.close()
@@ -367,7 +368,9 @@ class _Pipeline:
         where = "model.from_config: of the first weights" if source is None else f"model.from_pretrained: in {source}"
         raise CheckpointError(f"{where} {told}.")
 
-    def _train(self, stage: StageConfig, run: StageRun, engine: Engine, data: StageData, sequences: int) -> bool:
+    def _train(
+        self, stage: StageConfig, task: Task, run: StageRun, engine: Engine, data: StageData, sequences: int
+    ) -> bool:
         dims = stage_dims(self.config, stage, self.world)
         batches = Batches(
             data.train,
@@ -397,7 +400,7 @@ class _Pipeline:
                 run,
                 engine,
                 prefetched,
-                held_out=held_out,
+                evaluate=lambda: task.metrics(engine.evaluate(held_out())),
                 saver=saver,
                 requests=self.requests,
             )

@@ -8,7 +8,7 @@ takes boxes from a `StateReader`; nothing here knows about ranks, files or engin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -47,6 +47,20 @@ class StateReader(Protocol):
         Raises CheckpointError when the tensor is missing or the part lies outside of it.
         """
         ...
+
+
+class Overlay:
+    """A StateReader that takes the weights of some names from another reader than the rest."""
+
+    def __init__(self, base: StateReader, over: StateReader, names: Collection[str]):
+        self._base, self._over, self._names = base, over, frozenset(names)
+
+    @property
+    def slots(self) -> Sequence[str]:
+        return self._base.slots
+
+    def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:
+        return (self._over if name in self._names else self._base).read(name, slot, offsets, lengths)
 
 
 def lies_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> bool:

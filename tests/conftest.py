@@ -7,7 +7,7 @@ from xdist.scheduler import LoadFileScheduling
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 # These share pools of ranks.
-POOLS = {f"tests/parity/test_{name}.py" for name in ("loop", "precision", "state", "steps")}
+POOLS = {f"tests/parity/test_{name}.py" for name in ("loop", "precision", "state", "steps", "tasks")}
 
 
 class Scheduling(LoadFileScheduling):

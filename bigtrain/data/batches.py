@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from bigtrain.data.order import Indices, Order, locate
 if TYPE_CHECKING:
     from bigtrain.data.store import Store
 
-IGNORE = -100  # a target with this id is not trained on
 DOCUMENTS = "documents"  # a tensor of batches that are asked for it
 
 
@@ -24,9 +23,10 @@ DOCUMENTS = "documents"  # a tensor of batches that are asked for it
 class Batch:
     """One rank's share of a global batch.
 
-    tensors: `input_ids`, `targets` (already shifted; IGNORE where nothing is to be learned) and
-        `position_ids` (restart at each document), int64 of shape (rows, length), on the CPU.
-        A rank may have no rows: then the shape is (0, length).
+    tensors: on the CPU, each with as many rows; a rank may have none. Of `windows` and `packed` layouts `input_ids`,
+        `targets` (already shifted; IGNORE where nothing is to be learned) and `position_ids` (restart at each
+        document), int64 of shape (rows, length). Of `rows` `input_ids` and `attention_mask`, (rows, length), where
+        length is that of the longest row of the global batch, and the layout's columns, (rows,).
     rows: sequences in the whole global batch, over all ranks.
     step: the step that the batch belongs to; seeds dropout.
     """
@@ -69,7 +69,8 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """This rank's contiguous share of the global batch of `step`; may have no rows. Raises IndexError."""
         rows, numbers = self._shares.of(step)
-        return _batch(self._stores, *self._order(numbers), rows=rows, step=step)
+        length = _length(self._stores, lambda: self._order(self._shares.whole(step)))
+        return _batch(self._stores, *self._order(numbers), length=length, rows=rows, step=step)
 
     def ids(self, step: int) -> list[tuple[int, int]]:
         """(store, sample in the store) of each row of the whole global batch."""
@@ -124,7 +125,8 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `sequences` samples (None: all), store after store, each sample once.
 
-    documents: with the tensor DOCUMENTS, the number of each position's document, counted through all stores.
+    documents: with the tensor DOCUMENTS, of the shape of `targets`: the number of each target's document, counted
+    through all stores.
     """
     ends = np.cumsum([store.samples for store in stores])
     total = int(ends[-1]) if sequences is None else min(int(ends[-1]), sequences)
@@ -132,7 +134,8 @@ def held_out_batches(
     for step in range(shares.steps):
         rows, numbers = shares.of(step)
         which, samples = locate(numbers, ends)
-        batch = _batch(stores, which, samples, rows=rows, step=step)
+        length = _length(stores, lambda step=step: locate(shares.whole(step), ends))  # type: ignore[misc]
+        batch = _batch(stores, which, samples, length=length, rows=rows, step=step)
         yield replace(batch, tensors=batch.tensors | _documents(stores, which, samples)) if documents else batch
 
 
@@ -162,16 +165,25 @@ class _Shares:
         return rows, numbers[self.data_rank * rows // self.data_size : (self.data_rank + 1) * rows // self.data_size]
 
 
-def _batch(stores: Sequence[Store], which: Indices, samples: Indices, *, rows: int, step: int) -> Batch:
-    arrays = np.empty((3, len(samples), stores[0].sequence_length), dtype=np.int64)
+def _length(stores: Sequence[Store], whole: Callable[[], tuple[Indices, Indices]]) -> int:
+    """Tokens of a row of a batch. whole: (store, sample) of the rows of the global batch, so that all ranks agree."""
+    if not stores[0].is_ragged:
+        return stores[0].sequence_length
+    which, samples = whole()
+    return max(stores[store].longest(samples[which == store]) for store in np.unique(which).tolist())
+
+
+def _batch(stores: Sequence[Store], which: Indices, samples: Indices, *, length: int, rows: int, step: int) -> Batch:
+    arrays = stores[0].arrays(len(samples), length)
     for row, (store, sample) in enumerate(zip(which.tolist(), samples.tolist(), strict=True)):
-        arrays[0, row], arrays[1, row], arrays[2, row] = stores[store].sample(sample)
-    input_ids, targets, position_ids = torch.from_numpy(arrays)
-    return Batch({"input_ids": input_ids, "targets": targets, "position_ids": position_ids}, rows, step)
+        stores[store].fill(arrays, row, sample)
+    return Batch({key: torch.from_numpy(array) for key, array in arrays.items()}, rows, step)
 
 
 def _documents(stores: Sequence[Store], which: Indices, samples: Indices) -> dict[str, Tensor]:
     firsts = np.cumsum([0, *(store.manifest["documents"] for store in stores)])
+    if stores[0].is_ragged:  # each row is a document
+        return {DOCUMENTS: torch.from_numpy(firsts[which] + samples)}
     numbers = np.zeros((len(samples), stores[0].sequence_length), dtype=np.int64)  # 0 where nothing is
     for row, (store, sample) in enumerate(zip(which.tolist(), samples.tolist(), strict=True)):
         documents = stores[store].documents_in(sample)

@@ -9,7 +9,8 @@ from math import sqrt
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.files import Row
 from bigtrain.data.shards import text_bytes
-from bigtrain.data.writing import Answer, count_answers
+from bigtrain.data.types import Answer
+from bigtrain.data.writing import count_answers
 from bigtrain.errors import DataError
 
 SAMPLE_BYTES = 32_000_000  # of a source's text that a sample is drawn from
@@ -61,7 +62,7 @@ def check_count(answers: int, cut: int, rows: Iterable[Row], encode: Encode, sta
 
 def _counts(found: list[Answer], length: int) -> tuple[int, int]:
     """(answers, those that are cut) of rows."""
-    masks = [mask or () for answer in found if isinstance(answer, list) for _, mask in answer]
+    masks = [each.loss_mask or () for answer in found if isinstance(answer, list) for each in answer]
     return sum(map(count_answers, masks)), sum(count_answers(mask, length + 1) for mask in masks)
 
 

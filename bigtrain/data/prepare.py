@@ -23,7 +23,8 @@ from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, name
 from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tally import Tally
 from bigtrain.data.tokenizer import num_ids, tokenizer_fingerprint, train_tokenizer
-from bigtrain.data.writing import Answer, Answered, Encoded, Layout, assemble, gather, token_dtype
+from bigtrain.data.types import Answer, Answered, Layout
+from bigtrain.data.writing import Encoded, assemble, gather, token_dtype
 from bigtrain.disk import is_made, make_once, remove
 from bigtrain.errors import DataError
 from bigtrain.masking import masked
@@ -35,7 +36,8 @@ BATCH_BYTES = 2_000_000  # of text, given to the tokenizer's threads at once
 class Encoder(Protocol):
     """What a task says about its documents."""
 
-    layout: str  # of the store: `windows` or `bins`
+    layout: str  # of the store: `windows`, `packed` or `rows`
+    store_columns: Mapping[str, str]  # name and dtype of what a document has beside its tokens
     encoding: str  # name and version of what `encode` does; a new version makes new stores
     columns: Columns  # the sets of columns that it can read
 
@@ -229,9 +231,10 @@ def counts(store: Store) -> dict[str, Any]:
 
 
 def _layout(task: Encoder, tokenizer: Any, stage: StageConfig) -> Layout:
-    if task.layout != "bins":
+    if task.layout == "windows":
         return Layout(task.layout)
-    return Layout("bins", stage.sequence_length, _pad_id(tokenizer), stage.long_conversations)
+    ways = stage.long_conversations if task.layout == "packed" else None
+    return Layout(task.layout, stage.sequence_length, _pad_id(tokenizer), ways, task.store_columns)
 
 
 def _store(part: SourcePart, recipe: Recipe, stage: StageConfig, stream: Stream, is_trained_on: bool) -> Store:
@@ -325,7 +328,7 @@ def _shards_of(folder: Path) -> Path:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Of the unused tail of a bin, which no target looks at: any id of the vocabulary will do."""
+    """Fills up a sample where nothing is read or learned: any id of the vocabulary will do."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token

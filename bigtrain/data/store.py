@@ -2,14 +2,15 @@
 
     tokens.bin     the ids of all documents, one after the other (uint16, or uint32 for a large vocabulary)
     documents.bin  where each document starts in it, and the end of the last (int64, one more than documents)
-    trained.bin    one byte per token, 0 where nothing is to be learned; absent where everything is
-    bins.bin       bins only: where each bin starts in documents.bin, and the end of the last (int64)
+    loss_mask.bin  one byte per token, 0 where nothing is to be learned; absent where everything is
+    packed.bin     packed only: where each sample starts in documents.bin, and the end of the last (int64)
+    NAME.bin       one value for each document, of each of the manifest's `columns`
     checksums.bin  XXH3 of each 64 KiB of the files above, in the order of their names (uint64)
     manifest.json  what made the store, counts, size and sha256 of each file, and its own sha256; written last
 
-`windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, wherever they
-end. `bins` (finetuning): whole documents, packed into samples of at most L targets; longer ones are cut
-at the end.
+`windows` (pretraining): sample i has the tokens [i*L, i*L + L] of the shuffled documents, wherever they end. `packed`
+(finetuning): whole documents, packed into samples of at most L targets; longer ones are cut at the end. `rows`: each
+document is a sample.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.batches import IGNORE
 from bigtrain.data.columns import CHECKSUMS, MADE_AGAIN, Column, columns
+from bigtrain.data.types import IGNORE
 from bigtrain.disk import file_within
 from bigtrain.errors import DataError, reason
 
-FORMAT = 3
+FORMAT = 4
+TOKENS, DOCUMENTS, LOSS_MASK, PACKED = "tokens.bin", "documents.bin", "loss_mask.bin", "packed.bin"
+LENGTHS = "lengths.bin"  # of the documents of a shard
+FORMAT_3 = {LOSS_MASK: "trained.bin", PACKED: "bins.bin"}  # what their files were called
 
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+Arrays = dict[str, NDArray[np.int64]]
+ROUND = 8  # rows are padded to a multiple of this
 
 
 def open_store(folder: Path, sequence_length: int, document_mask: bool = True) -> Store:
@@ -40,7 +46,8 @@ def open_store(folder: Path, sequence_length: int, document_mask: bool = True) -
     Raises DataError if it is not complete, of another format or without a sample.
     """
     manifest = _checked_manifest(folder)
-    store = {"windows": Windows, "bins": Packed}[manifest["layout"]](folder, manifest, sequence_length)
+    layouts: dict[str, type[Store]] = {"windows": Windows, "packed": Packed, "rows": Rows}
+    store = layouts[manifest["layout"]](folder, manifest, sequence_length)
     store.document_mask = document_mask
     if store.samples == 0:
         raise DataError(
@@ -59,8 +66,8 @@ def verify_store(folder: Path) -> int:
 
 
 def content_of(manifest: dict[str, Any]) -> str:
-    """A hash of the arrays of a store, from its manifest."""
-    arrays = {name: metadata["sha256"] for name, metadata in manifest["files"].items()}
+    """A hash of the arrays of a store, from its manifest; the same for a store that was written in format 3."""
+    arrays = {FORMAT_3.get(name, name): metadata["sha256"] for name, metadata in manifest["files"].items()}
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,6 +93,7 @@ class Store(ABC):
     """A memory-mapped token store: its folder, manifest, sequence_length and number of samples."""
 
     samples: int
+    is_ragged = False  # whether a row is as long as the longest of its batch, instead of sequence_length
     document_mask = True  # whether positions begin anew with each document
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
@@ -93,17 +101,21 @@ class Store(ABC):
         self.manifest = manifest
         self.sequence_length = sequence_length
         self._columns = columns(folder, manifest, _dtypes(manifest))
-        self._tokens = self._columns["tokens.bin"]
-        self._documents = self._columns["documents.bin"]
-        self._loss_mask: Column | None = self._columns.get("trained.bin")
+        self._tokens = self._columns[TOKENS]
+        self._documents = self._columns[DOCUMENTS]
+        self._loss_mask: Column | None = self._columns.get(LOSS_MASK)
 
     @abstractmethod
-    def sample(self, i: int) -> Sample:
-        """(input_ids, targets, position_ids) of sample i, int64 of shape (sequence_length,).
+    def arrays(self, rows: int, length: int) -> Arrays:
+        """The arrays of a batch of so many rows of so many tokens, to be filled by `fill`."""
 
-        Targets are shifted already and IGNORE where nothing is to be learned; positions restart at 0 with
-        each document (`document_mask`). Raises IndexError.
-        """
+    @abstractmethod
+    def fill(self, arrays: Arrays, row: int, i: int) -> None:
+        """Put sample i into a row of `arrays`. Raises IndexError."""
+
+    def longest(self, samples: NDArray[np.int64]) -> int:
+        """Tokens that a row needs for the longest of these samples (`is_ragged`)."""
+        raise NotImplementedError
 
     @abstractmethod
     def documents_in(self, i: int) -> SampleDocuments:
@@ -132,11 +144,30 @@ class Store(ABC):
         if not 0 <= i < self.samples:
             raise IndexError(f"sample {i} of {self.samples}")
 
+
+class Sequences(Store):
+    """Samples of `sequence_length` positions, of one or more documents."""
+
+    @abstractmethod
+    def sample(self, i: int) -> Sample:
+        """(input_ids, targets, position_ids) of sample i, int64 of shape (sequence_length,).
+
+        Targets are shifted already and IGNORE where nothing is to be learned; positions restart at 0 with
+        each document (`document_mask`). Raises IndexError.
+        """
+
+    def arrays(self, rows: int, length: int) -> Arrays:
+        input_ids, targets, position_ids = np.empty((3, rows, length), dtype=np.int64)
+        return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids}
+
+    def fill(self, arrays: Arrays, row: int, i: int) -> None:
+        arrays["input_ids"][row], arrays["targets"][row], arrays["position_ids"][row] = self.sample(i)
+
     def _positions(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         return _positions(starts[starts < length] if self.document_mask else starts[:0], length)
 
 
-class Windows(Store):
+class Windows(Sequences):
     """Samples of a fixed length, cut from the documents whatever documents they hold."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
@@ -169,14 +200,14 @@ class Windows(Store):
         return SampleDocuments(begins - 1, bool(self._documents[begins - 1 : begins][0] == first), at)
 
 
-class Packed(Store):
+class Packed(Sequences):
     """Samples made of whole documents; the tail that none fits is filled with the pad id."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
         super().__init__(folder, manifest, sequence_length)
         if manifest["sequence_length"] != sequence_length:
             raise DataError(f"{folder}: packed for sequences of {manifest['sequence_length']}, not {sequence_length}.")
-        self._packed = self._columns["bins.bin"]
+        self._packed = self._columns[PACKED]
         self.samples = len(self._packed) - 1
 
     @property
@@ -210,6 +241,43 @@ class Packed(Store):
         return SampleDocuments(int(begin), True, _without_last(self._documents[begin : end + 1]))
 
 
+class Rows(Store):
+    """Each document is a sample, with values of its own."""
+
+    is_ragged = True
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], sequence_length: int):
+        super().__init__(folder, manifest, sequence_length)
+        self.samples = len(self._documents) - 1
+
+    @property
+    def left_over(self) -> int:
+        return 0
+
+    def longest(self, samples: NDArray[np.int64]) -> int:
+        """The length of the longest, rounded up to a multiple of ROUND: a function of the samples alone."""
+        sizes = [int(np.diff(self._documents[i : i + 2])[0]) for i in samples.tolist()]
+        return min(self.sequence_length, -(-max(sizes, default=1) // ROUND) * ROUND)
+
+    def arrays(self, rows: int, length: int) -> Arrays:
+        """`input_ids` filled up with the pad id, `attention_mask` (rows, length); each value by its name (rows,)."""
+        ids = np.full((rows, length), self.manifest["pad_id"], dtype=np.int64)
+        values = {name: np.empty(rows, dtype=dtype) for name, dtype in self.manifest["columns"].items()}
+        return {"input_ids": ids, "attention_mask": np.zeros((rows, length), dtype=np.int64), **values}
+
+    def fill(self, arrays: Arrays, row: int, i: int) -> None:
+        self._check(i)
+        ids = self.document(i)
+        arrays["input_ids"][row, : len(ids)] = ids
+        arrays["attention_mask"][row, : len(ids)] = 1
+        for name in self.manifest["columns"]:
+            arrays[name][row] = self._columns[f"{name}.bin"][i : i + 1][0]
+
+    def documents_in(self, i: int) -> SampleDocuments:
+        self._check(i)
+        return SampleDocuments(i, True, np.array([0, *np.diff(self._documents[i : i + 2])]))
+
+
 def _without_last(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Offsets of documents, from 0 on, once each has lost its last token, which is no input."""
     return offsets - offsets[0] - np.arange(len(offsets))
@@ -224,7 +292,8 @@ def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 
 
 def _dtypes(manifest: dict[str, Any]) -> dict[str, str]:
-    return {"tokens.bin": manifest["dtype"], "documents.bin": "int64", "trained.bin": "bool", "bins.bin": "int64"}
+    values = {f"{name}.bin": dtype for name, dtype in manifest["columns"].items()}
+    return {TOKENS: manifest["dtype"], DOCUMENTS: "int64", LOSS_MASK: "bool", PACKED: "int64"} | values
 
 
 def _files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:

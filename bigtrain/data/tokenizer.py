@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from bigtrain.config.environment import threads
 from bigtrain.data.chat import Rendered, Span
 from bigtrain.data.marks import MARK
+from bigtrain.data.types import Document
 from bigtrain.data.words import Words
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening
@@ -107,7 +108,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([content, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
 
 
-def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rendered]) -> list[Masked]:
+def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rendered]) -> list[Document]:
     """Ids of what a chat template made, and which of them are learned. No special token is added; those that stand
     there are obeyed, unless between two MARKs, as `tokens` may.
 
@@ -137,7 +138,7 @@ def encode_rendered(tokenizer: Any, tokens: frozenset[str], documents: list[Rend
                 new, flags = _masked(next(encodings), learned)
             all_ids += new
             loss_mask += flags
-        encoded.append((all_ids, loss_mask))
+        encoded.append(Document(all_ids, loss_mask))
     return encoded
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,75 +15,44 @@ from numpy.typing import NDArray
 from bigtrain.data.columns import Writer, map_file
 from bigtrain.data.files import Unusable
 from bigtrain.data.order import make_key, permute
-from bigtrain.data.store import FORMAT, seal
+from bigtrain.data.store import DOCUMENTS, FORMAT, LENGTHS, LOSS_MASK, PACKED, TOKENS, seal
 from bigtrain.data.tally import Tally
+from bigtrain.data.types import Answered, Document, Documents, Indices, Layout, LeftOut
 from bigtrain.disk import check_free
 from bigtrain.errors import DataError
 from bigtrain.masking import masked_values
 
 ASSEMBLY_BYTES = 2**28  # of shuffled tokens that memory holds at once
 
-Document = tuple[Sequence[int], Sequence[bool] | None]  # ids; which of them are trained, None for all
-
-
-class Documents(list[Document]):
-    """Those of a row. unread: names of what the row has and no document holds. is_split: whether they are several
-    because one would be too long."""
-
-    def __init__(self, documents: Iterable[Document], unread: tuple[str, ...] = (), is_split: bool = False):
-        super().__init__(documents)
-        self.unread = unread
-        self.is_split = is_split
-
-
-class LeftOut(NamedTuple):
-    """A row of which the run's file wants no document, and why."""
-
-    reason: str
-
-
-Answer = list[Document] | Unusable | LeftOut  # what an encoder makes of a row
-Answered = tuple[str, Answer]  # where the row stands, for messages; what was made of it
-Indices = NDArray[np.int64]
 COUNTS = ("documents", "tokens", "targets", "split", "cut", "cut_tokens", "answers", "cut_answers")
 CUT = "cut to sequence_length"  # of documents that are longer
-
-
-@dataclass
-class Layout:
-    """windows: nothing else matters. bins: of at most `sequence_length` targets, filled up with `pad_id`;
-    long_conversations: what becomes of those that have more, as the run's file says."""
-
-    name: str
-    sequence_length: int | None = None
-    pad_id: int | None = None
-    long_conversations: str | None = None
-
-    @classmethod
-    def of(cls, manifest: dict[str, Any]) -> Layout:
-        """That of a store, by its manifest."""
-        names = ("sequence_length", "pad_id", "long_conversations")
-        return cls(manifest["layout"], *(manifest[name] for name in names))
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Documents in the order they came, cut to what a sample takes; those with nothing to learn are left out.
 
-    tokens: all ids, one document after the other. trained: bool of the same shape, None if everything is.
-    lengths: tokens of each document. counts: COUNTS. tally: of the rows; `rows` is 0, as whoever reads
-    them counts them.
+    tokens: all ids, one document after the other. loss_mask: bool of the same shape, None if all are trained.
+    lengths: tokens of each document. values: of each of the layout's columns, one for each document. counts: COUNTS.
+    tally: of the rows; `rows` is 0, as whoever reads them counts them.
     """
 
     tokens: NDArray[Any]
     loss_mask: NDArray[np.bool_] | None
     lengths: Indices
+    values: dict[str, NDArray[Any]]
     counts: dict[str, int]
     tally: Tally
 
     @property
     def bytes(self) -> int:
-        return self.tokens.nbytes + (0 if self.loss_mask is None else self.loss_mask.nbytes) + self.lengths.nbytes
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By the names of their files."""
+        mask = {} if self.loss_mask is None else {LOSS_MASK: self.loss_mask}
+        values = {f"{name}.bin": array for name, array in self.values.items()}
+        return {TOKENS: self.tokens, LENGTHS: self.lengths} | mask | values
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -93,36 +62,24 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
 
 def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> Encoded:
     """The documents of rows as arrays, for one shard."""
-    limit = layout.sequence_length
-    kept: list[Sequence[int]] = []
-    masks: list[Sequence[bool] | None] = []
-    tally = Tally()
-    targets = split = cut = cut_tokens = answers = cut_answers = 0
+    kept: list[Document] = []
+    tally, counts = Tally(), dict.fromkeys(COUNTS, 0)
     for where, answer in rows:
         if isinstance(answer, Unusable | LeftOut):
             tally.drop(answer.reason, where)
             continue
         if isinstance(answer, Documents):
             tally.unread.update(answer.unread)
-            split += answer.is_split
+            counts["split"] += answer.is_split
         before, lost = len(kept), list[str]()
-        for ids, mask in answer:
-            size = len(ids) if limit is None else min(len(ids), limit + 1)
-            learned = size - 1 if mask is None else int(sum(mask[1:size]))
-            if mask is not None:
-                answers += count_answers(mask)
-                cut_answers += count_answers(mask, size)
-            if len(ids) < (1 if limit is None else 2):
-                lost.append("empty")
-            elif limit is not None and learned == 0:
-                lost.append("without a trained target within sequence_length")
-            else:
-                targets += learned
-                kept.append(ids[:size] if size < len(ids) else ids)
-                masks.append(None if mask is None else mask[:size])
-                if size < len(ids):
-                    cut, cut_tokens = cut + 1, cut_tokens + len(ids) - size
-                    tally.example(CUT, where)
+        for each in answer:
+            document, reason = _taken(Document(*each), layout, counts)
+            if document is None:
+                lost.append(reason)
+                continue
+            kept.append(document)
+            if document.cut:
+                tally.example(CUT, where)
         if len(kept) == before:
             tally.drop(lost[0] if lost else "empty", where)
         else:
@@ -130,16 +87,41 @@ def gather(rows: Iterable[Answered], layout: Layout, dtype: np.dtype[Any]) -> En
             tally.parts.update(lost)
             for reason in lost:
                 tally.example(reason, where)
-    lengths = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept))
+    lengths = np.fromiter((len(document.ids) for document in kept), dtype=np.int64, count=len(kept))
     tokens = np.empty(int(lengths.sum()), dtype=dtype)
     loss_mask = np.ones(len(tokens), dtype=bool)
-    for end, ids, mask in zip(lengths.cumsum().tolist(), kept, masks, strict=True):
-        tokens[end - len(ids) : end] = ids
-        if mask is not None:
-            loss_mask[end - len(ids) : end] = mask
-    numbers = (len(lengths), len(tokens), targets, split, cut, cut_tokens, answers, cut_answers)
-    counts = dict(zip(COUNTS, numbers, strict=True))
-    return Encoded(tokens, None if loss_mask.all() else loss_mask, lengths, counts, tally)
+    for end, document in zip(lengths.cumsum().tolist(), kept, strict=True):
+        tokens[end - len(document.ids) : end] = document.ids
+        if document.loss_mask is not None:
+            loss_mask[end - len(document.ids) : end] = document.loss_mask
+    values = {
+        name: np.array([document.values[name] for document in kept], dtype=kind)
+        for name, kind in layout.columns.items()
+    }
+    counts |= {"documents": len(lengths), "tokens": len(tokens)}
+    return Encoded(tokens, None if loss_mask.all() else loss_mask, lengths, values, counts, tally)
+
+
+def _taken(document: Document, layout: Layout, counts: dict[str, int]) -> tuple[Document | None, str]:
+    """A document as a sample can hold it, counted in `counts`; or None, and why it is left out."""
+    ids, mask, longest = document.ids, document.loss_mask, layout.longest
+    size = len(ids) if longest is None else min(len(ids), longest)
+    if mask is not None:
+        counts["answers"] += count_answers(mask)
+        counts["cut_answers"] += count_answers(mask, size)
+    if len(ids) < (2 if layout.name == "packed" else 1):
+        return None, "empty"
+    learned = 1 if layout.name == "rows" else size - 1 if mask is None else int(sum(mask[1:size]))
+    if layout.name == "packed" and learned == 0:
+        return None, "without a trained target within sequence_length"
+    counts["targets"] += learned
+    cut = document.cut + len(ids) - size
+    if cut:
+        counts["cut"] += 1
+        counts["cut_tokens"] += cut
+    if size < len(ids):
+        ids, mask = ids[:size], None if mask is None else mask[:size]
+    return Document(ids, mask, document.values, cut), ""
 
 
 def count_answers(mask: Sequence[bool], first: int = 0) -> int:
@@ -149,12 +131,10 @@ def count_answers(mask: Sequence[bool], first: int = 0) -> int:
 
 
 def write_shard(folder: Path, encoded: Encoded, metadata: dict[str, Any]) -> None:
-    """Fill an empty folder with tokens.bin, lengths.bin, trained.bin (unless everything is trained), manifest.json."""
-    arrays = {"tokens.bin": encoded.tokens, "lengths.bin": encoded.lengths, "trained.bin": encoded.loss_mask}
-    for name, array in arrays.items():
-        if array is not None:
-            (folder / name).write_bytes(array.data)
-    manifest = metadata | encoded.counts | {"tally": encoded.tally.metadata(), "trained": encoded.loss_mask is None}
+    """Fill an empty folder with the arrays of `encoded` and manifest.json."""
+    for name, array in encoded.arrays().items():
+        (folder / name).write_bytes(array.data)
+    manifest = metadata | encoded.counts | {"tally": encoded.tally.metadata()}
     (folder / "manifest.json").write_text(json.dumps(masked_values(manifest), indent=2) + "\n")
 
 
@@ -207,27 +187,32 @@ def assemble(
         reasons = ", ".join(told) or "there were none"
         hint = " Raise held_out, or give more documents." if metadata["documents_are"] == "held-out side" else ""
         raise DataError(f"{whose}: no document is left: {reasons}.{hint}")
-    everything = all(manifest["trained"] for manifest in manifests)
+    everything = not any((shard / LOSS_MASK).exists() for shard in shards)
     per_token = dtype.itemsize + (0 if everything else 1)
     check_free(folder, counts["tokens"] * per_token + 16 * counts["documents"], f"{whose}, as a store,")
 
-    lengths = np.concatenate([map_file(shard / "lengths.bin", "int64") for shard in shards])
+    lengths = np.concatenate([map_file(shard / LENGTHS, "int64") for shard in shards])
     order = permute(np.arange(len(lengths)), len(lengths), make_key(seed, "documents"))
     writer = Writer(folder)
-    if layout.sequence_length is not None:
+    if layout.name == "packed":
+        assert layout.sequence_length is not None
         order, packed = _packed(order, lengths, layout.sequence_length, seed)
-        writer.write("bins.bin", [packed])
+        writer.write(PACKED, [packed])
         samples = len(packed) - 1
         counts |= {"samples": samples, "fill": int((lengths - 1).sum()) / (samples * layout.sequence_length)}
     offsets = np.concatenate(([0], lengths[order].cumsum()))
-    writer.write("documents.bin", [offsets])
+    writer.write(DOCUMENTS, [offsets])
     shuffled = _Shuffled(shards, [manifest["documents"] for manifest in manifests], lengths, order, offsets)
-    writer.write("tokens.bin", shuffled.pieces("tokens.bin", dtype))
+    writer.write(TOKENS, shuffled.pieces(TOKENS, dtype))
     if not everything:
-        writer.write("trained.bin", shuffled.pieces("trained.bin", np.dtype(bool)))
+        writer.write(LOSS_MASK, shuffled.pieces(LOSS_MASK, np.dtype(bool)))
+    for name, kind in layout.columns.items():
+        values = [map_file(shard / f"{name}.bin", kind) for shard in shards]
+        writer.write(f"{name}.bin", [np.concatenate(values)[order]])
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | metadata
     manifest |= (
         {"long_conversations": layout.long_conversations, "pad_id": layout.pad_id, "dtype": dtype.name}
+        | {"columns": dict(layout.columns)}
         | counts
         | writer.close()
     )
@@ -275,13 +260,13 @@ class _Shuffled:
 
 
 def _packed(order: Indices, lengths: Indices, sequence_length: int, seed: int) -> tuple[Indices, Indices]:
-    """(documents in the order of their bins, where each bin starts in that order and the end of the last).
+    """(documents in the order of their samples, where each sample starts in that order and the end of the last).
 
-    Best fit decreasing: the longest document first, each into the fullest bin that still takes it.
+    Best fit decreasing: the longest document first, each into the fullest sample that still takes it.
     """
     longest_first = order[np.argsort(-lengths[order], kind="stable")]
     packed: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room -> bins
+    with_room: dict[int, list[int]] = {}  # room -> samples
     rooms: list[int] = []  # the rooms that occur, sorted
     for document in longest_first.tolist():
         pairs = int(lengths[document]) - 1

@@ -62,9 +62,10 @@ def read_together(read: Callable[[], None]) -> None:
 
 
 def sum_over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same keys, each scalar summed over the ranks, in one collective."""
+    """The same keys, each tensor summed over the ranks, in one collective. All have one dtype."""
     keys = sorted(sums)
-    together = torch.stack([sums[key] for key in keys])
+    together = torch.cat([sums[key].flatten() for key in keys])
     if dist.get_world_size() > 1:
         dist.all_reduce(together)
-    return dict(zip(keys, together.unbind(), strict=True))
+    parts = together.split([sums[key].numel() for key in keys])
+    return {key: part.view_as(sums[key]) for key, part in zip(keys, parts, strict=True)}

@@ -12,63 +12,57 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.data.batches import DOCUMENTS, IGNORE, Batch
+from bigtrain.data.batches import DOCUMENTS, Batch
 from bigtrain.data.cleaning.texts import row_text
 from bigtrain.data.prepare import SourcePart
 from bigtrain.data.store import Store
-from bigtrain.data.writing import Layout
-from bigtrain.distributed.collectives import sum_over_ranks
+from bigtrain.data.types import IGNORE, Layout
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
-from bigtrain.parallel.micro_batches import micro_batches
+from bigtrain.parallel import engine
 from bigtrain.parallel.task_module import TaskModule
 from bigtrain.tasks import Task
 
 SHOWN = 200  # characters of a document's beginning
 
-Sums = dict[str, NDArray[np.float64]]  # loss (nats), targets, correct: of each document, store after store
+Sums = dict[str, Tensor]
+EACH = "documents' "  # before the names of sums that are one for each document
 
 
 class ByDocument:
-    """A task whose sums are vectors, float64 of shape (documents,), in which each target counts for its document."""
+    """A task with more sums, float64 of shape (documents,): `loss` and `targets` of each document."""
 
     def __init__(self, task: Task, documents: int):
         self._task = task
+        self.sums_over = task.sums_over
         self._documents = documents
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         return self._task.inputs(batch)
 
-    def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:  # noqa: ARG002
-        targets = batch["targets"].flatten()
-        values = {
-            "loss": self._task.losses(logits, batch),
-            "targets": targets != IGNORE,
-            "correct": logits.flatten(0, -2).argmax(-1) == targets,
-        }
-        nothing = torch.zeros(self._documents, dtype=torch.float64, device=targets.device)
+    def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> Sums:
+        values = {"loss": self._task.losses(logits, batch), "targets": batch["targets"].flatten() != IGNORE}
+        nothing = torch.zeros(self._documents, dtype=torch.float64, device=batch["targets"].device)
         which = batch[DOCUMENTS].flatten()
-        return {name: nothing.index_add(0, which, value.double()) for name, value in values.items()}
+        each = {f"{EACH}{name}": nothing.index_add(0, which, value.double()) for name, value in values.items()}
+        return self._task.sums(logits, batch, training) | each
 
 
 def sums_by_document(
     model: Any, task: Task, stores: Sequence[Store], batches: Iterable[Batch], micro: int, world: World
-) -> Sums:
-    """Over all ranks. batches: held-out ones with DOCUMENTS; micro: sequences that go through the model at once."""
+) -> tuple[Sums, Sums]:
+    """(the task's sums, `loss` and `targets` of each document, store after store), over all ranks.
+
+    batches: held-out ones with DOCUMENTS. micro: sequences that go through the model at once.
+    """
     documents = sum(store.manifest["documents"] for store in stores)
     module = TaskModule(model, ByDocument(task, documents), world.device)  # type: ignore[arg-type]
-    module.eval()
-    totals: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for batch in batches:
-            for tensors in micro_batches(batch, micro, world.size):
-                sums = module({key: tensor.to(world.device) for key, tensor in tensors.items()})
-                totals = {key: totals[key] + value for key, value in sums.items()} if totals else sums
-    return {key: value.cpu().numpy() for key, value in sum_over_ranks(totals).items()}
+    sums = engine.evaluate(module, batches, micro, world.size, world.device)
+    whole = {name: value for name, value in sums.items() if not name.startswith(EACH)}
+    return whole, {name.removeprefix(EACH): value for name, value in sums.items() if name.startswith(EACH)}
 
 
 @contextmanager
@@ -107,7 +101,7 @@ def write_documents(
             numbers[_digest(store.document(number))].append(first + number)
         for row in part.documents(task.columns):
             [answer] = task.encode([part.cleaned(row)], tokenizer, Layout.of(store.manifest))
-            held = [_digest(_cut(ids, store)) for ids, _ in answer] if isinstance(answer, list) else []
+            held = [_digest(_cut(each.ids, store)) for each in answer] if isinstance(answer, list) else []
             chosen = [numbers[digest].popleft() for digest in held if numbers.get(digest)]
             loss, targets = (float(sums[name][chosen].sum()) for name in ("loss", "targets"))
             if targets:
@@ -126,8 +120,7 @@ def write_documents(
 
 def _cut(ids: Sequence[int], store: Store) -> Sequence[int]:
     """A document as the store holds it."""
-    limit = store.manifest["sequence_length"]
-    return ids if limit is None else ids[: limit + 1]
+    return ids[: Layout.of(store.manifest).longest]
 
 
 def _digest(ids: Any) -> bytes:

@@ -36,14 +36,15 @@ MICRO_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per target. accuracy: part of the targets that were the likeliest token. targets: their number.
-    what: which model on what, in words."""
+    """metrics: of the task, like `loss` (nats per target), `accuracy`, and `targets` (their number). what: which model
+    on what, in words."""
 
-    loss: float
-    perplexity: float
-    accuracy: float
-    targets: int
+    metrics: dict[str, float]
     what: str
+
+    @property
+    def loss(self) -> float:
+        return self.metrics["loss"]
 
 
 def evaluate(
@@ -173,22 +174,15 @@ def _evaluated(opened: LoadedModel, on: _Data, world: World, listed: bool, out: 
         module = TaskModule(opened.model, on.task, world.device)
         sums = engine.evaluate(module, batches, on.micro, world.size, world.device)
     else:
-        each = sums_by_document(opened.model, on.task, on.stores, batches, on.micro, world)
-        sums = {name: float(values.sum()) for name, values in each.items()}
+        sums, each = sums_by_document(opened.model, on.task, on.stores, batches, on.micro, world)
         if out is not None:
             write_documents(out, on.parts, on.stores, on.task, opened.tokenizer, each)
-    if not sums["targets"]:
+    metrics = on.task.metrics(sums)
+    if not metrics["targets"]:
         raise ConfigError(f"{on.what}: nothing in the first {on.sequences} sequences is to be predicted; take more.")
-    loss = sums["loss"] / sums["targets"]
-    if not math.isfinite(loss):
+    if not math.isfinite(loss := metrics["loss"]):
         raise BigtrainError(f"{opened.what}, on {on.what}: the loss is {loss}; the model computes what is not finite.")
-    return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        accuracy=sums["correct"] / sums["targets"],
-        targets=int(sums["targets"]),
-        what=f"{opened.what}, on {on.what}",
-    )
+    return Evaluation(metrics, f"{opened.what}, on {on.what}")
 
 
 def _length(opened: LoadedModel, asked: int | None) -> int:

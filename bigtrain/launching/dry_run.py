@@ -250,7 +250,7 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     task = TASKS[stage.task]
     tokenizer = load_tokenizer(where, run.tokenizer.add_tokens if run.tokenizer else ())
     same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
-    same |= {"layout": task.layout} | ({"sequence_length": stage.sequence_length} if task.layout == "bins" else {})
+    same |= {"layout": task.layout} | ({} if task.layout == "windows" else {"sequence_length": stage.sequence_length})
     parts = training_parts(stage, task.columns, run.stores, make=False)
     found = [_made(run, part.metadata(task.columns) | same) for part in parts]
     folders = [folder for folder in found if folder is not None]

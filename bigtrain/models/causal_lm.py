@@ -14,6 +14,7 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.schema import ModelConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError, nearest
+from bigtrain.models.kinds import CAUSAL_LM, KINDS, auto_class, families
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import Shape
 
@@ -21,85 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Architectures whose logits are their output head applied to their last hidden states, and nothing else.
-PLAIN_HEADS = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "helium",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
-# Architectures that are shown to keep the documents of a sequence apart by positions that begin anew with each.
-HAVE_DOCUMENT_MASK = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "deepseek_v3",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "exaone4",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "glm4_moe",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
 # Keys of a published config.json that are about the file, or that no model is built from.
 ABOUT_THE_FILE = frozenset(
     {"auto_map", "is_llama_config", "n_ctx", "task_specific_params", "transformers.js_config", "transformers_version"}
@@ -111,12 +33,11 @@ PUBLISHED = (
     ("rope_parameters", "partial_rotary_factor"),
     ("num_attention_heads", "head_dim"),
 )
-ISOLATED_LAYERS = frozenset({"full_attention", "sliding_attention"})  # what `layer_types` of these may name
 ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # where transformers' names are not ours
 
 
 def model_config(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, added_tokens: bool = False, kind: str = CAUSAL_LM
 ) -> PreTrainedConfig:
     """The transformers configuration that the run's file asks for; with `added_tokens` a pretrained model's
     vocabulary grows to the tokenizer's.
@@ -134,7 +55,7 @@ def model_config(
         if added_tokens:
             config.vocab_size = max(config.vocab_size, num_ids(tokenizer))
     else:
-        config = _from_dict(model.from_config or {}, tokenizer)
+        config = _from_dict(model.from_config or {}, tokenizer, kind)
     if (needed := num_ids(tokenizer)) > config.vocab_size:
         raise ConfigError(
             f"model: the tokenizer's largest id is {needed - 1}, and the model's embedding has only "
@@ -163,29 +84,27 @@ def kept_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def _from_dict(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase, kind: str) -> PreTrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = copy.deepcopy(
         {key: value for key, value in values.items() if key not in ABOUT_THE_FILE}
     )  # it changes them
     architecture = values.pop("model_type")
-    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        hint = nearest(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(
-            f"model.from_config.model_type: no causal model {literal(architecture)} in transformers; {hint}"
-        )
-    kind = CONFIG_MAPPING[architecture]
-    known = {*kind().to_dict(), *kind.attribute_map, "torch_dtype"}
+    if architecture not in families(kind):
+        hint = nearest(architecture, families(kind))
+        what = KINDS[kind].what
+        raise ConfigError(f"model.from_config.model_type: no {what} {literal(architecture)} in transformers; {hint}")
+    configuration = CONFIG_MAPPING[architecture]
+    known = {*configuration().to_dict(), *configuration.attribute_map, "torch_dtype"}
     known |= {new for old, new in PUBLISHED if old in known}
     for key in values:
-        if key not in known and not _converts(kind, key, values[key]):
+        if key not in known and not _converts(configuration, key, values[key]):
             raise ConfigError(f"model.from_config.{key}: {architecture} has no such key; {nearest(key, known)}")
     values.setdefault("vocab_size", num_ids(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values.setdefault(name, getattr(tokenizer, name))
-    return kind(**values)
+    return configuration(**values)
 
 
 def _converts(kind: type[PreTrainedConfig], key: str, value: Any) -> bool:
@@ -205,28 +124,6 @@ def dropouts(config: PreTrainedConfig) -> dict[str, float]:
     return {k: v for k, v in named.items() if not k.startswith(other_heads) and isinstance(v, float) and v > 0}
 
 
-def check_isolated(config: PreTrainedConfig) -> None:
-    """Raises ConfigError for an architecture that is not shown to keep the documents of a sequence apart."""
-    others = set(getattr(config, "layer_types", None) or ()) - ISOLATED_LAYERS
-    if config.model_type in HAVE_DOCUMENT_MASK and not others:
-        return
-    why = f"has layers of the kind {', '.join(sorted(others))}" if others else "is none of those that were looked at"
-    raise ConfigError(
-        f"model: {config.model_type} is not shown to keep the documents of a sequence apart: it {why}. State-space, "
-        "convolution and linear-attention layers read on from one document into the next, whatever the positions. "
-        "Choose another architecture, or let documents read those before them in their sequence with "
-        "`cross_document_attention: true` on every stage."
-    )
-
-
-def plain_head(model: PreTrainedModel) -> nn.Module | None:
-    """The module that alone makes the model's logits from its last hidden states; None where more is done to them
-    (caps, scales), or nobody has looked."""
-    config = model.config
-    scaled = getattr(config, "final_logit_softcapping", None) is not None
-    return model.get_output_embeddings() if config.model_type in PLAIN_HEADS and not scaled else None
-
-
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each layer in place, as one graph; layers that are alike share it. Names stay as they are."""
     import torch
@@ -242,20 +139,24 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def empty_model(
-    config: PreTrainedConfig, *, attention: str, activation_checkpointing: str, meta: bool = False
+    config: PreTrainedConfig,
+    *,
+    attention: str,
+    activation_checkpointing: str,
+    meta: bool = False,
+    kind: str = CAUSAL_LM,
 ) -> PreTrainedModel:
-    """The model in fp32, in training mode, its parameters not initialised; with `meta` they take no memory at all.
-    `attention` is sdpa, eager, flash or flex.
+    """The model of a kind (`bigtrain.models.kinds`) in fp32, in training mode, its parameters not initialised; with
+    `meta` they take no memory at all. `attention` is sdpa, eager, flash or flex.
 
     Buffers are real either way: they hold what the architecture computes (rotary frequencies).
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False) if meta else nullcontext(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(kind).from_config(
             config, attn_implementation=ATTENTION.get(attention, attention), dtype=torch.float32
         )
     model.tie_weights()  # both contexts leave it undone

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import ModelConfig
 from bigtrain.errors import BigtrainError, ConfigError, shorten
-from bigtrain.models.causal_lm import check_isolated, empty_model, model_config, repeated_layers
+from bigtrain.models.causal_lm import empty_model, model_config, repeated_layers
+from bigtrain.models.families import check_document_mask
 from bigtrain.pretrained import silenced
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _built(
     stands_in: Any = _Tokenizer(entries)
     config = model_config(model, stands_in, added_tokens)
     if needs_document_mask:
-        check_isolated(config)
+        check_document_mask(config)
     _check_values(config, model.from_config or {})
     empty = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     broken = [name for name, buffer in empty.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.models.converted import converted_shapes, gguf_shapes
+from bigtrain.models.kinds import CAUSAL_LM, auto_class, new_head
 from bigtrain.pretrained import (
     WEIGHT_FILES,
     arguments,
@@ -26,7 +27,7 @@ from bigtrain.pretrained import (
     weight_files,
     wrong_file,
 )
-from bigtrain.state import BUFFER, WEIGHT, Shape, lies_inside
+from bigtrain.state import BUFFER, WEIGHT, Overlay, Shape, StateReader, lies_inside
 from bigtrain.tensor_files import Stored, UnknownDtype, read_header
 from bigtrain.terminal import say
 
@@ -146,14 +147,15 @@ def _hash(seed: int, *names: str) -> int:
 
 def pretrained_weights(
     source: str, empty: PreTrainedModel, seed: int, folder: Path, tell: Callable[[str], None]
-) -> PretrainedFiles:
+) -> StateReader:
     """The weights of a model's folder, Hub id or .gguf file, read no further than they are asked for.
 
     `empty` is the model that they are for. Where its names and shapes are those of the safetensors files, the reader
     takes from these what it is asked for. Else the reason is told, and the first of all processes has transformers
     read the whole model into host memory, in fp32, and writes it to `folder` for all of them.
     An embedding with fewer rows than that of `empty` grows; the new rows are drawn around the mean of the old ones
-    (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Nothing else is ever drawn.
+    (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). What the files lack of a task's
+    head (`new_head`) is drawn as RandomWeights does. Nothing else is ever drawn.
 
     Raises ConfigError for a model that cannot be opened, lacks a tensor or has one of another shape; DataError for a
     disk without room for `folder`.
@@ -164,7 +166,10 @@ def pretrained_weights(
         tell(str(reason))
         make_once(folder, partial(_write_whole, source, empty, seed))
         found = _for_all(dict(read_header(folder / "model.safetensors")), empty)
-    return PretrainedFiles(found, {name: tensor.dtype for name, tensor in empty.state_dict(keep_vars=True).items()})
+    dtypes = {name: tensor.dtype for name, tensor in empty.state_dict(keep_vars=True).items()}
+    files = PretrainedFiles(found, dtypes)
+    drawn = new_head(empty) - found.keys()
+    return Overlay(files, RandomWeights(empty, seed), drawn) if drawn else files
 
 
 def check_folder(source: str, empty: PreTrainedModel, grows: bool) -> None:
@@ -196,26 +201,26 @@ def _converted(source: str, empty: PreTrainedModel) -> dict[str, Shape] | None:
         return None
 
 
-def load_whole(source: str, key: str, dtype: torch.dtype | str) -> Any:
-    """A pretrained model as transformers reads and converts it. What its files hold too much of is told.
+def load_whole(source: str, key: str, dtype: torch.dtype | str, kind: str = CAUSAL_LM) -> Any:
+    """A pretrained model of a kind as transformers reads and converts it. What its files hold too much of is told.
 
     Raises ConfigError, about `key`, for a model that cannot be opened, or lacks a parameter or has one of another
     shape: transformers would draw it at random.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
     name, options = arguments(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         weight_files(source, key)  # transformers would follow an index out of its folder
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(kind)
     with opening(source, key), silenced():  # its table of what was drawn, left out and renamed
         model, info = auto.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     parameters = {name for name, _ in model.named_parameters()}
-    _refuse_lacking(source, sorted(parameters & info["missing_keys"]), key)
+    _refuse_lacking(source, sorted(parameters & info["missing_keys"] - new_head(model)), key)
     for name, there, wanted in sorted(info["mismatched_keys"]):
         _refuse_shape(source, name, tuple(there), tuple(wanted), key)
     if info["unexpected_keys"]:
@@ -292,9 +297,11 @@ def _for_all(found_by_name: Mapping[str, Found], empty: PreTrainedModel) -> dict
     """What was found, by each of the names that a tensor has in `empty`. Raises _OnlyWhole where one lacks, or is
     another there."""
     tensors: dict[str, Tensor] = empty.state_dict(keep_vars=True)
-    named = dict(found_by_name)
+    named, head = dict(found_by_name), new_head(empty)
     for names in _aliases(tensors):
         there = [name for name in names if name in named]
+        if not there and names[0] in head:
+            continue
         if not there:
             raise _OnlyWhole(f"its files lack {names[0]}")
         for name in names:
@@ -320,9 +327,10 @@ def _check_parameters(source: str, shapes: Mapping[str, Shape], empty: PreTraine
     """Raises ConfigError for a parameter that the files lack or have in another shape; a vocabulary may grow if it
     `grows`."""
     parameters = dict(empty.named_parameters(remove_duplicate=False))
-    lacking = [names[0] for names in _aliases(parameters) if not any(name in shapes for name in names)]
-    _refuse_lacking(source, lacking)
-    vocabulary = {id(p) for m in (empty.get_input_embeddings(), empty.get_output_embeddings()) for p in m.parameters()}
+    lacking = {names[0] for names in _aliases(parameters) if not any(name in shapes for name in names)}
+    _refuse_lacking(source, sorted(lacking - new_head(empty)))
+    embeddings = (empty.get_input_embeddings(), empty.get_output_embeddings())
+    vocabulary = {id(parameter) for module in embeddings if module is not None for parameter in module.parameters()}
     for name, parameter in parameters.items():
         wanted = tuple(parameter.shape)
         there = shapes.get(name, wanted)

@@ -1,8 +1,8 @@
 """The step contract: what every engine promises, and the pieces of a step that all engines share.
 
-- Targets are counted and summed over the ranks before the first backward.
-- Every rank runs the same number of micro-batches of the same shape; missing rows are dummies without targets.
-- Gradients are those of (sum of the loss over the global batch) / (targets in the global batch).
+- The task's weight (supervised targets, or rows) is summed over the ranks before the first backward.
+- Every rank runs the same number of micro-batches of the same shape; missing rows are dummies without weight.
+- Gradients are those of (sum of the loss over the global batch) / (weight of the global batch).
 - The gradient norm is the global one, before clipping.
 - bf16 and fp16 cast the parameters for forward and backward; master weights, moments, gradient
   accumulation, reduction and loss are fp32. No autocast.
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.data.batches import Batch
 from bigtrain.distributed.collectives import sum_over_ranks
 from bigtrain.parallel.micro_batches import micro_batches
 from bigtrain.state import BUFFER, WEIGHT, Box, StateReader
@@ -40,14 +40,14 @@ class Flags(NamedTuple):
 class Outcome(NamedTuple):
     """What a step did, the same on every rank; scalars on the engine's device, read by the host when it likes.
 
-    loss: mean over the supervised targets of the global batch, float64.
-    targets: their number, float64.
+    loss: its sum over the global batch divided by the weight, float64.
+    weight: of the global batch, as the task counts it (supervised targets, or rows), float64.
     grad_norm: 2-norm of the whole gradient before clipping, float32.
     flags: how many ranks set each of `Flags` before this step, float64 of shape (len(Flags._fields),).
     """
 
     loss: Tensor
-    targets: Tensor
+    weight: Tensor
     grad_norm: Tensor
     flags: Tensor
 
@@ -62,8 +62,8 @@ class Engine(Protocol):
         """One optimizer update with learning rate `lr`. All ranks get the sum of `flags`."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The task's sums over all rows of all batches and all ranks, without dropout."""
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """The task's sums over all rows of all batches and all ranks, without dropout: float64, on the CPU."""
         ...
 
     def boxes(self) -> Iterator[Box]:
@@ -87,11 +87,10 @@ class Engine(Protocol):
         ...
 
 
-def reduce_before_step(batch: Batch, flags: Flags, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(supervised targets of the global batch, how many ranks set each of `flags`): float64 on `device`, a scalar and a
-    vector, the same on every rank."""
-    targets = (batch.tensors["targets"] != IGNORE).sum()
-    counts = torch.cat([targets[None], targets.new_tensor(flags)]).to(device, torch.float64)
+def reduce_before_step(weight: Tensor, flags: Flags, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(weight of the global batch, how many ranks set each of `flags`): float64 on `device`, a scalar and a vector, the
+    same on every rank. weight: of this rank's rows, a scalar on the CPU."""
+    counts = torch.cat([weight[None], weight.new_tensor(flags)]).to(device, torch.float64)
     if dist.get_world_size() > 1:
         dist.all_reduce(counts)
     return counts[0], counts[1:]
@@ -125,7 +124,7 @@ def evaluate(
     data_size: int,
     device: torch.device,
     **shape: bool,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """`Engine.evaluate` for any module that maps a micro-batch to sums; `shape`: as `micro_batches` takes it."""
     was_training = module.training
     module.eval()
@@ -138,7 +137,7 @@ def evaluate(
                     value = value.detach().to(torch.float64)
                     totals[key] = totals[key] + value if key in totals else value
     module.train(was_training)
-    return {key: value.item() for key, value in sum_over_ranks(totals).items()}
+    return {key: value.cpu() for key, value in sum_over_ranks(totals).items()}
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

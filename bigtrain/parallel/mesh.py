@@ -68,6 +68,7 @@ class MeshEngine:
         self._micro_batch_size = micro_batch_size
         self._max_grad_norm = optimizer.max_grad_norm
         self._seed = seed
+        self._task = task
         self._dims = dims
         self._updates = 0
         self._dtype = PRECISIONS[precision]
@@ -89,8 +90,8 @@ class MeshEngine:
 
     def step(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         seed_dropout(self._seed, batch.step, self._dims.data_rank)
-        targets, flagged = reduce_before_step(batch, flags, self._device)
-        weight = 1.0 / targets.clamp(min=1)
+        total, flagged = reduce_before_step(self._task.weight(batch.tensors), flags, self._device)
+        weight = 1.0 / total.clamp(min=1)
         if self._loss_scale is not None:
             weight = weight * self._loss_scale.value
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -103,7 +104,7 @@ class MeshEngine:
             loss += sums["loss"].detach()
         grad_norm = self._update(lr)
         loss = sum_over_ranks({"loss": loss})["loss"]
-        return Outcome(loss / targets.clamp(min=1), targets, grad_norm, flagged)
+        return Outcome(loss / total.clamp(min=1), total, grad_norm, flagged)
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
@@ -127,7 +128,7 @@ class MeshEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         return evaluate(
             self._module, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape
         )

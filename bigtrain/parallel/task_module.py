@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigtrain.models.causal_lm import compile_layers, plain_head
+from bigtrain.models.causal_lm import compile_layers
+from bigtrain.models.families import plain_head
 from bigtrain.models.head import GradientSum, use_in_chunks
 from bigtrain.models.linear import SLOW_DTYPES, linear, make_fast
 from bigtrain.parallel.micro_batches import CU_SEQLENS
@@ -25,10 +26,10 @@ LOGITS_AT_ONCE = 2**26  # elements of logits that exist at once: 256 MiB in fp32
 class TaskModule(nn.Module):
     """Model and task as one module, so that an engine owns forward and backward: batch in, sums out.
 
-    Where the architecture allows it (`plain_head`), logits are made for as many tokens at a time as LOGITS_AT_ONCE
-    says, thrown away, and made again in the backward pass. The number of such chunks follows from shapes alone, so
-    it is the same on all ranks. The gradient of the head's parameters is summed over them in fp32, which takes one
-    buffer of their size. With `compile`, layers and loss are compiled. `device`: where it will compute.
+    Where task and architecture allow it (`sums_over`, `plain_head`), logits are made for as many tokens at a time as
+    LOGITS_AT_ONCE says, thrown away, and made again in the backward pass. The number of such chunks follows from shapes
+    alone, so it is the same on all ranks. The gradient of the head's parameters is summed over them in fp32, which
+    takes one buffer of their size. With `compile`, layers and loss are compiled. `device`: where it will compute.
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, device: torch.device, compile: bool = False):
@@ -38,7 +39,7 @@ class TaskModule(nn.Module):
         self._token_sums = _token_sums
         if device.type == "cpu" and SLOW_DTYPES:
             make_fast(model)
-        head = plain_head(model)
+        head = self._plain_head = plain_head(model) if task.sums_over == "tokens" else None
         if head is not None:
             use_in_chunks(head)
         if compile:
@@ -50,7 +51,7 @@ class TaskModule(nn.Module):
         if CU_SEQLENS in batch:
             inputs |= _one_row(batch)
             batch = {key: tensor for key, tensor in batch.items() if key != CU_SEQLENS}
-        head = plain_head(self.model)
+        head = self._plain_head
         if head is None:
             return self.task.sums(self.model(**inputs).logits, batch, training=self.training)
         hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)

@@ -85,6 +85,7 @@ class ZeroEngine:
         self._dims = dims
         self._micro_batch_size = micro_batch_size
         self._seed = seed
+        self._task = task
         self._device = device
         self._updates = 0
         self._linear = functional.linear
@@ -118,12 +119,12 @@ class ZeroEngine:
 
     def step(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         """One update with learning rate `lr`; `grad_norm` is inf when the gradient was not finite."""
-        targets, flagged = reduce_before_step(batch, flags, self._device)
+        total, flagged = reduce_before_step(self._task.weight(batch.tensors), flags, self._device)
         seed_dropout(self._seed, batch.step, self._dims.data_rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # DeepSpeed sums gradients over the ranks in stages 1 and 2, and takes their mean in stage 3.
-        weight = (self._dims.data_size if self._stage == 3 else 1) / targets.clamp(min=1).float()
+        weight = (self._dims.data_size if self._stage == 3 else 1) / total.clamp(min=1).float()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in micro_batches(batch, self._micro_batch_size, self._dims.data_size, **self._shape):
             there = {key: value.to(self._device, non_blocking=True) for key, value in micro.items()}
@@ -134,10 +135,10 @@ class ZeroEngine:
         self._updates += self._engine.was_step_applied()
         norm = self._engine.get_global_grad_norm()
         grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._device)
-        loss = sum_over_ranks({"loss": loss})["loss"] / targets.clamp(min=1)
-        return Outcome(loss, targets, grad_norm, flagged)
+        loss = sum_over_ranks({"loss": loss})["loss"] / total.clamp(min=1)
+        return Outcome(loss, total, grad_norm, flagged)
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """The task's sums over all rows of all batches and all ranks, without dropout."""
         return evaluate(
             self._engine, batches, self._micro_batch_size, self._dims.data_size, self._device, **self._shape

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.schema import RunConfig, StageConfig
-from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.batches import Batches
 from bigtrain.data.prepare import StageData, counts
-from bigtrain.data.store import Store
+from bigtrain.data.store import Sequences, Store
+from bigtrain.data.types import IGNORE
 from bigtrain.errors import ConfigError
 from bigtrain.preview.spelling import spell, spell_together
 
@@ -132,7 +133,11 @@ def view(config: RunConfig, stage: StageConfig, data: StageData, tokenizer: Any,
 
 
 def _sequence(store: Store, sample: int, tokenizer: Any) -> Sequence:
-    inputs, targets, _ = store.sample(sample)
+    if isinstance(store, Sequences):
+        inputs, targets, _ = store.sample(sample)
+    else:
+        inputs = store.document(sample)
+        targets = np.full_like(inputs, IGNORE)
     documents = store.documents_in(sample)
     pieces = []
     for number, (begin, end) in enumerate(pairwise(documents.cu_seqlens.tolist())):

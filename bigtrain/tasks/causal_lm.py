@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtrain.data.batches import IGNORE
+from bigtrain.data.types import IGNORE
 
 
 class CausalLM:
     """What pretraining and finetuning share; they differ in how documents become samples."""
+
+    model_kind = "causal_lm"
+    sums_over: Literal["tokens", "rows"] = "tokens"
+    store_columns: Mapping[str, str] = MappingProxyType({})
+    model_values: Mapping[str, Any] = MappingProxyType({})
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The model's arguments. Documents of a packed row are told apart by restarting positions alone:
@@ -22,6 +30,10 @@ class CausalLM:
             "attention_mask": None,
             "use_cache": False,
         }
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """The number of supervised targets."""
+        return (batch["targets"] != IGNORE).sum()
 
     def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of each target (nats, fp32), all in one row; 0 where nothing is to be learned."""
@@ -41,3 +53,15 @@ class CausalLM:
         if not training:
             sums["correct"] = (logits.argmax(-1) == targets).sum()
         return sums
+
+    def metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """loss: nats per target. accuracy: part of the targets that were the likeliest token. targets: their number."""
+        targets = sums["targets"].item()
+        loss = sums["loss"].item() / targets if targets else math.nan
+        accuracy = sums["correct"].item() / targets if targets else math.nan
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": accuracy,
+            "targets": int(targets),
+        }

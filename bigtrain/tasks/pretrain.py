@@ -6,7 +6,7 @@ from typing import Any
 
 from bigtrain.data.sources import COLUMNS
 from bigtrain.data.tokenizer import encode_texts
-from bigtrain.data.writing import Answer, Layout
+from bigtrain.data.types import Answer, Document, Layout
 from bigtrain.tasks.causal_lm import CausalLM
 
 
@@ -22,4 +22,4 @@ class Pretrain(CausalLM):
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = encode_texts(tokenizer, [row["text"] for row in rows])
-        return [[([*before, *ids, *after], None)] if ids else [] for ids in texts]
+        return [[Document([*before, *ids, *after])] if ids else [] for ids in texts]

@@ -12,18 +12,18 @@ from bigtrain.data.conversations import Message
 from bigtrain.data.files import Row, Unusable
 from bigtrain.data.sources import COLUMNS
 from bigtrain.data.tokenizer import encode_rendered, encode_texts
-from bigtrain.data.writing import Answer, Document, Documents, Layout, LeftOut
+from bigtrain.data.types import Answer, Document, Documents, Layout, LeftOut
 from bigtrain.errors import DataError
 from bigtrain.tasks.causal_lm import CausalLM
 
 
 class Sft(CausalLM):
-    """Conversations (`messages`, or `prompt` and `completion` as a user's and the assistant's), packed whole into bins.
+    """Conversations (`messages`, or `prompt` and `completion` as a user's and the assistant's), packed whole.
 
     They are spelt by the tokenizer's chat template. With a tokenizer that has none, prompt and completion are joined.
     """
 
-    layout = "bins"
+    layout = "packed"
     encoding = "sft-4"
     columns = COLUMNS["sft"]
 
@@ -70,8 +70,8 @@ def _parts(
 
 def _fit(documents: Sequence[Document], layout: Layout) -> bool:
     """Whether none of them would be cut."""
-    assert layout.sequence_length is not None
-    return all(len(ids) <= layout.sequence_length + 1 for ids, _ in documents)
+    assert layout.longest is not None
+    return all(len(document.ids) <= layout.longest for document in documents)
 
 
 class _Split:
@@ -108,7 +108,8 @@ class _Split:
 
         def is_late(start: int) -> bool:
             """Whether at most half of the sequence is taken by what stands before the answer."""
-            before = [mask.index(True) for _, mask in self._encoded(start, answer, answer) if mask and True in mask]
+            masks = [document.loss_mask for document in self._encoded(start, answer, answer)]
+            before = [mask.index(True) for mask in masks if mask and True in mask]
             return not before or before[-1] <= half
 
         early = bisect.bisect_left(starts, True, key=is_late)
@@ -163,5 +164,5 @@ def _joined(rows: list[Row], tokenizer: Any) -> list[Answer]:
         read = [*begin, *prompt]
         learned = [*completion, tokenizer.eos_token_id] if completion else []
         loss_mask = [False] * len(read) + [True] * len(learned)
-        encoded.append([([*read, *learned], loss_mask)] if learned else [])
+        encoded.append([Document([*read, *learned], loss_mask)] if learned else [])
     return encoded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from bigtrain.checkpoint import NoSaver, Saver
 from bigtrain.data.batches import Batch
@@ -16,7 +16,7 @@ def train(
     run: StageRun,
     engine: Engine,
     batches: Callable[[int], Batch],
-    held_out: Callable[[], Iterable[Batch]],
+    evaluate: Callable[[], dict[str, float]],
     saver: Saver | NoSaver,
     requests: Requests,
 ) -> bool:
@@ -26,7 +26,7 @@ def train(
     that was under way is complete then.
     """
     try:
-        return _train(run, engine, batches, held_out, saver, requests)
+        return _train(run, engine, batches, evaluate, saver, requests)
     except NotFiniteError:
         saver.finish()
         raise
@@ -36,20 +36,20 @@ def _train(
     run: StageRun,
     engine: Engine,
     batches: Callable[[int], Batch],
-    held_out: Callable[[], Iterable[Batch]],
+    evaluate: Callable[[], dict[str, float]],
     saver: Saver | NoSaver,
     requests: Requests,
 ) -> bool:
     run.start_clock()
     if run.evaluates and run.done == 0:
-        run.evaluated(engine.evaluate(held_out()))
+        run.evaluated(evaluate())
     while run.done < run.steps:
         flags = Flags(requests.stop, requests.save, saver.busy)
         due = run.completed(engine.step(batches(run.done), run.learning_rate, flags))
         if due.publish:
             saver.publish()
         if due.evaluate:
-            run.evaluated(engine.evaluate(held_out()))
+            run.evaluated(evaluate())
         if due.save:
             run.check_state(engine.not_finite())
             requests.saving(run.done)

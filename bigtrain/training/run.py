@@ -105,7 +105,7 @@ class StageRun:
             return
         row, values = self._pending
         self._pending = None
-        loss, targets, grad_norm, *flags = values.read()
+        loss, weight, grad_norm, *flags = values.read()
         stop, save, busy = flags
         self._stops, self._saves, self._idle = stop > 0, save > 0, busy == 0
         now = time.perf_counter()
@@ -116,7 +116,7 @@ class StageRun:
             **row,
             loss=loss,
             grad_norm=grad_norm,
-            targets=int(targets),
+            targets=int(weight),
             step_seconds=seconds,
             tokens_per_second=row["tokens"] / seconds,
             memory_bytes=_memory_bytes(),
@@ -138,19 +138,16 @@ class StageRun:
                 f"{shorten(not_finite)}."
             )
 
-    def evaluated(self, sums: dict[str, float]) -> None:
-        """Report an evaluation from the task's sums over all held-out targets. Raises NotFiniteError."""
-        loss = sums["loss"] / sums["targets"]
-        if not math.isfinite(loss):
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Report the task's metrics over all held-out samples. Raises NotFiniteError."""
+        if not math.isfinite(metrics["loss"]):
+            loss = metrics["loss"]
             raise NotFiniteError(f"stage {self._stage.name}: the held-out loss after step {self.done} is {loss}.")
         self._stream.emit(
             "evaluation",
             stage=self._stage.name,
             step=self.done,
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            accuracy=sums["correct"] / sums["targets"],
-            targets=int(sums["targets"]),
+            **metrics,
             seconds=time.perf_counter() - self._since,
         )
         self.start_clock()  # it is no part of the next step's time

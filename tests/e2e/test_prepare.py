@@ -12,11 +12,11 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @pytest.mark.soak
 def test_the_quickstarts_data(tmp_path):
-    """Two processes make it; a second time everything is there; the bins are almost full."""
+    """Two processes make it; a second time everything is there; the samples are almost full."""
     made = bigtrain("prepare", CONFIG, f"output={tmp_path}", "--processes", 2)
     assert (made.returncode, made.stderr) == (0, "")
     manifests = {path: json.loads(path.read_text()) for path in tmp_path.glob("stores/*/manifest.json")}
-    fills = [manifest["fill"] for manifest in manifests.values() if manifest.get("layout") == "bins"]
+    fills = [manifest["fill"] for manifest in manifests.values() if manifest.get("layout") == "packed"]
     assert len(fills) == 2
     assert min(fills) >= 0.95
     for fill in fills:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bigtrain.config import load
-from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.batches import Batches
+from bigtrain.data.types import IGNORE
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages

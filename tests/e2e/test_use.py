@@ -99,8 +99,8 @@ def test_evaluation_gives_the_runs_own_figures(run, stage, step):
     row = next(r for r in read_metrics(run) if (r["kind"], r["stage"], r["step"]) == key)
     result = evaluate(run / stage / "checkpoints" / f"step-{step:08d}")
     assert result.loss == pytest.approx(row["loss"], rel=1e-6)
-    assert result.perplexity == pytest.approx(row["perplexity"], rel=1e-6)
-    assert (result.accuracy, result.targets) == (row["accuracy"], row["targets"])
+    assert result.metrics["perplexity"] == pytest.approx(row["perplexity"], rel=1e-6)
+    assert (result.metrics["accuracy"], result.metrics["targets"]) == (row["accuracy"], row["targets"])
     assert f"stage {stage}, step {step}" in result.what
 
 
@@ -124,12 +124,12 @@ def test_evaluation_on_a_text(run, exported, tmp_path):
         logits = model(ids[: windows * 32].view(windows, 32)).logits.flatten(0, 1)
     targets = ids[1 : windows * 32 + 1]
     loss = torch.nn.functional.cross_entropy(logits, targets).item()
-    assert results[0].targets == windows * 32
+    assert results[0].metrics["targets"] == windows * 32
     assert results[0].loss == pytest.approx(loss, rel=1e-5)
-    assert results[0].perplexity == pytest.approx(math.exp(loss), rel=1e-4)
-    assert results[0].accuracy == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
+    assert results[0].metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert results[0].metrics["accuracy"] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
     few = evaluate(folder, data, sequence_length=32, sequences=2)
-    assert few.targets == 64
+    assert few.metrics["targets"] == 64
     assert str(text) in few.what
 
 
@@ -153,11 +153,16 @@ def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, se
     """Their losses make up the evaluation's; each stands in the order of the sources, and once."""
     whole = evaluate(run / stage, sequences=sequences)
     again = evaluate(run / stage, sequences=sequences, documents=tmp_path / "d.jsonl")
-    assert (again.targets, again.accuracy) == (whole.targets, pytest.approx(whole.accuracy))
+    assert (again.metrics["targets"], again.metrics["accuracy"]) == (
+        whole.metrics["targets"],
+        pytest.approx(whole.metrics["accuracy"]),
+    )
     assert again.loss == pytest.approx(whole.loss, rel=1e-6)
     rows = listed(tmp_path / "d.jsonl")
-    assert sum(row["targets"] for row in rows) == whole.targets
-    assert sum(row["loss"] * row["targets"] for row in rows) / whole.targets == pytest.approx(whole.loss, rel=1e-6)
+    assert sum(row["targets"] for row in rows) == whole.metrics["targets"]
+    assert sum(row["loss"] * row["targets"] for row in rows) / whole.metrics["targets"] == pytest.approx(
+        whole.loss, rel=1e-6
+    )
     config = load_config(run / "config.yaml").stages[["pretrain", "finetune"].index(stage)]
     [source] = config.data
     held_out = [r for r in documents(source, COLUMNS[config.task]) if is_held_out(r["key"], config.held_out)]
@@ -202,7 +207,7 @@ def test_ranks_list_the_documents_together(run, tmp_path):
     one = evaluate(run / "finetune", documents=tmp_path / "one.jsonl")
     with Ranks(2) as ranks:
         results = ranks(evaluate, run / "finetune", documents=tmp_path / "two.jsonl")
-    assert [result.targets for result in results] == [one.targets] * 2
+    assert [result.metrics["targets"] for result in results] == [one.metrics["targets"]] * 2
     for mine, theirs in zip(listed(tmp_path / "one.jsonl"), listed(tmp_path / "two.jsonl"), strict=True):
         assert mine | {"loss": 0} == theirs | {"loss": 0}
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

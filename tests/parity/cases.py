@@ -7,7 +7,8 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
-from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.data.batches import Batch
+from bigtrain.data.types import IGNORE
 from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights
 from bigtrain.optim.adamw import AdamW
@@ -53,11 +54,41 @@ def global_batch(step, rows=7):
     }
 
 
-def share(step, rows=7):
+LABELS = ["ham", "spam", "neither"]
+BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": len(LABELS),
+}
+
+
+def classifier_builder(activation_checkpointing="none"):
+    config = AutoConfig.for_model("bert", **BERT)
+    options = {"attention": "sdpa", "activation_checkpointing": activation_checkpointing}
+    return partial(empty_model, config, kind="sequence_classification", **options)
+
+
+def labelled_batch(step, rows=7):
+    """`rows` texts of random lengths, each with a label."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    lengths = torch.randint(1, LENGTH, (rows, 1), generator=generator)
+    mask = (torch.arange(LENGTH).expand(rows, LENGTH) < lengths).long()
+    input_ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator) * mask
+    targets = torch.randint(0, len(LABELS), (rows,), generator=generator)
+    return {"input_ids": input_ids, "attention_mask": mask, "targets": targets}
+
+
+def share(step, rows=7, whole=global_batch):
     """This rank's part of a global batch."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * rows // size, (rank + 1) * rows // size)
-    return Batch({key: tensor[mine] for key, tensor in global_batch(step, rows).items()}, rows, step)
+    return Batch({key: tensor[mine] for key, tensor in whole(step, rows).items()}, rows, step)
 
 
 def learning_rate(step):
@@ -114,19 +145,19 @@ def collect(engine):
     return whole
 
 
-def trained(layout, steps=10, rows=7, **kwargs):
+def trained(layout, steps=10, rows=7, whole=global_batch, **kwargs):
     """(losses, gradient norms, whole state) after some steps from random weights."""
     engine = make(layout, **kwargs)
-    outcomes = [engine.step(share(step, rows), learning_rate(step)) for step in range(steps)]
+    outcomes = [engine.step(share(step, rows, whole), learning_rate(step)) for step in range(steps)]
     state = collect(engine)
     engine.close()
     return [o.loss.item() for o in outcomes], [o.grad_norm.item() for o in outcomes], state
 
 
-def evaluated(layout, **kwargs):
+def evaluated(layout, whole=global_batch, **kwargs):
     """The sums of an evaluation of three batches, with random weights."""
     engine = make(layout, **kwargs)
-    sums = engine.evaluate(share(step, rows) for step, rows in ((0, 7), (1, 2), (2, 5)))
+    sums = engine.evaluate(share(step, rows, whole) for step, rows in ((0, 7), (1, 2), (2, 5)))
     engine.close()
     return sums
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.data.batches import Batch
+from bigtrain.data.types import IGNORE
 from bigtrain.parallel import task_module
 from tests.parity import cases, plain
 from tests.parity.test_steps import LAYOUTS, first_model

@@ -66,7 +66,7 @@ def test_it_starts_from_the_newest_weights_with_their_tokenizer(source, override
     folder = RunFolder.of(load_config(path, overrides))
     first = read_metrics(folder.path)[0]
     expected = evaluate(stage, [SourceConfig(source=str(texts))])
-    assert (first["kind"], first["step"], first["targets"]) == ("evaluation", 0, expected.targets)
+    assert (first["kind"], first["step"], first["targets"]) == ("evaluation", 0, expected.metrics["targets"])
     assert first["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert folder.metadata()["origin"] == {
         "run": str(stage.parent),

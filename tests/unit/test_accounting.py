@@ -27,7 +27,8 @@ from bigtrain.config.schema import (
 from bigtrain.data import sources, stdlib
 from bigtrain.data.prepare import StageData, counts, prepare_stage
 from bigtrain.data.tokenizer import load_tokenizer, train_tokenizer
-from bigtrain.data.writing import Layout, gather, token_dtype
+from bigtrain.data.types import Layout
+from bigtrain.data.writing import gather, token_dtype
 from bigtrain.errors import DataError
 from bigtrain.observability.progress import Progress, dropped
 from bigtrain.optim.adamw import AdamW
@@ -227,7 +228,7 @@ def test_every_conversation_and_token_is_counted(tmp_path: Path, tokenizer: Any)
 def test_parts_of_a_row_that_are_dropped_are_counted() -> None:
     read = ([1, 2, 3], [False, False, False])
     learned = ([1, 2, 3], [False, True, True])
-    encoded = gather([("a:1", [read, learned]), ("a:2", [read])], Layout("bins", 8, 0), token_dtype(9))
+    encoded = gather([("a:1", [read, learned]), ("a:2", [read])], Layout("packed", 8, 0), token_dtype(9))
     reason = "without a trained target within sequence_length"
     assert encoded.tally.metadata() == {
         "rows": 0,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from bigtrain.data.batches import Batch, Batches, Prefetched, held_out_batches
 from bigtrain.data.store import Store, open_store
-from bigtrain.data.writing import Layout, write_store
+from bigtrain.data.types import Layout
+from bigtrain.data.writing import write_store
 from bigtrain.parallel.micro_batches import micro_batches
 
 LENGTH = 4
@@ -22,11 +23,11 @@ NAMES = ("input_ids", "targets", "position_ids")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
-    """37 and 11 samples, windows and bins."""
+    """37 and 11 samples, windows and packed."""
     opened = []
     for name, layout, tokens in [
         ("w", Layout("windows"), 37 * LENGTH + 1),
-        ("b", Layout("bins", LENGTH, 0), 0),
+        ("b", Layout("packed", LENGTH, 0), 0),
     ]:
         folder = tmp_path_factory.mktemp("stores") / name
         folder.mkdir()

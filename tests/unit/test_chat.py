@@ -26,7 +26,8 @@ from bigtrain.data.prepare import counts, prepare_stage
 from bigtrain.data.sources import COLUMNS, documents
 from bigtrain.data.templates import Template
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer
-from bigtrain.data.writing import Layout, count_answers
+from bigtrain.data.types import Layout
+from bigtrain.data.writing import count_answers
 from bigtrain.errors import DataError
 from bigtrain.observability.progress import dropped
 from bigtrain.optim.adamw import AdamW
@@ -1136,7 +1137,7 @@ def long_chat(turns, words=6, system=True):
 
 
 def split(tokenizer, messages, length):
-    layout = Layout("bins", length, 0, "split")
+    layout = Layout("packed", length, 0, "split")
     [found] = Sft().encode([{"key": "k", "where": "f:1", "messages": messages}], tokenizer, layout)
     return found
 

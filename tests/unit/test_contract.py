@@ -2,7 +2,8 @@
 
 import torch
 
-from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.data.batches import Batch
+from bigtrain.data.types import IGNORE
 from bigtrain.parallel.engine import seed_dropout
 from bigtrain.parallel.micro_batches import micro_batches
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from bigtrain.config import load_config
 from bigtrain.data.prepare import StageData
 from bigtrain.data.store import open_store
-from bigtrain.data.writing import Layout, write_store
+from bigtrain.data.types import Layout
+from bigtrain.data.writing import write_store
 from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, DataError
 from bigtrain.history import History

@@ -7,9 +7,11 @@ import torch
 from transformers import AutoConfig
 
 from bigtrain.config.schema import ModelConfig
-from bigtrain.data.batches import IGNORE, Batch
+from bigtrain.data.batches import Batch
+from bigtrain.data.types import IGNORE
 from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import HAVE_DOCUMENT_MASK, empty_model
+from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.families import FAMILIES as TABLE
 from bigtrain.models.trial import try_architecture
 from bigtrain.parallel.micro_batches import CU_SEQLENS, micro_batches
 from bigtrain.parallel.task_module import TaskModule
@@ -54,7 +56,7 @@ WHERE_KNOWN = {
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
 }
-FAMILIES = sorted(HAVE_DOCUMENT_MASK)
+FAMILIES = sorted(name for name, family in TABLE.items() if family.document_mask)
 WITH_FLEX = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "olmo2"]  # each takes seconds to compile
 BORDER, LENGTH = 11, 24
 

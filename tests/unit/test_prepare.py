@@ -84,6 +84,7 @@ class Logged:
 
     def __init__(self, task: Any, log: Path, together: Barrier | None, dies: bool):
         self.layout, self.encoding, self.columns = task.layout, task.encoding, task.columns
+        self.store_columns = task.store_columns
         self._task, self._log, self._together, self._dies = task, log, together, dies
 
     def encode(self, rows: list[dict[str, Any]], tokenizer: Any, layout: Any = None) -> Any:
@@ -327,10 +328,10 @@ def test_verify_names_the_file_of_a_flipped_byte(tmp_path: Path, source: str, mo
     code, output, errors = command(monkeypatch, capsys, "prepare", config, "--processes", 1, "--verify")
     assert (code, errors) == (0, "")
     assert "every checksum is right" in output
-    (store,) = (path for path in (tmp_path / "out" / "stores").glob("bins-*") if path.is_dir())
+    (store,) = (path for path in (tmp_path / "out" / "stores").glob("packed-*") if path.is_dir())
     files = sorted(store.iterdir())
     assert {file.name for file in files} == {
-        *("bins.bin", "checksums.bin", "documents.bin", "manifest.json", "tokens.bin", "trained.bin")
+        *("packed.bin", "checksums.bin", "documents.bin", "manifest.json", "tokens.bin", "loss_mask.bin")
     }
     for file in files:
         whole = file.read_bytes()

@@ -31,11 +31,12 @@ from bigtrain.config.schema import (
     TrainTokenizerConfig,
 )
 from bigtrain.data import writing
-from bigtrain.data.batches import IGNORE, Batches
+from bigtrain.data.batches import Batches
 from bigtrain.data.columns import BLOCK, Column
 from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
-from bigtrain.data.store import FORMAT, Store, open_store, seal, verify_store
-from bigtrain.data.writing import Document, Layout, assemble, gather, write_shard, write_store
+from bigtrain.data.store import FORMAT, Store, content_of, open_store, seal, verify_store
+from bigtrain.data.types import IGNORE, Document, Layout
+from bigtrain.data.writing import assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
@@ -47,7 +48,7 @@ METADATA = {"source": "test", "documents_are": "all"}
 
 def make_store(folder: Path, documents: list[Document], layout: str, length: int, vocabulary: int = 10_000) -> Store:
     folder.mkdir()
-    chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
+    chosen = Layout("windows") if layout == "windows" else Layout("packed", length, PAD)
     write_store(folder, iter(documents), chosen, vocabulary_size=vocabulary, seed=3, metadata=METADATA)
     return open_store(folder, length)
 
@@ -102,7 +103,7 @@ def test_windows_against_a_slow_reference(tmp_path_factory, lengths, length, mas
 
 @given(lengths=LENGTHS, length=st.integers(1, 16), masked=st.booleans(), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_bins_against_a_slow_reference(tmp_path_factory, lengths, length, masked, data) -> None:
+def test_packed_against_a_slow_reference(tmp_path_factory, lengths, length, masked, data) -> None:
     trained = None
     if masked:
         trained = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
@@ -119,12 +120,12 @@ def test_bins_against_a_slow_reference(tmp_path_factory, lengths, length, masked
             dropped["without a trained target within sequence_length"] += 1
         else:
             wanted[number] = pairs
-    folder = tmp_path_factory.mktemp("bins") / "store"
+    folder = tmp_path_factory.mktemp("packed") / "store"
     if not wanted:
         with pytest.raises(DataError, match="no document is left"):
-            make_store(folder, documents, "bins", length)
+            make_store(folder, documents, "packed", length)
         return
-    store = make_store(folder, documents, "bins", length)
+    store = make_store(folder, documents, "packed", length)
     owner = owners(documents)
     found: dict[int, list[tuple[int, int, int]]] = {}
     for i in range(store.samples):
@@ -148,7 +149,7 @@ def test_bins_against_a_slow_reference(tmp_path_factory, lengths, length, masked
 def test_packing_wastes_little(tmp_path: Path) -> None:
     lengths = (np.random.default_rng(0).lognormal(3.5, 0.8, size=3000).astype(int) + 2).tolist()
     documents = [([1] * n, None) for n in lengths]
-    store = make_store(tmp_path / "s", documents, "bins", 256)
+    store = make_store(tmp_path / "s", documents, "packed", 256)
     assert store.manifest["fill"] > 0.99
 
 
@@ -181,19 +182,22 @@ def test_a_sample_that_is_not_there(tmp_path: Path, i: int) -> None:
 
 def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
-    make_store(folder, numbered([20]), "windows", 4)
+    make_store(folder, numbered([20], [[True, False] * 10]), "packed", 4)
     manifest = json.loads((folder / "manifest.json").read_text())
     tokens = (folder / "tokens.bin").read_bytes()
 
     (folder / "tokens.bin").write_bytes(tokens[:-2])
-    with pytest.raises(DataError, match=r"tokens\.bin has 38 bytes instead of 40"):
+    with pytest.raises(DataError, match=r"tokens\.bin has 8 bytes instead of 10"):
         open_store(folder, 4)
     (folder / "tokens.bin").unlink()
     with pytest.raises(DataError, match=r"tokens\.bin is missing"):
         open_store(folder, 4)
     (folder / "tokens.bin").write_bytes(tokens)
+    renamed = {"loss_mask.bin": "trained.bin", "packed.bin": "bins.bin"}
+    older = {"files": {renamed.get(name, name): file for name, file in manifest["files"].items()}}
+    assert content_of(manifest | older) == content_of(manifest)  # a run that began with format 3 goes on
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match="has format 0, this bigtrain reads 3"):
+    with pytest.raises(DataError, match="has format 0, this bigtrain reads 4"):
         open_store(folder, 4)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
@@ -206,7 +210,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
 @given(
     lengths=LENGTHS,
     length=st.integers(1, 16),
-    layout=st.sampled_from(["windows", "bins"]),
+    layout=st.sampled_from(["windows", "packed"]),
     piece=st.integers(1, 200),
     data=st.data(),
 )
@@ -215,7 +219,7 @@ def test_shards_of_any_size_make_the_same_store(tmp_path_factory, lengths, lengt
     masks = [data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
     documents = [(ids, mask) for (ids, _), mask in zip(numbered(lengths), masks, strict=True)]
     borders = data.draw(st.lists(st.integers(0, len(documents)), max_size=6))
-    chosen = Layout("windows") if layout == "windows" else Layout("bins", length, PAD)
+    chosen = Layout("windows") if layout == "windows" else Layout("packed", length, PAD)
     root = tmp_path_factory.mktemp("shards")
     shards = []
     for begin, end in itertools.pairwise([0, *sorted(borders), len(documents)]):
@@ -244,18 +248,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("layout", ["windows", "bins"])
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 def test_a_flipped_byte_is_found_and_its_file_named(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "s"
     documents: list[Document] = [([i, i + 1, i + 2], [False, True, i % 2 == 0]) for i in range(50)]
     make_store(folder, documents, layout, 8)
     files = sorted(folder.iterdir())
-    assert [file.name for file in files if file.name != "bins.bin"] == [
+    assert [file.name for file in files if file.name != "packed.bin"] == [
         "checksums.bin",
         "documents.bin",
+        "loss_mask.bin",
         "manifest.json",
         "tokens.bin",
-        "trained.bin",
     ]
     assert verify_store(folder) == sum(file.stat().st_size for file in files if file.suffix == ".bin")
     for file in files:
@@ -275,7 +279,7 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("layout", ["windows", "bins"])
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 def test_a_flipped_byte_is_found_when_it_is_read(tmp_path: Path, layout: str) -> None:
     """By each way of reading, before a sample shows it; the file, the block and the folder are named."""
     folder, lengths = tmp_path / "s", [11, 2, 30, 7] * 1500
@@ -322,7 +326,7 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize(("layout", "looks"), [("windows", 3), ("bins", 4)])
+@pytest.mark.parametrize(("layout", "looks"), [("windows", 3), ("packed", 4)])
 def test_a_look_at_compared_blocks_is_a_look_at_an_array(tmp_path: Path, layout: str, looks: int) -> None:
     """Nothing is looked up, and nothing is done per token, per document or per block of the store."""
     documents: list[Document] = [(list(range(200)), [True, False] * 100)] * 2000
@@ -352,15 +356,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("layout", ["windows", "bins"])
+@pytest.mark.parametrize("layout", ["windows", "packed"])
 def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> None:
     """A store of 10 billion tokens, almost all of them holes of sparse files."""
     tokens, documents, length = 10**10, 10**7, 2048
     folder = tmp_path / "s"
     folder.mkdir()
-    sizes = {"tokens.bin": 2 * tokens, "documents.bin": 8 * (documents + 1), "trained.bin": tokens}
-    if layout == "bins":
-        sizes["bins.bin"] = 8 * (tokens // length + 1)
+    sizes = {"tokens.bin": 2 * tokens, "documents.bin": 8 * (documents + 1), "loss_mask.bin": tokens}
+    if layout == "packed":
+        sizes["packed.bin"] = 8 * (tokens // length + 1)
     for name, size in sizes.items():
         (folder / name).touch()
         os.truncate(folder / name, size)
@@ -382,6 +386,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
         **METADATA,
         "pad_id": 0,
         "dtype": "uint16",
+        "columns": {},
     }
     (folder / "manifest.json").write_text(
         seal(

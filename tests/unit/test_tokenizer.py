@@ -56,7 +56,7 @@ def test_awkward_texts_survive_the_round_trip(tokenizer, text: str) -> None:
 
 
 def test_a_document_cannot_forge_special_tokens(tokenizer) -> None:
-    [[(ids, _)]] = TASKS["pretrain"]().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
+    [[(ids, *_)]] = TASKS["pretrain"]().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
     assert [i for i in ids if i < 5] == [0, 1]
     assert tokenizer("<|end|>", add_special_tokens=False)["input_ids"] == [1]  # a chat template still can
 
@@ -105,7 +105,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_pretrain_encoding(tokenizer) -> None:
     rows = [{"text": "def f():\n    pass\n"}, {"text": ""}]
-    [(ids, trained)], empty = TASKS["pretrain"]().encode(rows, tokenizer)
+    [(ids, trained, *_)], empty = TASKS["pretrain"]().encode(rows, tokenizer)
     assert ids[0] == 0 and ids[-1] == 1
     assert tokenizer.decode(ids[1:-1]) == rows[0]["text"]
     assert trained is None
@@ -120,7 +120,7 @@ CHATML = (
 
 def parts(tokenizer, document):
     """(what is only read, what is learned) as text, run after run."""
-    ids, trained = document
+    ids, trained, *_ = document
     runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
     return [(learned, tokenizer.decode([i for i, _ in run])) for learned, run in runs]
 
@@ -183,7 +183,7 @@ def test_sft_needs_an_end_token(folder: Path) -> None:
     tokenizer.chat_template, tokenizer.eos_token = None, None
     with pytest.raises(DataError, match="eos_token"):
         TASKS["sft"]().encode([{"prompt": "a", "completion": "b"}], tokenizer)
-    [[(ids, _)]] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
+    [[(ids, *_)]] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
     assert ids == [0, *encode_texts(tokenizer, ["a"])[0]]
 
 

@@ -1,0 +1,48 @@
+"""Kinds of models: which class of transformers builds one, and which head it has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Kind(NamedTuple):
+    """auto: transformers' class. families: transformers' table of the model types that it builds. what: in messages."""
+
+    auto: str
+    families: str
+    what: str
+
+
+CAUSAL_LM = "causal_lm"
+KINDS = {
+    CAUSAL_LM: Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal language model"),
+    "sequence_classification": Kind(
+        "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "text classifier"
+    ),
+}
+
+
+def auto_class(kind: str) -> Any:
+    """The class of transformers that builds models of a kind."""
+    import transformers
+
+    return getattr(transformers, KINDS[kind].auto)
+
+
+def families(kind: str) -> dict[str, str]:
+    """The model types that a kind can be built of."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(modeling_auto, KINDS[kind].families)
+
+
+def new_head(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters of a task's head, which may be drawn at random: those outside of the base model, unless they
+    predict tokens."""
+    base = f"{model.base_model_prefix}."
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return frozenset()
+    return frozenset(name for name, _ in model.named_parameters() if not name.startswith(base))
