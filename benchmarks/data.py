@@ -432,7 +432,7 @@ def packing(rounds: int, folder: Path) -> None:
 
     def padded(number: int) -> dict[str, torch.Tensor]:
         chosen = [singles[shuffled[i % len(shuffled)]] for i in range(number * rows, (number + 1) * rows)]
-        longest = max(len(ids) for ids, _ in chosen) - 1
+        longest = max(len(ids) for ids, *_ in chosen) - 1
         inputs = torch.full((rows, longest), pad)
         targets = torch.full((rows, longest), IGNORE)
         for row, (ids, trained) in enumerate(chosen):

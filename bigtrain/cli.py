@@ -261,7 +261,7 @@ def evaluate(
     found = measure(where, [source(text, "--data") for text in data] if data else None, documents=documents)
     with _product():
         say(f"{found.what}: {found.metrics['targets']} targets")
-        say("   ".join(f"{name} {value:.6g}" for name, value in found.metrics.items() if name != "targets"))
+        say("   ".join(f"{name} {value:.6f}" for name, value in found.metrics.items() if name != "targets"))
         if documents is not None:
             say(f"each document: {documents}")
 

@@ -177,7 +177,7 @@ def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, se
     if stage == "finetune" and sequences == 400:  # whole documents that read nothing but themselves
         assert found == [r["where"] for r in held_out]
         opened = load_model(run / stage)
-        [[(ids, mask)]] = TASKS["sft"]().encode([held_out[0]], opened.tokenizer)
+        [[(ids, mask, *_)]] = TASKS["sft"]().encode([held_out[0]], opened.tokenizer)
         inputs = torch.tensor([ids[:129]])
         targets = inputs[0, 1:].masked_fill(~torch.tensor(mask[1:129]), -100)
         with torch.no_grad():
