@@ -4,7 +4,7 @@
     documents.bin  where each document starts in it, and the end of the last (int64, one more than documents)
     loss_mask.bin  one byte per token, 0 where nothing is to be learned; absent where everything is
     packed.bin     packed only: where each sample starts in documents.bin, and the end of the last (int64)
-    NAME.bin       one value for each document, of each of the manifest's `columns`
+    NAME.bin       one value for each document, of each of the manifest's `store_columns`
     checksums.bin  XXH3 of each 64 KiB of the files above, in the order of their names (uint64)
     manifest.json  what made the store, counts, size and sha256 of each file, and its own sha256; written last
 
@@ -262,7 +262,7 @@ class Rows(Store):
     def arrays(self, rows: int, length: int) -> Arrays:
         """`input_ids` filled up with the pad id, `attention_mask` (rows, length); each value by its name (rows,)."""
         ids = np.full((rows, length), self.manifest["pad_id"], dtype=np.int64)
-        values = {name: np.empty(rows, dtype=dtype) for name, dtype in self.manifest["columns"].items()}
+        values = {name: np.empty(rows, dtype=dtype) for name, dtype in self.manifest["store_columns"].items()}
         return {"input_ids": ids, "attention_mask": np.zeros((rows, length), dtype=np.int64), **values}
 
     def fill(self, arrays: Arrays, row: int, i: int) -> None:
@@ -270,7 +270,7 @@ class Rows(Store):
         ids = self.document(i)
         arrays["input_ids"][row, : len(ids)] = ids
         arrays["attention_mask"][row, : len(ids)] = 1
-        for name in self.manifest["columns"]:
+        for name in self.manifest["store_columns"]:
             arrays[name][row] = self._columns[f"{name}.bin"][i : i + 1][0]
 
     def documents_in(self, i: int) -> SampleDocuments:
@@ -292,7 +292,7 @@ def _positions(starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 
 
 def _dtypes(manifest: dict[str, Any]) -> dict[str, str]:
-    values = {f"{name}.bin": dtype for name, dtype in manifest["columns"].items()}
+    values = {f"{name}.bin": dtype for name, dtype in manifest["store_columns"].items()}
     return {TOKENS: manifest["dtype"], DOCUMENTS: "int64", LOSS_MASK: "bool", PACKED: "int64"} | values
 
 

@@ -72,5 +72,5 @@ class Layout:
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Layout:
         """That of a store, by its manifest."""
-        names = ("sequence_length", "pad_id", "long_conversations", "columns")
+        names = ("sequence_length", "pad_id", "long_conversations", "store_columns")
         return cls(manifest["layout"], *(manifest[name] for name in names))

@@ -212,7 +212,7 @@ def assemble(
     manifest = {"format": FORMAT, "layout": layout.name, "sequence_length": layout.sequence_length} | metadata
     manifest |= (
         {"long_conversations": layout.long_conversations, "pad_id": layout.pad_id, "dtype": dtype.name}
-        | {"columns": dict(layout.columns)}
+        | {"store_columns": dict(layout.columns)}
         | counts
         | writer.close()
     )

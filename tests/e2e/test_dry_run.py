@@ -151,7 +151,7 @@ def test_help_imports_nothing_heavy(tmp_path):
     ("change", "message"),
     [
         ({"hiden_size": 3}, "model.from_config.hiden_size: llama has no such key; did you mean `hidden_size`?"),
-        ({"model_type": "lama"}, "model.from_config.model_type: no causal model lama in transformers"),
+        ({"model_type": "lama"}, "model.from_config.model_type: no causal language model lama in transformers"),
         (
             {"hidden_act": 5},
             "model.from_config.hidden_act: no model can be built and trained with 5: TypeError: Field",

@@ -777,7 +777,9 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
     assert data.cleaning == decisions
     for store, rows in zip(data.train, training(stage, decisions), strict=True):
         assert store.manifest["documents"] == len(rows)
-        assert store.manifest["tokens"] == sum(len(ids) for answer in task.encode(rows, tokenizer) for ids, *_ in answer)
+        assert store.manifest["tokens"] == sum(
+            len(ids) for answer in task.encode(rows, tokenizer) for ids, *_ in answer
+        )
         assert store.manifest["decisions"] == decisions.manifest["fingerprint"]
     assert data.held_out[0].manifest["documents"] == 5
     [told] = [event for event in events if event["kind"] == "cleaned"]

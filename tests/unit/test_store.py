@@ -386,7 +386,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
         **METADATA,
         "pad_id": 0,
         "dtype": "uint16",
-        "columns": {},
+        "store_columns": {},
     }
     (folder / "manifest.json").write_text(
         seal(
