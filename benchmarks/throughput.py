@@ -59,6 +59,7 @@ from bigtrain.resilience.requests import Requests
 from bigtrain.state import WEIGHT, Shape
 from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
+from bigtrain.training.reports import Reports
 from bigtrain.training.run import StageRun
 from bigtrain.training.schedules.constant import Constant
 
@@ -242,7 +243,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
         Prefetched(setting.batches, pin=setting.device.type == "cuda") as batches,
     ):
         stream = Stream([Files(Path(folder)), Progress(), turns])
-        run = StageRun(stage, setting.steps * size.rows, 0, stream)
+        run = StageRun.of(stage, setting.steps * size.rows, 0, Reports(stage.name, stream))
         train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
         stream.close()
     engine.close()

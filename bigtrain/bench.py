@@ -23,11 +23,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigtrain.checkpoint import NoSaver
 from bigtrain.config import RunConfig
-from bigtrain.config.schema import CheckpointConfig, StageConfig
-from bigtrain.data.batches import Batch, Batches, Prefetched
+from bigtrain.config.schema import StageConfig
+from bigtrain.data.batches import Batch, Prefetched
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.distributed.consistency import in_common
-from bigtrain.distributed.world import World, joined
+from bigtrain.distributed.world import joined
 from bigtrain.models.causal_lm import model_config
 from bigtrain.models.flops import Arithmetic, arithmetic, peak_flops
 from bigtrain.models.weights import RandomWeights
@@ -37,12 +37,13 @@ from bigtrain.observability.progress import plural
 from bigtrain.observability.stream import Event, Stream
 from bigtrain.parallel.engine import Engine
 from bigtrain.parallel.task_module import TaskModule
-from bigtrain.pipeline.build import open_tokenizer
+from bigtrain.pipeline.build import StageBuilder, compiling, open_tokenizer, training_batches
+from bigtrain.pipeline.preflight import check_execution
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
-from bigtrain.stages import check_execution, compiling, stage_dims, stage_engine, stage_model
 from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
+from bigtrain.training.reports import Reports
 from bigtrain.training.run import StageRun
 
 WARMUP = 3  # steps that are not counted
@@ -64,26 +65,16 @@ class Measured(NamedTuple):
 def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     """Measure `steps` steps of a stage with this process as one rank; rank 0 prints what was found."""
     quiet()
-    task = TASKS[stage.task]()
     with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         tokenizer = open_tokenizer(config)
-        data = prepare_stage(stage, task, tokenizer, stores=config.stores, seed=config.seed)
-        model = model_config(config.model, tokenizer, config.adds_tokens)
-        build = stage_model(config, stage, model)
-        engine = stage_engine(config, stage, task, build, world)
-        empty = build(meta=True)
+        data = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=config.stores, seed=config.seed)
+        builder = StageBuilder.of(config, stage, model_config(config.model, tokenizer, config.adds_tokens), world)
+        empty = builder.empty_model(meta=True)
+        engine = builder.engine()
         engine.load(RandomWeights(empty, config.seed), {"updates": 0})
-        dims = stage_dims(config, stage, world)
-        batches = Batches(
-            data.train,
-            data.weights,
-            seed=config.seed,
-            global_batch_size=stage.global_batch_size,
-            total_samples=(WARMUP + steps + PROFILED) * stage.global_batch_size,
-            data_rank=dims.data_rank,
-            data_size=dims.data_size,
-        )
+        sequences = (WARMUP + steps + PROFILED) * stage.global_batch_size
+        batches = training_batches(stage, data, config.seed, builder.dims, sequences)
         with Prefetched(batches, pin=world.device.type == "cuda") as prefetched:
             rows = _timed(stage, engine, prefetched, WARMUP + steps)
             parts = _profiled(engine, prefetched, range(WARMUP + steps, batches.steps), world.device)
@@ -91,16 +82,19 @@ def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     if world.rank == 0:
         seconds = [row["step_seconds"] for row in rows[WARMUP:]]
         measured = Measured(seconds, parts, rows[-1]["memory_bytes"])
-        _show(config, stage, world, empty.config.model_type, arithmetic(empty, stage.sequence_length), measured)
+        _show(builder, empty.config.model_type, arithmetic(empty, stage.sequence_length), measured)
 
 
 def _timed(stage: StageConfig, engine: Engine, batches: Callable[[int], Batch], steps: int) -> list[Event]:
     """Train as a run does, without evaluating or saving; the rows that it reports of its steps."""
-    still = stage.optimizer.model_copy(update={"lr": 0.0})
-    plain = stage.model_copy(update={"optimizer": still, "evaluate": None, "checkpoint": CheckpointConfig()})
     rows: list[Event] = []
-    stream = Stream([rows.append])
-    run = StageRun(plain, steps * stage.global_batch_size, 0, stream, skips_overflows=True)  # of random weights in fp16
+    run = StageRun(
+        sequences=steps * stage.global_batch_size,
+        global_batch_size=stage.global_batch_size,
+        sequence_length=stage.sequence_length,
+        learning_rate=lambda *_: 0.0,
+        reports=Reports(stage.name, Stream([rows.append]), skips_overflows=True),  # of random weights in fp16
+    )
     with compiling(stage.name):
         train(run, engine, batches, evaluate=dict, saver=NoSaver(), requests=Requests())
     return [row for row in rows if row["kind"] == "step"]
@@ -194,21 +188,20 @@ def _part(running: Counter[str]) -> str:
     return next((part for part in ("data", "optimizer", "forward", "backward") if running[part]), "other")
 
 
-def _show(
-    config: RunConfig, stage: StageConfig, world: World, model: str, needed: Arithmetic | None, measured: Measured
-) -> None:
+def _show(builder: StageBuilder, model: str, needed: Arithmetic | None, measured: Measured) -> None:
     out = console()
+    stage, parallel, world = builder.stage, builder.parallel, builder.world
     tokens, seconds = stage.global_batch_size * stage.sequence_length, statistics.median(measured.seconds)
-    parallel = config.parallel_of(stage)
     compiled = " · compiled" if parallel.compile else ""
     lines = [
         f"{stage.name}: {model} · {plural(world.size, 'process', 'processes')} · {parallel.engine}{compiled} · "
-        f"{config.precision} · {world.device.type} · {stage.global_batch_size} x {stage.sequence_length} tokens a step",
+        f"{builder.precision} · {world.device.type} · "
+        f"{stage.global_batch_size} x {stage.sequence_length} tokens a step",
         f"  step        {seconds * 1e3:.1f} ms, median of {len(measured.seconds)} "
         f"({min(measured.seconds) * 1e3:.1f} to {max(measured.seconds) * 1e3:.1f}), after {WARMUP} to warm up",
         f"  speed       {tokens / seconds:,.0f} tokens per second, {tokens / seconds / world.size:,.0f} per process",
         f"  memory      {measured.memory / 2**30:.2f} GiB at most, of rank 0",
-        *_arithmetic_lines(needed, tokens / seconds / world.size, world.device, config.precision),
+        *_arithmetic_lines(needed, tokens / seconds / world.size, world.device, builder.precision),
     ]
     for line in lines:
         out.print(line)

@@ -129,7 +129,7 @@ def import_state(
 ) -> None:
     """Continue a Hugging Face Trainer's or DeepSpeed's checkpoint with CONFIG: weights, Adam's moments and step."""
     from bigtrain.config import load
-    from bigtrain.importing import import_state as take
+    from bigtrain.pipeline.import_state import import_state as take
 
     say(take(load(config, overrides or [], here=True).run, folder, stage))
 

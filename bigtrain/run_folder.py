@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -119,12 +120,12 @@ class RunFolder:
             raise ConfigError(
                 f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
             )
-        self._check_origins(config, _with_dependents(config, restart))
+        self._check_origins(config.stages, _with_dependents(config.stages, restart))
         if is_occupied(self.path):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
         if not self.is_kept():
             return
-        anew = _with_dependents(config, restart)
+        anew = _with_dependents(config.stages, restart)
         changed = [
             change
             for change in differences(self._written(), without_secrets(config), "mathematics")
@@ -135,12 +136,12 @@ class RunFolder:
         lines = [f"  {difference(*change)}" for change in changed]
         raise ConfigError(
             f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
-            "Nothing was changed. Choose:\n" + "\n".join(_choices(config, [key for key, _, _ in changed]))
+            "Nothing was changed. Choose:\n" + "\n".join(_choices(config.stages, [key for key, _, _ in changed]))
         )
 
-    def _check_origins(self, config: RunConfig, anew: list[str]) -> None:
+    def _check_origins(self, stages: Sequence[StageConfig], anew: list[str]) -> None:
         """Raises ConfigError when a stage that is to begin anew starts from one that has lost its checkpoints."""
-        for stage in config.stages:
+        for stage in stages:
             origin = stage.from_stage
             if stage.name not in anew or origin is None or origin in anew or not self.has_state(origin):
                 continue
@@ -150,7 +151,7 @@ class RunFolder:
                 others = put_back(aside[-1]) if aside else f"put a checkpoint back into {root}"
                 raise ConfigError(
                     f"--restart {anew[0]}: {stage.name} starts from {origin}, and {root} has no whole checkpoint any "
-                    f"more. Nothing was changed. Choose:\n{restart_choice(config, origin)}\n  {others}."
+                    f"more. Nothing was changed. Choose:\n{restart_choice(stages, origin)}\n  {others}."
                 )
 
     def _written(self) -> RunConfig:
@@ -201,7 +202,7 @@ class RunFolder:
     def _begin(
         self, config: RunConfig, restart: str | None, origin: dict[str, Any] | None, execution: dict[str, Any]
     ) -> int:
-        for stage in _with_dependents(config, restart):
+        for stage in _with_dependents(config.stages, restart):
             self._set_aside(stage)
         for name in sorted({*self.metadata().get("stages", {}), *(stage.name for stage in config.stages)}):
             if not self.has_state(name):
@@ -430,19 +431,19 @@ def _stage_of(key: str) -> str | None:
     return key.split(".")[1] if key.startswith("stages.") else None
 
 
-def _choices(config: RunConfig, changed: list[str]) -> list[str]:
+def _choices(stages: Sequence[StageConfig], changed: list[str]) -> list[str]:
     """What can be done about keys that differ from those of the run, and what each would mean."""
     choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
     stage, *more = {_stage_of(key) for key in changed}
     if stage is not None and not more:
-        choices.append(restart_choice(config, stage, " with the new values"))
+        choices.append(restart_choice(stages, stage, " with the new values"))
     choices.append("  another `name`: a run of its own from the first step on; this one stays as it is.")
     return choices
 
 
-def restart_choice(config: RunConfig, stage: str, values: str = "") -> str:
+def restart_choice(stages: Sequence[StageConfig], stage: str, values: str = "") -> str:
     """A line about what `--restart` would do."""
-    others = _with_dependents(config, stage)[1:]
+    others = _with_dependents(stages, stage)[1:]
     also = f", and {', '.join(others)}, which starts from it," if others else ""
     return (
         f"  `--restart {stage}`: {stage}{also} is trained from its first step{values}; what it was so far is kept as "
@@ -450,10 +451,10 @@ def restart_choice(config: RunConfig, stage: str, values: str = "") -> str:
     )
 
 
-def _with_dependents(config: RunConfig, stage: str | None) -> list[str]:
+def _with_dependents(stages: Sequence[StageConfig], stage: str | None) -> list[str]:
     """A stage and all later ones whose weights come from it."""
     names = [stage] if stage is not None else []
-    for later in config.stages:
+    for later in stages:
         if later.from_stage in names:
             names.append(later.name)
     return names

@@ -10,6 +10,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import bigtrain.cli
 import bigtrain.parallel.mesh
 import bigtrain.parallel.zero
-import bigtrain.stages  # noqa: F401
+import bigtrain.pipeline.run  # noqa: F401
 
 gc.freeze()  # the forks share these pages

@@ -100,7 +100,7 @@ def _why(launcher: Launcher, config: RunConfig) -> str:
 
 
 def _here(config: RunConfig, restart: str | None) -> int:
-    from bigtrain.stages import run_here
+    from bigtrain.pipeline.run import run_here
 
     try:
         return run_here(config, restart)

@@ -1,4 +1,4 @@
-"""Looks at some steps of a stage with torch's profiler."""
+"""Traces some steps of a stage with torch's profiler."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 import torch
 
 from bigtrain.config.schema import ProfileConfig
+from bigtrain.observability.stream import Stream
 
 
 class Profiler:
-    """Writes FOLDER/profile/rank-N.trace.json (chrome://tracing, Perfetto) of the steps first to last, counted from 1;
-    on a GPU also rank-N.memory.pickle, for pytorch.org/memory_viz."""
+    """A step hook that writes FOLDER/profile/rank-N.trace.json (chrome://tracing, Perfetto) of the steps first to last,
+    counted from 1; on a GPU also rank-N.memory.pickle, for pytorch.org/memory_viz."""
 
-    def __init__(self, first: int, last: int, folder: Path, rank: int):
-        self._first, self._last = first, last
+    name = "the profiler"
+
+    def __init__(self, settings: ProfileConfig, stage: str, steps: int, folder: Path, rank: int, stream: Stream):
+        """steps: of the whole stage. folder: the stage's. stream: is told of the trace."""
+        self._first, self._last = settings.steps[0], min(settings.steps[1], steps)
+        self._stage = stage
         self._folder = folder / "profile"
         self._rank = rank
+        self._stream = stream
         self._profile: Any = None
 
-    @classmethod
-    def of(cls, settings: ProfileConfig | None, folder: Path, rank: int) -> Profiler | None:
-        return None if settings is None else cls(settings.steps[0], settings.steps[1], folder, rank)
-
-    def between_steps(self, done: int, steps: int) -> Path | None:
-        """To be called whenever `done` of `steps` are finished and no other has begun; the trace once it is written."""
-        if self._profile is not None and done >= min(self._last, steps):
-            return self._stop()
-        if self._profile is None and self._first - 1 <= done < min(self._last, steps):
+    def __call__(self, done: int) -> None:
+        if self._profile is not None and done >= self._last:
+            trace = self._stop()
+            self._stream.emit("profiled", stage=self._stage, step=done, file=str(trace))
+        elif self._profile is None and self._first - 1 <= done < self._last:
             self._start()
-        return None
 
     def _start(self) -> None:
         self._profile = quiet_profile(record_shapes=True, with_stack=False)
@@ -48,7 +49,6 @@ class Profiler:
             torch.cuda.memory._dump_snapshot(str(trace.with_name(f"rank-{self._rank}.memory.pickle")))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile = None
-        self._first = self._last + 1  # once
         return trace
 
 

@@ -36,7 +36,7 @@ def preview(config: RunConfig, *, stage: str | None, step: int, rows: int, html:
     absent: list[str] = []
     for one in chosen:
         try:
-            views.append(view(config, one, data[one.name], tokenizer, step, rows))
+            views.append(view(one, data[one.name], tokenizer, config.seed, step, rows))
         except ConfigError as error:
             absent.append(str(error))
     if not views:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.config.schema import RunConfig, StageConfig
-from bigtrain.data.batches import Batches
+from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData, counts
 from bigtrain.data.store import Sequences, Store
 from bigtrain.data.types import IGNORE
 from bigtrain.errors import ConfigError
+from bigtrain.parallel.dims import ParallelDims
+from bigtrain.pipeline.build import training_batches
 from bigtrain.preview.spelling import spell, spell_together
 
 LOOKED_AT = 1_000_000  # documents of a store whose lengths are counted, at most
@@ -95,21 +96,13 @@ class View:
     cleaned: dict[str, Any] | None
 
 
-def view(config: RunConfig, stage: StageConfig, data: StageData, tokenizer: Any, step: int, rows: int) -> View:
+def view(stage: StageConfig, data: StageData, tokenizer: Any, seed: int, step: int, rows: int) -> View:
     """Batch `step` of a stage, with the tokens of its first `rows` sequences.
 
     Raises ConfigError for a step that the stage lacks.
     """
     total = data.samples(stage)
-    batches = Batches(
-        data.train,
-        data.weights,
-        seed=config.seed,
-        global_batch_size=stage.global_batch_size,
-        total_samples=total,
-        data_rank=0,
-        data_size=1,
-    )
+    batches = training_batches(stage, data, seed, ParallelDims(rank=0, replicate=1))
     if not 0 <= step < batches.steps:
         raise ConfigError(f"--step {step}: stage {stage.name} has steps 0 to {batches.steps - 1}.")
     ids = batches.ids(step)

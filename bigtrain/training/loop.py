@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bigtrain.checkpoint import NoSaver, Saver
 from bigtrain.data.batches import Batch
 from bigtrain.errors import NotFiniteError
+from bigtrain.observability.hooks import StepHooks
 from bigtrain.parallel.engine import Engine, Flags
 from bigtrain.resilience.requests import Requests
 from bigtrain.training.run import StageRun
@@ -19,14 +20,17 @@ def train(
     evaluate: Callable[[], dict[str, float]],
     saver: Saver | NoSaver,
     requests: Requests,
+    hooks: StepHooks | None = None,
 ) -> bool:
     """Train from step `run.done` to the stage's end, on all ranks together; False if asked to stop before it.
+
+    hooks: called before the first step and after each one.
 
     Raises NotFiniteError for a step, an evaluation or a state that is not finite; such a state is not saved, and a save
     that was under way is complete then.
     """
     try:
-        return _train(run, engine, batches, evaluate, saver, requests)
+        return _train(run, engine, batches, evaluate, saver, requests, hooks)
     except NotFiniteError:
         saver.finish()
         raise
@@ -39,21 +43,27 @@ def _train(
     evaluate: Callable[[], dict[str, float]],
     saver: Saver | NoSaver,
     requests: Requests,
+    hooks: StepHooks | None,
 ) -> bool:
-    run.start_clock()
+    reports = run.reports
+    reports.start_clock()
     if run.evaluates and run.done == 0:
-        run.evaluated(evaluate())
+        reports.evaluated(run.done, evaluate())
+    if hooks:
+        hooks(run.done)
     while run.done < run.steps:
         flags = Flags(requests.stop, requests.save, saver.busy)
         due = run.completed(engine.step(batches(run.done), run.learning_rate, flags))
+        if hooks:
+            hooks(run.done)
         if due.publish:
             saver.publish()
         if due.evaluate:
-            run.evaluated(evaluate())
+            reports.evaluated(run.done, evaluate())
         if due.save:
             run.check_state(engine.not_finite())
             requests.saving(run.done)
-            run.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
+            reports.stalled(saver.save(run.done, engine.boxes(), engine.progress()))
         if due.stop:
             break
     saver.finish()

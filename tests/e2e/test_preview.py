@@ -55,7 +55,7 @@ def views(path, step, rows):
             data_rank=0,
             data_size=1,
         )
-        yield batches(step), view(run, stage, data[stage.name], tokenizer, step, rows), tokenizer
+        yield batches(step), view(stage, data[stage.name], tokenizer, run.seed, step, rows), tokenizer
 
 
 def test_every_token_and_mark_is_that_of_the_batch(prepared):

@@ -15,6 +15,7 @@ from bigtrain.observability.stream import Stream
 from bigtrain.resilience.requests import Requests
 from bigtrain.tasks.causal_lm import CausalLM
 from bigtrain.training.loop import train
+from bigtrain.training.reports import Reports
 from bigtrain.training.run import StageRun
 from tests.parity import cases
 from tests.parity.test_steps import LAYOUTS
@@ -54,8 +55,9 @@ def attempt(layout, schedule, folder, stop_at):
 
     hook = register_optimizer_step_pre_hook(take)
     engine = cases.make(layout, reader=checkpoint, progress=checkpoint and checkpoint.progress)
-    run = StageRun(stage, STEPS * 7, checkpoint.step if checkpoint else 0, Stream([listen]))
-    with Requests() as requests, Saver(folder, Retention(keep=1), run.saved, asynchronous=False) as saver:
+    reports = Reports(stage.name, Stream([listen]))
+    run = StageRun.of(stage, STEPS * 7, checkpoint.step if checkpoint else 0, reports)
+    with Requests() as requests, Saver(folder, Retention(keep=1), reports.saved, asynchronous=False) as saver:
         finished = train(run, engine, cases.share, lambda: [], saver, requests)
     hook.remove()
     engine.close()

@@ -55,8 +55,9 @@ def marked(mark):
 
 
 def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
-    broken = "lambda *_: (_ for _ in ()).throw(RuntimeError('the disk is on fire'))"
-    process, left = fail(tmp_path, f"import bigtrain.stages\n    bigtrain.stages.stage_model = {broken}")
+    broken = "lambda *_, **__: (_ for _ in ()).throw(RuntimeError('the disk is on fire'))"
+    build = "from bigtrain.pipeline.build import StageBuilder"
+    process, left = fail(tmp_path, f"{build}\n    StageBuilder.empty_model = {broken}")
     assert process.returncode == 1
     lines = process.stderr.strip().splitlines()
     assert lines[0] == "rank 1 failed:"

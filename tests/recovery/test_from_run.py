@@ -13,9 +13,9 @@ from bigtrain.config.load import load
 from bigtrain.config.schema import SourceConfig
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.load import load_model
-from bigtrain.inputs import try_inputs
 from bigtrain.launching.dry_run import dry_run
 from bigtrain.observability.stream import read_metrics
+from bigtrain.pipeline.preflight import try_inputs
 from bigtrain.run_folder import RunFolder
 from tests import support
 

@@ -12,11 +12,12 @@ from bigtrain.config.unusual import unusual
 from bigtrain.data.prepare import StageData
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
-from bigtrain.history import History
 from bigtrain.models.causal_lm import dropouts
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.build import StageBuilder
+from bigtrain.pipeline.history import History
+from bigtrain.pipeline.preflight import check_schedules
 from bigtrain.run_folder import RunFolder
-from bigtrain.stages import check_schedules
 from tests.support import bigtrain
 from tests.unit.test_config import GOOD
 
@@ -117,9 +118,9 @@ def test_a_warmup_is_held_against_epochs_once_the_data_has_told_their_length(con
         """Of stores that hold so many samples, in batches of 8."""
         return {stage.name: StageData([SimpleNamespace(samples=samples)], [], None, None) for stage in run.stages}
 
-    check_schedules(run, data(73))
+    check_schedules(run.stages, data(73))
     with pytest.raises(ConfigError, match=r"stages.finetune.schedule.warmup_steps: 10 is longer .* \(9 steps\)"):
-        check_schedules(run, data(72))
+        check_schedules(run.stages, data(72))
 
 
 TRAINED = "{source: a, split: 'train[10:20]'}"
@@ -175,8 +176,9 @@ def test_the_dry_run_tells_what_is_unusual(tmp_path):
 
 def told_of_dropout(tmp_path, run, size, probabilities, resumed):
     events = []
-    history = History(run, World(0, size, 0, torch.device("cpu")), RunFolder(tmp_path / "run"), Stream([events.append]))
-    history.tell_of_dropout(run.stages[0], probabilities, resumed)
+    world = World(0, size, 0, torch.device("cpu"))
+    history = History(run.stages, world, RunFolder(tmp_path / "run"), Stream([events.append]))
+    history.tell_of_dropout(StageBuilder.of(run, run.stages[0], None, world), probabilities, resumed)
     return [event["text"] for event in events]
 
 

@@ -14,11 +14,11 @@ from bigtrain.data.types import Layout
 from bigtrain.data.writing import write_store
 from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, DataError
-from bigtrain.history import History
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.history import History
+from bigtrain.pipeline.stages import lineage_of
 from bigtrain.run_folder import RunFolder
-from bigtrain.stages import _lineage
 from tests.support import small_config
 
 
@@ -30,7 +30,7 @@ def history(tmp_path):
     events, out = [], io.StringIO()
     world = World(0, 1, torch.device("cpu"), [], None)
     yield (
-        History(config, world, RunFolder.of(config), Stream([events.append, Progress(out)])),
+        History(config.stages, world, RunFolder.of(config), Stream([events.append, Progress(out)])),
         config.stages[0],
         events,
         out,
@@ -60,9 +60,9 @@ def test_little_room_is_told(history, tmp_path):
     assert "room for 1 only: `checkpoint.keep` and the one being written need 3" in out.getvalue()
 
 
-def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history):
+def test_a_stage_whose_end_is_gone_is_over_only_when_nobody_needs_it(history, tmp_path):
     found, stage, *_ = history
-    folder, config = found._folder, found._config
+    folder, config = found._folder, load_config(tmp_path / "small.yaml")
     folder.begin(config, None, world_size=1)
     folder.record("pretrain", finished=True, steps=6, exported_step=6)
     with pytest.raises(
@@ -99,8 +99,8 @@ def test_other_documents_are_noticed(history, tmp_path, changed, key):
     own = stage.evaluate.model_copy(update={"data": stage.data})
     stage = stage.model_copy(update={"evaluate": own, "held_out": 0.0})
     begun = {name: store(tmp_path / f"first-{name}", [1, 2, 3, 4], [5]) for name in ("train", "held_out")}
-    found._folder.begin(found._config, None, world_size=1)
-    found._folder.record("pretrain", data=_lineage([begun["train"]]), held_out=_lineage([begun["held_out"]]))
+    found._folder.begin(load_config(tmp_path / "small.yaml"), None, world_size=1)
+    found._folder.record("pretrain", data=lineage_of([begun["train"]]), held_out=lineage_of([begun["held_out"]]))
     again = {name: [store(tmp_path / f"again-{name}", [1, 2, 3, 4], [5])] for name in begun}
     found.check_same_data(stage, StageData(weights=None, **again))
     other = again | {changed: [store(tmp_path / "other", [1, 2, 3, 4], [6])]}
@@ -111,8 +111,8 @@ def test_other_documents_are_noticed(history, tmp_path, changed, key):
 def test_stores_of_an_earlier_version_are_compared_by_what_they_hold(history, tmp_path):
     found, stage, _, _ = history
     begun = store(tmp_path / "first", [1, 2, 3, 4])
-    found._folder.begin(found._config, None, world_size=1)
-    known = [{name: value for name, value in _lineage([begun])[0].items() if name != "content"}]
+    found._folder.begin(load_config(tmp_path / "small.yaml"), None, world_size=1)
+    known = [{name: value for name, value in lineage_of([begun])[0].items() if name != "content"}]
     found._folder.record("pretrain", data=known)
     found.check_same_data(stage, StageData([store(tmp_path / "same", [1, 2, 3, 4])], None, []))
     with pytest.raises(DataError, match="has changed"):

@@ -15,7 +15,8 @@ FLOORS = [  # from the ground up; rooms of one floor may know each other
     {"checkpoint"},
     {"training"},
     {"inference"},
-    {"pipeline", "stages", "history", "bench", "inputs", "preview", "importing"},
+    {"pipeline"},
+    {"bench", "preview"},
     {"launching"},
     {"cli", "testing", "__init__", "__main__"},
 ]

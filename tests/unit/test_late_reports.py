@@ -9,8 +9,9 @@ import torch
 from bigtrain.config.schema import StageConfig
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.engine import Outcome
-from bigtrain.training import run as training
-from bigtrain.training.run import StageRun, _HostCopy
+from bigtrain.training import reports as training
+from bigtrain.training.reports import Heard, Reports, _HostCopy
+from bigtrain.training.run import StageRun
 
 WORK = []  # what is on the stream and not done yet
 WAITS = []  # how much of it was left each time that the host has waited
@@ -80,12 +81,13 @@ def stage(steps=5, every=None):
     )
 
 
-def trained(kind=StageRun, every=None, stop_in=None, save_in=None, idle_in=None):
+def trained(kind=Reports, every=None, stop_in=None, save_in=None, idle_in=None):
     """What a stage of 5 steps has reported once each step was completed, and what was due then. The last batch has 2
     sequences; flags are said in the steps that are named."""
     events = []
-    run = kind(stage(every=every), 18, 0, Stream([events.append]))
-    run.start_clock()
+    reports = kind("s", Stream([events.append]))
+    run = StageRun.of(stage(every=every), 18, 0, reports)
+    reports.start_clock()
     reported, due = [], []
     for step in range(1, 6):
         said = outcome(step, float(step == stop_in), float(step == save_in), float(step != idle_in))
@@ -96,7 +98,7 @@ def trained(kind=StageRun, every=None, stop_in=None, save_in=None, idle_in=None)
     return events, reported, due
 
 
-def check_rows(kind=StageRun):
+def check_rows(kind=Reports):
     events, reported, _ = trained(kind)
     assert reported == [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
     for step, row in enumerate(events, 1):
@@ -110,7 +112,7 @@ def check_rows(kind=StageRun):
         assert row["tokens"] == (32 if step < 5 else 16)
 
 
-def check_flags(kind=StageRun):
+def check_flags(kind=Reports):
     """Heard in the step after the one that they were said in; obeyed once."""
     _, reported, due = trained(kind, stop_in=2)
     assert [(one.stop, one.save) for one in due] == [(False, False), (False, False), (True, True)]
@@ -121,7 +123,7 @@ def check_flags(kind=StageRun):
     assert [one.publish for one in due] == [False, False, False, True, False]
 
 
-def check_save(kind=StageRun):
+def check_save(kind=Reports):
     """What is saved was reported, so was seen to be finite."""
     _, reported, due = trained(kind, every=2)
     assert [one.save for one in due] == [False, True, False, True, True]
@@ -137,8 +139,8 @@ def test_late_reports(check):
 
 
 def test_the_host_waits_for_the_step_before_and_not_for_the_newest():
-    run = StageRun(stage(), 20, 0, Stream())
-    run.start_clock()
+    run = StageRun.of(stage(), 20, 0, Reports("s", Stream()))
+    run.reports.start_clock()
     for step in range(1, 5):
         run.completed(outcome(step))
         assert len(WORK) == 1  # the newest copy
@@ -146,45 +148,44 @@ def test_the_host_waits_for_the_step_before_and_not_for_the_newest():
 
 
 def test_a_step_that_is_not_finite_is_named_though_it_is_heard_late():
-    run = StageRun(stage(), 20, 0, Stream())
-    run.start_clock()
+    run = StageRun.of(stage(), 20, 0, Reports("s", Stream()))
+    run.reports.start_clock()
     run.completed(Outcome(*(torch.tensor(v).as_subclass(OnDevice) for v in (math.inf, 1.0, 1.0, [0.0, 0.0, 0.0]))))
     with pytest.raises(training.NotFiniteError, match="step 1: the loss is inf"):
         run.completed(outcome(2))
 
 
-class WrongStep(StageRun):
-    def _report(self):
+class WrongStep(Reports):
+    def flush(self):
         if self._pending is not None:
-            self._pending = ({**self._pending[0], "step": self.done + 1}, self._pending[1])
-        super()._report()
+            row, values = self._pending
+            self._pending = ({**row, "step": row["step"] + 1}, values)
+        super().flush()
 
 
-class LastOneLost(StageRun):
-    def completed(self, outcome):
-        due = super().completed(outcome)
-        if self.done == self.steps - 1:
+class LastOneLost(Reports):
+    def stepped(self, step, steps, *others):
+        super().stepped(step, steps, *others)
+        if step == steps - 1:
             self._pending = None
-        return due
 
 
-class LastOneKept(StageRun):
+class LastOneKept(Reports):
     """Reports nothing before a save."""
 
-    def _report(self):
-        if self.done < self.steps or self._pending[0]["step"] < self.steps:
-            super()._report()
+    def flush(self):
+        if self._pending is None or self._pending[0]["step"] < self._pending[0]["steps"]:
+            super().flush()
 
 
-class FlagsLater(StageRun):
-    before = (False, False, False)
+class FlagsLater(Reports):
+    before = Heard()
 
-    def _report(self):
+    def flush(self):
         pending = self._pending
-        super()._report()
+        super().flush()
         if pending is not None:
-            heard = (self._stops, self._saves, self._idle)
-            (self._stops, self._saves, self._idle), self.before = self.before, heard
+            self.heard, self.before = self.before, self.heard
 
 
 class NotWaiting(_HostCopy):
@@ -206,7 +207,7 @@ def test_the_faults_of_a_late_report_are_caught(kind):
 @pytest.mark.parametrize("kind", [NotWaiting, RecordedTooEarly])
 def test_the_faults_of_a_late_copy_are_caught(kind, monkeypatch):
     monkeypatch.setattr(training, "_HostCopy", kind)
-    assert caught(check_rows, StageRun)
+    assert caught(check_rows, Reports)
 
 
 def caught(check, kind):

@@ -8,6 +8,7 @@ import pytest
 
 from bigtrain.config import load_config
 from bigtrain.config.schema import ProfileConfig
+from bigtrain.observability.hooks import StepHooks
 from bigtrain.observability.profiler import Profiler
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream, read_metrics
@@ -15,7 +16,6 @@ from bigtrain.observability.summary import Summary, summary
 from bigtrain.observability.trackers import Tracker
 from bigtrain.resilience.requests import Requests, TimeLimit, heard
 from bigtrain.run_folder import RunFolder
-from bigtrain.training.run import StageRun
 from tests.support import small_config
 
 STEP = {"stage": "s", "step": 1, "steps": 1, "loss": 1.0}
@@ -156,14 +156,13 @@ def test_a_tracker_that_cannot_start_or_end(tmp_path, monkeypatch, capsys):
 
 
 def test_a_profiler_that_fails_is_dropped(tmp_path, capsys):
-    stage = load_config(small_config(tmp_path)).stages[0]
     (tmp_path / "profile").write_text("a file where the folder should be")
     events = []
-    profiler = Profiler.of(ProfileConfig(steps=[1, 1]), tmp_path, rank=0)
-    run = StageRun(stage, 10, 0, Stream([events.append]), profiler=profiler)
-    run.done = 1
-    run._profile()
-    run._profile()
+    stream = Stream([events.append])
+    hooks = StepHooks([Profiler(ProfileConfig(steps=[1, 1]), "s", 5, tmp_path, rank=0, stream=stream)], stream)
+    hooks(0)
+    hooks(1)
+    assert not hooks
     assert [(event["kind"], event["what"]) for event in events] == [("reporting_failed", "the profiler")]
     assert capsys.readouterr().err.startswith("the profiler: File exists")
 

@@ -13,10 +13,10 @@ from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import joined
 from bigtrain.errors import ConfigError, nearest
-from bigtrain.inputs import try_inputs
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
+from bigtrain.pipeline.preflight import try_inputs
 from bigtrain.pretrained import quiet
 from bigtrain.run_folder import RunFolder, ending_of
 

@@ -1,16 +1,16 @@
-"""What the stages of a run have behind them: their checkpoints, as all ranks agree on them, and what run.json knows."""
+"""What is known of a run's stages: their checkpoints, the same for all ranks, and what run.json says of them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete, newest, set_aside, step_of
-from bigtrain.config import RunConfig
 from bigtrain.config.origin import damaged_ones, put_back
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData
@@ -19,18 +19,18 @@ from bigtrain.disk import megabytes, told_as
 from bigtrain.distributed.collectives import from_first, read_together
 from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
-from bigtrain.inputs import open_origin
 from bigtrain.observability.stream import Stream
+from bigtrain.pipeline.build import StageBuilder
 from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
 from bigtrain.state import Shape
 from bigtrain.training.run import StageRun
 
 
 class History:
-    """Of one run, as one rank sees it."""
+    """Of the stages of one run, as one rank sees it."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, stream: Stream):
-        self._config = config
+    def __init__(self, stages: Sequence[StageConfig], world: World, folder: RunFolder, stream: Stream):
+        self._stages = stages
         self._world = world
         self._folder = folder
         self._stream = stream
@@ -77,15 +77,15 @@ class History:
             self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
         dist.barrier()
 
-    def tell_of_dropout(self, stage: StageConfig, probabilities: dict[str, float], resumed: bool) -> None:
-        """Say where the draws of a stage's dropout come from, and at a resume whether they are others from here on."""
+    def tell_of_dropout(self, builder: StageBuilder, probabilities: dict[str, float], resumed: bool) -> None:
+        """Say on what a stage's dropout draws depend, and after a resume whether they differ from here on."""
         if self._world.rank != 0:
             return
-        parallel = self._config.parallel_of(stage)
+        stage = builder.stage
         now = {
             "number of processes": self._world.size,
-            "engine": parallel.engine,
-            "micro-batch": min(parallel.micro_batch_size, -(-stage.global_batch_size // self._world.size)),
+            "engine": builder.parallel.engine,
+            "micro-batch": builder.micro_batch_size,
         }
         before = self._folder.metadata()["stages"].get(stage.name, {}).get("layout", now)
         self._folder.record(stage.name, layout=now)
@@ -105,7 +105,7 @@ class History:
 
         def check() -> None:
             if self._folder.has_state(stage.name):
-                raise CheckpointError(lost(self._config, self._folder, stage))
+                raise CheckpointError(lost(self._stages, self._folder, stage))
 
         from_first(check)
 
@@ -135,8 +135,8 @@ class History:
 
         from_first(plan)
 
-    def way_on(self, stage: StageConfig) -> str:
-        """What can be done about numbers that are not finite, in sentences that `bigtrain run` accepts; collective."""
+    def way_on(self, stage: StageConfig, precision: str) -> str:
+        """What can be done about numbers that are not finite, with commands that work as they stand; collective."""
         name, optimizer, schedule = stage.name, stage.optimizer, stage.schedule
         lower = f"stages.{name}.optimizer.lr={min(optimizer.lr / 10, 1e-3):.3g}"
         if optimizer.max_grad_norm is None:
@@ -150,7 +150,7 @@ class History:
                 f"end. Train the stage anew with gentler values: `bigtrain run CONFIG {lower} --restart {name}` (what "
                 f"it has so far is kept as {name}.1 or the next free number)."
             )
-        also = ", or precision=fp32" if not kept[1] and self._config.precision != "fp32" else ""
+        also = ", or precision=fp32" if not kept[1] and precision != "fp32" else ""
         return (
             f"Nothing of stage {name} has been saved, so its values may change: start the run again with gentler ones, "
             f"like {lower}{also}."
@@ -167,13 +167,13 @@ class History:
                 return False
             waiting = [
                 f"stage {later.name} starts from {stage.name}"
-                for later in self._config.stages
+                for later in self._stages
                 if later.from_stage == stage.name and not self._folder.has_state(later.name)
             ]
             if stage.export and not self._folder.is_exported(stage.name):
                 waiting.append(f"stage {stage.name} is still to be exported (`export: false` goes without)")
             if waiting:
-                raise CheckpointError(f"{', and '.join(waiting)}, but {lost(self._config, self._folder, stage)}")
+                raise CheckpointError(f"{', and '.join(waiting)}, but {lost(self._stages, self._folder, stage)}")
             return True
 
         return from_first(is_over)
@@ -218,7 +218,7 @@ class History:
         return imported
 
 
-def lost(config: RunConfig, folder: RunFolder, stage: StageConfig) -> str:
+def lost(stages: Sequence[StageConfig], folder: RunFolder, stage: StageConfig) -> str:
     """What is left of a stage that cannot go on, and what can be done."""
     root, name = folder.checkpoints(stage.name), stage.name
     weights = newest(root, weights_only=True)
@@ -229,7 +229,7 @@ def lost(config: RunConfig, folder: RunFolder, stage: StageConfig) -> str:
         f"stage {name} has been trained, and has no checkpoint left to go on from: {root} has "
         f"{' and '.join(has) or 'none'}. Nothing was begun in its place. Choose:",
         f"  {put_back(damaged[-1]) if damaged else f'put a checkpoint back into {root}'}; the run goes on from there.",
-        restart_choice(config, name),
+        restart_choice(stages, name),
     ]
     if weights:
         lines.append(
@@ -237,6 +237,23 @@ def lost(config: RunConfig, folder: RunFolder, stage: StageConfig) -> str:
             "starts from these weights, with a new optimizer, at its first step."
         )
     return "\n".join(lines)
+
+
+def open_origin(folder: Path) -> Checkpoint:
+    """The weights of another run's checkpoint. Raises CheckpointError for one that is damaged or gone: it is not this
+    run's to set aside."""
+    try:
+        return Checkpoint(folder, weights_only=True)
+    except DamagedError as damaged:
+        raise CheckpointError(lost_origin(damaged)) from None
+
+
+def lost_origin(damaged: DamagedError) -> str:
+    """What is wrong with another run's checkpoint, and what can be done."""
+    others = [str(other) for other in complete(damaged.folder.parent) if other != damaged.folder]
+    gone = "" if damaged.folder.exists() else " Its run has removed it, as it keeps only its newest ones."
+    way_on = f"name another one, like model.from_run={others[-1]}" if others else "there is no other one beside it"
+    return f"model.from_run: {damaged}.{gone} That run is left as it is; {way_on}."
 
 
 def _is_same(before: dict[str, Any], store: Store) -> bool:

@@ -1,33 +1,51 @@
-"""What a run's file names: opened before anything is written, and kept with the run once it has begun."""
+"""Checks before anything is written: all that the run's file names can be opened, and the ranks can do what it asks."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.checkpoint import Checkpoint, complete, newest
+from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.format import step_folder
 from bigtrain.config import RunConfig, load_config
 from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
+from bigtrain.config.rules import check_replicas
+from bigtrain.config.schema import StageConfig
+from bigtrain.data.prepare import StageData
 from bigtrain.data.sources import COLUMNS, documents
-from bigtrain.data.tokenizer import load_tokenizer, num_ids
-from bigtrain.disk import make_once
-from bigtrain.errors import CheckpointError, ConfigError, DamagedError
+from bigtrain.data.tokenizer import num_ids
+from bigtrain.distributed.world import World
+from bigtrain.errors import ConfigError
 from bigtrain.inference.generation import lineage
-from bigtrain.models.causal_lm import keep_config, kept_config, model_config
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
+from bigtrain.pipeline.history import open_origin
 from bigtrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+
+def check_execution(config: RunConfig, world: World) -> None:
+    """Raises ConfigError for an attention that this rank's device lacks, and a number of ranks that cannot be divided
+    into the replicas."""
+    check_replicas(config, world.size)
+    if config.attention in ("flash", "flex") and world.device.type == "cpu":
+        raise ConfigError(f"attention: {config.attention} needs a GPU, and this run computes on the CPU; use sdpa.")
+
+
+def check_schedules(stages: Sequence[StageConfig], data: Mapping[str, StageData]) -> None:
+    """Raises ConfigError for a schedule that does not fit into its stage, whose length depends on its data."""
+    for stage in stages:
+        steps = -(-data[stage.name].samples(stage) // stage.global_batch_size)
+        for (key,), told in stage.schedule.too_long(steps):
+            raise ConfigError(f"stages.{stage.name}.schedule.{key}: {told}")
 
 
 def try_inputs(config: RunConfig) -> dict[str, Any] | None:
-    """Open all that the run's file names; returns what is to be remembered of the other run that it starts from.
+    """Open all that the run's file names. Returns what run.json keeps about `model.from_run`: see `_try_origin`.
 
     Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
     cannot be opened or do not fit each other, CheckpointError for a checkpoint that is damaged or does not fit.
@@ -85,45 +103,3 @@ def _tasks(origin: Origin) -> list[str]:
         raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more.")
     earlier = (stages.metadata().get("origin") or {}).get("tasks", [])
     return [*earlier, *(passed.task for passed in lineage(run, stage))]
-
-
-def own_tokenizer(config: RunConfig, folder: RunFolder) -> Any:
-    """The run's own; a run that begins takes the one that its file leads to, and keeps it."""
-
-    def keep(empty: Path) -> None:
-        tokenizer = open_tokenizer(config)
-        tokenizer.save_pretrained(empty)
-        (empty / "manifest.json").write_text(json.dumps({"from": tokenizer.name_or_path}) + "\n")
-
-    return load_tokenizer(make_once(folder.tokenizer, keep))
-
-
-def own_architecture(config: RunConfig, folder: RunFolder, tokenizer: Any) -> PreTrainedConfig:
-    """The model's configuration. It is kept as well, for runs that start from this one. One that was taken from another
-    run is read from here alone: that run may be gone."""
-
-    def keep(empty: Path) -> None:
-        keep_config(config.model, model_config(config.model, tokenizer, config.adds_tokens), empty)
-        (empty / "manifest.json").write_text(json.dumps({"from": config.name}) + "\n")
-
-    kept = make_once(folder.architecture, keep)
-    if config.model.from_run is not None:
-        return kept_config(kept)
-    return model_config(config.model, tokenizer, config.adds_tokens)
-
-
-def open_origin(folder: Path) -> Checkpoint:
-    """The weights of another run's checkpoint. Raises CheckpointError for one that is damaged or gone: it is not this
-    run's to set aside."""
-    try:
-        return Checkpoint(folder, weights_only=True)
-    except DamagedError as damaged:
-        raise CheckpointError(lost_origin(damaged)) from None
-
-
-def lost_origin(damaged: DamagedError) -> str:
-    """What is wrong with another run's checkpoint, and what can be done."""
-    others = [str(other) for other in complete(damaged.folder.parent) if other != damaged.folder]
-    gone = "" if damaged.folder.exists() else " Its run has removed it, as it keeps only its newest ones."
-    way_on = f"name another one, like model.from_run={others[-1]}" if others else "there is no other one beside it"
-    return f"model.from_run: {damaged}.{gone} That run is left as it is; {way_on}."
