@@ -6,6 +6,7 @@ a special token is its id, any text between two borders is tokenized alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -874,7 +875,7 @@ def test_qwen3_is_learned_as_a_rendering_for_each_gives_it(opened) -> None:
 
 THOUGHTS = [  # of which each is said with many texts
     "<think>\n{}\n</think>\n\n{}", "{}</think>{}", "<think>{}", "<think>{}<think>{}</think>{}</think>\n{}", " {}\n",
-    "<think>\n\n</think>\n\n{}", "</think>{}\n\n",
+    "<think>\n\n</think>\n\n{}", "{}",
 ]  # fmt: skip
 TAKES_APART = {  # what is written of a last answer
     "R1": "{{ m.content.split('</think>')[-1].lstrip('\n') }}",
@@ -882,14 +883,14 @@ TAKES_APART = {  # what is written of a last answer
     "each": "{% for t in m.content.split('</think>') %}[{{ t | trim }}]{% endfor %}",
     "replaced": "{{ m.content.replace('<think>\n', '<T>').split('</think>', 1)[-1] }}",
     "trims": "{{ m.content.strip('<think>') }}",
-    "joined": "{% set t = '</' ~ m.content %}{{ t.split('</think>')[0] }}",
     "shared": "{% if '</think>\n' in m.content or '>\n\n' in m.content %}<A>{% endif %}{{ m.content }}",
     **{f"is {name}": "{% if " + name + " %}<A>{% endif %}{{ m.content }}" for name in (
         "m.content.split('</think>')[-1] == 'abc'", "m.content.split('</think>')[-1] | trim == messages[0].content",
         "m.content.split('</think>') | length > 2", "m.content.split('</think>')[0] | length > 9",
         "m.content.split('</think>')[-1][0] == 'a'", "m.content.split('</think>')[0].split('<think>')[-1].strip()",
         "m.content.startswith('<think>') and m.content.endswith('\n')", "m.content | trim != m.content",
-        "'</think>abc' in m.content", "'bc' in (m.content.replace('<think>', 'b'))",
+        "'</think>abc' in m.content", "'babc' in m.content.replace('<think>', 'b')",
+        "'</think>' in '</' ~ m.content.split('</think>')[0]",
     )},
 }  # fmt: skip
 
@@ -897,8 +898,9 @@ TAKES_APART = {  # what is written of a last answer
 def thought_in_one_cut(number):
     """Conversations whose texts are cut in few ways, but for what stands between."""
     cut = number % len(THOUGHTS)
-    said = ["{}", THOUGHTS[cut], THOUGHTS[0] if cut % 3 == 2 else "{}", THOUGHTS[cut // 2]]
-    texts = iter([SAID[(number * (k + 2) + k * k) % 11] for k in range(12)] + ["think>"] * 4)
+    said = ["{}", THOUGHTS[cut], THOUGHTS[0] if cut % 3 == 2 else "{}", THOUGHTS[-cut // 2]]
+    said_of = [*SAID[:10], "think>abc"]
+    texts = (said_of[(number * (k + 2) + k * k) % len(said_of)] for k in itertools.count())
     contents = (re.sub(r"\{\}", lambda _: next(texts), text) for text in said)
     return [turn("assistant" if n % 2 else "user", content) for n, content in enumerate(contents)]
 
@@ -1022,7 +1024,7 @@ def identified_in_one_form(number):
 
 
 def test_calls_with_an_id_are_learned_as_a_rendering_for_each_gives_them(opened, smollm2) -> None:
-    assert_calls_are_exact(opened("qwen3"), range(24), identified_in_one_form)
+    assert_calls_are_exact(opened("qwen3"), range(18), identified_in_one_form)
     tokenizer = with_template(smollm2, "")
     known = set()
     for name, (of_call, of_answer) in IDENTIFIES.items():
@@ -1030,7 +1032,7 @@ def test_calls_with_an_id_are_learned_as_a_rendering_for_each_gives_them(opened,
         calls = "{% for c in m.tool_calls or [] %}{% set f = c.function %}" + of_call + "{{ f.name }}{% endfor %}"
         writes = WRITES.replace("{{ m.content }}", said + calls)
         tokenizer.chat_template = STATE + "{% for m in messages %}" + writes
-        fast = assert_calls_are_exact(tokenizer, range(24), identified_in_one_form)
+        fast = assert_calls_are_exact(tokenizer, range(18), identified_in_one_form)
         known |= {name for border in fast._before.values() if border is not None}
     assert known >= {"found", "written", "is c.id", "is c.id != messages[-2].tool_call_id"}
 
