@@ -1,22 +1,34 @@
-"""Which tests a worker of `pytest -n` takes together, and what the processes that they fork have imported."""
+"""The order in which the workers of `pytest -n` take files, and what the processes that they fork have imported."""
 
 import multiprocessing
+import os
 
+import pytest
 from xdist.scheduler import LoadFileScheduling
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process that is started would compile the package again
 
-# These share pools of ranks.
-POOLS = {f"tests/parity/test_{name}.py" for name in ("loop", "precision", "state", "steps", "tasks")}
-
-
-class Scheduling(LoadFileScheduling):
-    """A file each, and POOLS as one."""
-
-    def _split_scope(self, nodeid):
-        file = super()._split_scope(nodeid)
-        return "pools" if file in POOLS else file
+# Files that take the longest, longest first: the last to be begun is to be short. Others follow in pytest's order.
+FIRST = (
+    "tests/parity/test_steps.py",
+    "tests/parity/test_state.py",
+    "tests/parity/test_loop.py",
+    "tests/parity/test_precision.py",
+    "tests/parity/test_tasks.py",
+    "tests/e2e/test_launch.py",
+    "tests/recovery/test_elastic.py",
+    "tests/e2e/test_launchers.py",
+    "tests/e2e/test_run.py",
+    "tests/e2e/test_pretrained.py",
+)
 
 
 def pytest_xdist_make_scheduler(config, log):
-    return Scheduling(config, log)
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    places = {file: place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(FIRST)))

@@ -11,25 +11,82 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 SERVER = multiprocessing.get_context("forkserver")
 
 
-def run_command(arguments, cwd=None, timeout=900):
-    """As `subprocess.run` of `python -m bigtrain ARGUMENTS`, with its output as text."""
-    cwd = Path.cwd() if cwd is None else cwd
+def run_command(arguments, cwd=None, timeout=900, variables=None):
+    """As `subprocess.run` of `python -m bigtrain ARGUMENTS`, with its output as text.
+
+    variables: of the environment, besides those of this process. What a library reads of them when it is imported has
+    no effect.
+    """
+    return run_commands([(arguments, cwd, variables)], timeout)[0]
+
+
+def run_commands(commands, timeout=900):
+    """As `run_command` of each of [(arguments, cwd, variables)], all at once."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = SERVER.Process(target=_command, args=(arguments, str(cwd), dict(os.environ), str(out), str(err)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        outputs = [(Path(folder) / f"{i}.out", Path(folder) / f"{i}.err") for i in range(len(commands))]
+        processes = []
+        for (arguments, cwd, variables), (out, err) in zip(commands, outputs, strict=True):
+            environment = {**os.environ, **(variables or {})}
+            arguments = (arguments, str(Path.cwd() if cwd is None else cwd), environment, str(out), str(err))
+            processes.append(SERVER.Process(target=_command, args=arguments))
+            processes[-1].start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+        said = [(out.read_text(), err.read_text()) for out, err in outputs]
+        if late:
+            raise subprocess.TimeoutExpired([command[0] for command in commands], timeout, f"{said}")
+        return [
+            subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+            for (arguments, *_), process, (out, err) in zip(commands, processes, said, strict=True)
+        ]
+
+
+def call(function, *arguments):
+    """The result of an importable function in a process of its own, whose imports are done."""
+    here, there = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_answer, args=(there, function, arguments))
+    process.start()
+    there.close()
+    try:
+        failed, value = here.recv()
+    finally:
+        process.join()
+    assert not failed, value
+    return value
+
+
+def _answer(pipe, function, arguments):
+    try:
+        pipe.send((False, function(*arguments)))
+    except BaseException:  # noqa: BLE001 - handed to the caller
+        pipe.send((True, traceback.format_exc()))
+
+
+def living(folder):
+    """The processes of this machine that work in a folder or below it, but this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if process.name != str(os.getpid()) and Path(folder) in [
+                (where := (process / "cwd").readlink()),
+                *where.parents,
+            ]:
+                found.append(process.name)
+    return found
 
 
 def start_command(*arguments, cwd=None):
@@ -64,7 +121,7 @@ def _launch(arguments, cwd, environment):
 def _run(arguments, environment):
     os.environ.clear()
     os.environ.update(environment)
-    sys.path.insert(0, "")  # as `python -m` does
+    sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]  # as `python -m` does
     sys.argv = ["bigtrain", *arguments]
     try:
         runpy.run_module("bigtrain", run_name="__main__", alter_sys=True)

@@ -85,7 +85,7 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
 def bigtrain(*arguments, **options):
     """Run the real command; returns the finished process with its output as text.
 
-    With `env` a new interpreter starts it, else `tests.forked`.
+    With `env` a new interpreter starts it, else `tests.forked`, which takes `variables`.
     """
     if "env" not in options:
         return run_command([*map(str, arguments)], **options)

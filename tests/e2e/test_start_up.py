@@ -1,15 +1,11 @@
 """Ranks that cannot make one run together say why, once, and none of them stays."""
 
-import os
 import platform
-import subprocess
-import sys
-import uuid
 
 import pytest
 
 from bigtrain.launching.spawn import free_port
-from tests.recovery.test_failing_rank import marked
+from tests.forked import living, run_commands
 from tests.support import small_config
 
 HOST = platform.node()
@@ -17,31 +13,21 @@ HOST = platform.node()
 
 def start(ranks, config, *, size=2, seconds=60):
     """Start ranks as a launcher does: each {"rank": ..., "port": ..., "cwd": ..., "overrides": ...}; returns for each
-    (exit code, what it said), and what is left of them."""
-    mark = uuid.uuid4().hex
-    started = []
+    (exit code, what it said), and the processes that are left."""
+    commands = []
     for each in ranks:
-        environment = {
-            **os.environ,
+        variables = {
             "RANK": str(each["rank"]),
             "LOCAL_RANK": str(each["rank"]),
             "WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(each["port"]),
-            "OMP_NUM_THREADS": "1",
             "BIGTRAIN_JOIN_SECONDS": str(seconds),
-            "BIGTRAIN_TEST_MARK": mark,
         }
-        command = [sys.executable, "-m", "bigtrain", "run", str(config), *each.get("overrides", ())]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, cwd=each.get("cwd"), **pipes))
-    try:
-        said = [process.communicate(timeout=120)[1] for process in started]
-        left = marked(mark)
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)], left
+        arguments = ["run", str(config), *each.get("overrides", ())]
+        commands.append((arguments, each.get("cwd", config.parent), variables))
+    done = run_commands(commands, timeout=120)
+    return [(process.returncode, process.stderr) for process in done], living(config.parent)
 
 
 def test_ranks_with_different_files_are_told_which_keys_differ(tmp_path):

@@ -1,16 +1,13 @@
 """One rank fails: its own words come first and once, and no process stays behind."""
 
-import os
 import signal
 import subprocess
 import sys
-import uuid
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from bigtrain.run_folder import RunFolder
+from tests.forked import living
 from tests.support import bigtrain, small_config
 
 SOURCE = """
@@ -30,28 +27,17 @@ def fail(folder, failure, stage="pretrain"):
     """Run with a user's source that fails while rank 1 imports it; returns the process and what is left of it."""
     (folder / "mine.py").write_text(SOURCE.format(failure=failure))
     config = small_config(folder)
-    mark = uuid.uuid4().hex
-    environment = {**os.environ, "PYTHONPATH": str(folder), "BIGTRAIN_TEST_MARK": mark}
+    sources = f"stages.{stage}.data=[{{source: 'mine:rows'}}]"
     process = bigtrain(
-        "run", config, f"stages.{stage}.data=[{{source: 'mine:rows'}}]", "parallel.engine=fsdp", env=environment
+        "run", config, sources, "parallel.engine=fsdp", cwd=folder, variables={"PYTHONPATH": str(folder)}
     )
-    return process, marked(mark)
+    return process, living(folder)
 
 
 def ending(folder):
     """What run.json says of how the run's attempt ended."""
     (attempt,) = RunFolder(folder / "runs" / "small").metadata()["attempts"]
     return attempt["ended"]["how"], attempt["ended"]["reason"]
-
-
-def marked(mark):
-    """The processes of this machine whose environment has the mark."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if mark.encode() in environ.read_bytes():
-                found.append(environ.parent.name)
-    return found
 
 
 def test_the_failing_ranks_traceback_comes_first_and_once(tmp_path):
@@ -92,13 +78,10 @@ def test_a_killed_rank_is_named(tmp_path):
     "number", [*(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
 )
 def test_no_rank_outlives_the_command(tmp_path, number):
-    mark = uuid.uuid4().hex
     config = small_config(tmp_path, steps=100_000)
-    environment = {**os.environ, "BIGTRAIN_TEST_MARK": mark}
-    command = [sys.executable, "-m", "bigtrain", "run", str(config)]
     process = subprocess.Popen(
-        command,
-        env=environment,
+        [sys.executable, "-m", "bigtrain", "run", str(config)],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -108,9 +91,9 @@ def test_no_rank_outlives_the_command(tmp_path, number):
     for line in process.stdout:
         if "step 1/" in line:
             break
-    assert len(marked(mark)) == 3  # the command and two ranks
+    assert len(living(tmp_path)) == 3  # the command and two ranks
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)  # ends when all that hold the pipes have ended
     assert process.returncode != 0
     assert "Traceback" not in errors
-    assert marked(mark) == []
+    assert living(tmp_path) == []
