@@ -20,24 +20,26 @@ from types import SimpleNamespace
 SERVER = multiprocessing.get_context("forkserver")
 
 
-def run_command(arguments, cwd=None, timeout=900, variables=None):
-    """As `subprocess.run` of `python -m bigtrain ARGUMENTS`, with its output as text.
+def run_command(arguments, cwd=None, timeout=900, variables=None, module="bigtrain"):
+    """As `subprocess.run` of `python -m MODULE ARGUMENTS`, with its output as text.
 
     variables: of the environment, besides those of this process. What a library reads of them when it is imported has
     no effect.
     """
-    return run_commands([(arguments, cwd, variables)], timeout)[0]
+    return run_commands([(arguments, cwd, variables)], timeout, module)[0]
 
 
-def run_commands(commands, timeout=900):
+def run_commands(commands, timeout=900, module="bigtrain"):
     """As `run_command` of each of [(arguments, cwd, variables)], all at once."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{i}.out", Path(folder) / f"{i}.err") for i in range(len(commands))]
         processes = []
         for (arguments, cwd, variables), (out, err) in zip(commands, outputs, strict=True):
             environment = {**os.environ, **(variables or {})}
-            arguments = (arguments, str(Path.cwd() if cwd is None else cwd), environment, str(out), str(err))
-            processes.append(SERVER.Process(target=_command, args=arguments))
+            there = str(Path.cwd() if cwd is None else cwd)
+            processes.append(
+                SERVER.Process(target=_command, args=(module, arguments, there, environment, str(out), str(err)))
+            )
             processes[-1].start()
         deadline = time.monotonic() + timeout
         for process in processes:
@@ -56,7 +58,8 @@ def run_commands(commands, timeout=900):
 
 
 def call(function, *arguments):
-    """The result of an importable function in a process of its own, whose imports are done."""
+    """The result of an importable function in a process of its own, whose imports are done. Runs that it starts have
+    ranks that are forks too."""
     here, there = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=_answer, args=(there, function, arguments))
     process.start()
@@ -70,6 +73,7 @@ def call(function, *arguments):
 
 
 def _answer(pipe, function, arguments):
+    _fork_ranks()
     try:
         pipe.send((False, function(*arguments)))
     except BaseException:  # noqa: BLE001 - handed to the caller
@@ -94,12 +98,12 @@ def start_command(*arguments, cwd=None):
     return Started([*map(str, arguments)], Path.cwd() if cwd is None else cwd)
 
 
-def _command(arguments, cwd, environment, out, err):
+def _command(module, arguments, cwd, environment, out, err):
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    _launch(arguments, cwd, environment)
+    _launch(arguments, cwd, environment, module)
 
 
 def _started(arguments, cwd, environment, pipe):
@@ -109,22 +113,26 @@ def _started(arguments, cwd, environment, pipe):
     _launch(arguments, cwd, environment)
 
 
-def _launch(arguments, cwd, environment):
+def _launch(arguments, cwd, environment, module="bigtrain"):
     os.chdir(cwd)
+    _fork_ranks()
+    _run(arguments, environment, module)
+
+
+def _fork_ranks():
+    """Let the local launcher fork the ranks."""
     from bigtrain.launching import spawn
 
-    # the ranks are forks too
     spawn.subprocess = SimpleNamespace(Popen=Rank, TimeoutExpired=subprocess.TimeoutExpired)
-    _run(arguments, environment)
 
 
-def _run(arguments, environment):
+def _run(arguments, environment, module="bigtrain"):
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]  # as `python -m` does
-    sys.argv = ["bigtrain", *arguments]
+    sys.argv = [module, *arguments]
     try:
-        runpy.run_module("bigtrain", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

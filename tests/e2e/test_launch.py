@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from bigtrain.observability.stream import read_metrics
+from tests.forked import run_command
 from tests.support import bigtrain, small_config
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -57,20 +58,17 @@ while True:
 """
 
 
-def elastic(*words, **options):
-    command = [sys.executable, "-m", "bigtrain.launching.elastic", "--nproc-per-node", "2", "--no-python", *words]
-    return subprocess.Popen(command, env=ALONE, stderr=subprocess.PIPE, text=True, **options)
-
-
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 75", 75), ("exit 2", 2), ("kill -KILL $$$$", 137)])
 def test_elastic_ends_with_the_code_of_the_rank_that_failed(script, code):
-    process = elastic("sh", "-c", script)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == code, told
+    words = ["--nproc-per-node", "2", "--no-python", "sh", "-c", script]
+    process = run_command(words, module="bigtrain.launching.elastic", timeout=120)
+    assert process.returncode == code, process.stderr
 
 
 def test_elastic_passes_a_signal_on_and_says_that_it_was_one(tmp_path):
-    process = elastic(sys.executable, "-c", RANK, cwd=tmp_path)
+    command = [sys.executable, "-m", "bigtrain.launching.elastic", "--nproc-per-node", "2", "--no-python"]
+    command += [sys.executable, "-c", RANK]
+    process = subprocess.Popen(command, env=ALONE, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while len(list(tmp_path.glob("begun-*"))) < 2:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)

@@ -13,7 +13,7 @@ import yaml
 
 from bigtrain.launching.spawn import free_port
 from bigtrain.observability.stream import read_metrics
-from tests.support import small_config
+from tests.support import bigtrain, small_config
 
 BIGTRAIN = [sys.executable, "-m", "bigtrain"]
 STEPS = 3
@@ -76,9 +76,12 @@ LONG = ("deepspeed", "deepspeed-hostfile", "torchrun", "accelerate")  # run with
 NAMES = [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in LAUNCHERS]
 
 
-def run(folder, config, name, commands, processes, engine="ddp"):
-    """Start `commands` at the same time, each with the arguments of `bigtrain run`; returns their output together."""
-    arguments = ["run", str(config), f"name={name}", f"parallel.processes={processes}", f"parallel.engine={engine}"]
+def words(config, name, processes, engine="ddp"):
+    return ["run", str(config), f"name={name}", f"parallel.processes={processes}", f"parallel.engine={engine}"]
+
+
+def run(folder, commands, arguments):
+    """Start `commands` at the same time, each with the arguments; returns their output together."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -115,8 +118,10 @@ def launched(tmp_path_factory):
     def output(name):
         if name in LAUNCHERS:
             commands, _, engine = LAUNCHERS[name]
-            return run(folder, config, name, commands(folder), 3, engine)
-        return run(folder, config, name, [(BIGTRAIN, {})], {"one": 1, "bigtrain": 2}[name])
+            return run(folder, commands(folder), words(config, name, 3, engine))
+        done = bigtrain(*words(config, name, {"one": 1, "bigtrain": 2}[name]), cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     output("one")
     return folder / "runs", output

@@ -15,6 +15,7 @@ from bigtrain import BigtrainError, RunError, evaluate, generate, load_config, l
 from bigtrain.errors import ConfigError
 from bigtrain.observability.stream import read_metrics
 from tests import support, tiny
+from tests.forked import call
 from tests.support import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,11 @@ def one_stage(folder):
 
 def test_three_lines_compare_three_learning_rates(tmp_path, capfd):
     """In one process, one run after the other, and with processes of their own."""
+    call(compare_learning_rates, tmp_path)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def compare_learning_rates(tmp_path):
     config, results = one_stage(tmp_path), {}
     for lr in (1e-3, 3e-3, 1e-2):
         results[lr] = run(load_config(config, [f"name=lr-{lr}", f"stages.pretrain.optimizer.lr={lr}"]))
@@ -111,7 +117,6 @@ def test_three_lines_compare_three_learning_rates(tmp_path, capfd):
     assert run(config, ["name=two", "stages.pretrain.optimizer.lr=0.01"]) == two  # finished: nothing is trained
     assert evaluate(two.folder).loss == pytest.approx(other.held_out_loss, abs=1e-6)
     assert isinstance(generate(load_model(other.export), "def", max_new_tokens=3), str)
-    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.soak

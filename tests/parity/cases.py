@@ -145,7 +145,7 @@ def collect(engine):
     return whole
 
 
-def trained(layout, steps=10, rows=7, whole=global_batch, **kwargs):
+def trained(layout, steps=6, rows=7, whole=global_batch, **kwargs):
     """(losses, gradient norms, whole state) after some steps from random weights."""
     engine = make(layout, **kwargs)
     outcomes = [engine.step(share(step, rows, whole), learning_rate(step)) for step in range(steps)]

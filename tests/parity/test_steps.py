@@ -10,7 +10,7 @@ from bigtrain.models.weights import RandomWeights
 from tests.parity import cases, plain
 
 LAYOUTS = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-STEPS = 10
+STEPS = 6
 
 
 def first_model(tied=True):

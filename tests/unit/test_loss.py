@@ -1,7 +1,6 @@
 """The loss is made by chunks of tokens for architectures whose logits are their head's alone."""
 
-import subprocess
-import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bigtrain.models.families import FAMILIES, plain_head
 from bigtrain.parallel import task_module
 from bigtrain.tasks.causal_lm import CausalLM
+from tests.forked import call
 
 SMALL = {
     "hidden_size": 32,
@@ -64,45 +64,39 @@ def test_capped_and_scaled_logits_are_made_by_the_model(family, changes):
     assert plain_head(small(family, **changes)) is None
 
 
-PEAKS = """
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from bigtrain.parallel import task_module
-from bigtrain.tasks.causal_lm import CausalLM
+def peaks():
+    """(MiB that the loss takes at most in chunks, and how much more whole; the relative difference of gradients)."""
+    torch.set_num_threads(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("llama", **sizes, vocab_size=2**17, tie_word_embeddings=True)
+    module = task_module.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
+    ids = torch.randint(0, 2**17, (1, 1024))
+    batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
+    assert task_module.LOGITS_AT_ONCE == 2**26  # half of these logits
 
-torch.set_num_threads(1)
-config = AutoConfig.for_model("llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-                              vocab_size=2**17, tie_word_embeddings=True)
-module = task_module.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
-ids = torch.randint(0, 2**17, (1, 1024))
-batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
-assert task_module.LOGITS_AT_ONCE == 2**26  # half of these logits
+    def peak():
+        # not getrusage, which begins with what the parent had
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
 
-def peak():
-    # not getrusage, which begins with what the parent had
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024
+    def gradient(at_once):
+        task_module.LOGITS_AT_ONCE = at_once
+        module.zero_grad()
+        module(batch)["loss"].backward()
+        return module.model.lm_head.weight.grad.clone()
 
-def gradient(at_once):
-    task_module.LOGITS_AT_ONCE = at_once
-    module.zero_grad()
-    module(batch)["loss"].backward()
-    return module.model.lm_head.weight.grad.clone()
-
-marks = [peak()]
-chunked = gradient(2**26)
-marks.append(peak())
-whole = gradient(2**40)
-marks.append(peak())
-print(marks[1] - marks[0], marks[2] - marks[0], ((chunked - whole).norm() / whole.norm()).item())
-"""
+    Path("/proc/self/clear_refs").write_text("5")
+    marks = [peak()]
+    chunked = gradient(2**26)
+    marks.append(peak())
+    whole = gradient(2**40)
+    marks.append(peak())
+    return marks[1] - marks[0], marks[2] - marks[0], ((chunked - whole).norm() / whole.norm()).item()
 
 
 def test_a_vocabulary_of_128k_takes_less_memory():
     """1,024 tokens: whole logits are 512 MiB in fp32, several times over in the backward pass."""
-    process = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    chunked, whole, error = map(float, process.stdout.split())
+    chunked, whole, error = call(peaks)
     assert whole > 1024  # MiB
     assert chunked < 0.7 * whole
     assert error < 1e-5
