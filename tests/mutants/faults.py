@@ -27,9 +27,8 @@ RESUMED = (f"{STATE} -k 'exact or engine_to_engine'",)
 ENGINES = [
     Fault(
         "targets-of-this-rank-alone",
-        "counts = torch.cat([targets[None], targets.new_tensor(flags)]).to(device, torch.float64)\n"
-        "    if dist.get_world_size() > 1:",
-        "counts = torch.cat([targets[None], targets.new_tensor(flags)]).to(device, torch.float64)\n    if False:",
+        "    if dist.get_world_size() > 1:\n        dist.all_reduce(counts)\n",
+        "",
         PLAIN,
     ),
     Fault(
@@ -46,8 +45,8 @@ ENGINES = [
     ),
     Fault(
         "loss-of-this-rank-alone",
-        'loss = sum_over_ranks({"loss": loss})["loss"]\n        return Outcome(loss / targets',
-        "return Outcome(loss / targets",
+        'loss = sum_over_ranks({"loss": loss})["loss"]\n',
+        "\n",
         PLAIN,
     ),
     Fault(
@@ -93,7 +92,12 @@ ENGINES = [
         "clip = self._max_grad_norm / (norm + 1e-6)",
         PLAIN,
     ),
-    Fault("the-norm-of-a-share", "norm = norm.full_tensor() if", "norm = norm.to_local() if", PLAIN),
+    Fault(
+        "the-norm-of-a-share",
+        "torch.nn.utils.get_total_norm(gradients)",
+        "torch.nn.utils.get_total_norm([_local(gradient) for gradient in gradients])",
+        PLAIN,
+    ),
     Fault(
         "clipping-is-left-out",
         '"gradient_clipping": max_grad_norm or 0.0',
@@ -144,8 +148,8 @@ ENGINES = [
     ),
     Fault(
         "missing-rows-are-learned",
-        'torch.full((missing, length), IGNORE if key == "targets" else 0, dtype=tensor.dtype)',
-        "torch.full((missing, length), 0, dtype=tensor.dtype)",
+        "tensor.new_full((missing, *shape), DUMMY.get(key, 0))",
+        "tensor.new_full((missing, *shape), 0)",
         PLAIN,
     ),
     Fault(
@@ -178,8 +182,8 @@ ENGINES = [
 OPTIMIZERS = [
     Fault(
         "the-rate-of-the-step-before",
-        "return learning_rate(self.done, self.steps,",
-        "return learning_rate(max(0, self.done - 1), self.steps,",
+        "return self._learning_rate(self.done, self.steps)",
+        "return self._learning_rate(max(0, self.done - 1), self.steps)",
         (f"{LOOP} -k rate",),
     ),
     Fault(
@@ -198,14 +202,14 @@ OPTIMIZERS = [
     ),
     Fault(
         "cosine-that-ends-late",
-        "part = (step - warmup + 1) / max(1, steps - warmup)",
-        "part = (step - warmup) / max(1, steps - warmup)",
+        "x = min(1.0, (step + 1) / max(1, steps))\n        return self.between((1 + math",
+        "x = min(1.0, step / max(1, steps))\n        return self.between((1 + math",
         ("tests/unit/test_schedules.py",),
     ),
     Fault(
         "cosine-that-ends-early",
-        "part = (step - warmup + 1) / max(1, steps - warmup)",
-        "part = (step - warmup + 2) / max(1, steps - warmup)",
+        "x = min(1.0, (step + 1) / max(1, steps))\n        return self.between((1 + math",
+        "x = min(1.0, (step + 2) / max(1, steps))\n        return self.between((1 + math",
         ("tests/unit/test_schedules.py", f"{LOOP} -k rate"),
     ),
     Fault(
@@ -216,8 +220,8 @@ OPTIMIZERS = [
     ),
     Fault(
         "the-floor-is-forgotten",
-        "peak * (schedule.min_ratio + (1 - schedule.min_ratio) *",
-        "peak * (",
+        "return self.min_ratio + (1 - self.min_ratio) * part",
+        "return part",
         ("tests/unit/test_schedules.py",),
     ),
     Fault(
@@ -240,11 +244,11 @@ OPTIMIZERS = [
     ),
     Fault(
         "betas-changed-over",
-        "betas = (settings.betas[0], settings.betas[1])",
-        "betas = (settings.betas[1], settings.betas[0])",
+        "betas=(self.betas[0], self.betas[1])",
+        "betas=(self.betas[1], self.betas[0])",
         PLAIN,
     ),
-    Fault("epsilon-is-the-librarys", "eps=settings.eps, fused=True", "fused=True", PLAIN),
+    Fault("epsilon-is-the-librarys", "eps=self.eps, fused=True", "fused=True", PLAIN),
     Fault(
         "the-average-follows-too-fast",
         "torch._foreach_lerp_(averages, weights, 1 - decay)",
@@ -253,8 +257,8 @@ OPTIMIZERS = [
     ),
     Fault(
         "the-average-is-the-weight-itself",
-        "state[EMA] = parameter.detach().clone()",
-        "state[EMA] = parameter.detach()",
+        "state[slot] = parameter.detach().clone()",
+        "state[slot] = parameter.detach()",
         ("tests/unit/test_optim.py",),
     ),
 ]
@@ -508,20 +512,20 @@ CHECKPOINTS = [
     ),
     Fault(
         "published-before-all-have-written",
-        "self._stops, self._saves, self._idle = stop > 0, save > 0, busy == 0",
-        "self._stops, self._saves, self._idle = stop > 0, save > 0, True",
+        "Heard(stop > 0, save > 0, busy == 0)",
+        "Heard(stop > 0, save > 0, True)",
         ("tests/unit/test_late_reports.py", "tests/recovery/test_saves.py"),
     ),
     Fault(
         "stopped-only-if-all-are-asked",
-        "self._stops, self._saves, self._idle = stop > 0, save > 0, busy == 0",
-        "self._stops, self._saves, self._idle = stop > 1, save > 1, busy == 0",
+        "Heard(stop > 0, save > 0, busy == 0)",
+        "Heard(stop > 1, save > 1, busy == 0)",
         ("tests/unit/test_late_reports.py", "tests/parity/test_loop.py -k rate", "tests/recovery/test_requests.py"),
     ),
     Fault(
         "the-end-is-not-saved",
-        "save=last or self._stops or self._saves or",
-        "save=self._stops or self._saves or",
+        "save=last or heard.stop",
+        "save=heard.stop",
         ("tests/unit/test_finite.py", "tests/unit/test_export.py"),
     ),
     Fault(
