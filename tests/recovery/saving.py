@@ -75,7 +75,7 @@ def is_short(path):
     return len(data) != 8 + length + max(entry["data_offsets"][1] for entry in entries if "data_offsets" in entry)
 
 
-# Two processes that save, forked by one that has imported all this.
+# Two processes that save, forked by one that has imported what they need.
 
 
 def member(work, store, rank, *arguments):
@@ -88,7 +88,6 @@ def member(work, store, rank, *arguments):
 
 def start(work, store, *arguments):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
     processes = [context.Process(target=member, args=(work, store, rank, *arguments), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()

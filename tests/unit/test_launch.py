@@ -210,7 +210,7 @@ def test_deepspeed_refuses_what_its_shells_would_change(config):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input_is_answered_in_a_sentence(config, words, message):
-    refused = bigtrain("launch", config, *words, env={**os.environ, "PATH": ""})
+    refused = bigtrain("launch", config, *words, variables={"PATH": ""})
     assert refused.returncode == 2
     assert refused.stdout == ""
     assert refused.stderr.startswith(message)
@@ -365,7 +365,7 @@ def submitted(tmp_path, config, program, *words):
     printed = bigtrain("launch", config, *words, "--print").stdout
     path = f"{tool.parent}:/usr/bin:/bin"
     for code in (0, 7):
-        done = bigtrain("launch", config, *words, env={**os.environ, "PATH": path, "CODE": str(code)})
+        done = bigtrain("launch", config, *words, variables={"PATH": path, "CODE": str(code)})
         assert done.returncode == (1 if code else 0), done.stderr
         assert tool.with_suffix(".script").read_text() == printed
     return tool.with_suffix(".words").read_text().split(), tool.with_suffix(".path").read_text().split(":")

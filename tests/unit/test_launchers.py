@@ -280,7 +280,7 @@ def test_settings_that_can_be_read(monkeypatch):
 def test_a_command_answers_a_leftover_variable_in_a_sentence(tmp_path):
     config = small_config(tmp_path)
     for command in ("run", "prepare"):
-        refused = bigtrain(command, config, env={**os.environ, "WORLD_SIZE": "two"})
+        refused = bigtrain(command, config, variables={"WORLD_SIZE": "two"})
         assert refused.returncode == 2
         assert refused.stderr.startswith("the environment has WORLD_SIZE=two but no RANK")
         assert refused.stderr.count("\n") == 1

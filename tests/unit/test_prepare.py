@@ -35,7 +35,7 @@ from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
 
 ROWS = 60
-SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")
 MODULE = """
 import os, pathlib
 folder = pathlib.Path({folder!r})
@@ -147,8 +147,8 @@ def test_processes_share_the_work_and_make_the_same_store(tmp_path: Path, source
     whole = work(make_run(tmp_path / "whole", source), 10**9, tmp_path / "log-whole")
     run, log = make_run(tmp_path / "out", source), tmp_path / "log"
     open_tokenizer(run)
-    together = SPAWN.Barrier(processes)
-    started = [SPAWN.Process(target=work, args=(run, 300, log, together)) for _ in range(processes)]
+    together = FORKS.Barrier(processes)
+    started = [FORKS.Process(target=work, args=(run, 300, log, together)) for _ in range(processes)]
     for process in started:
         process.start()
     for process in started:
@@ -181,7 +181,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, source: str) 
     seen: dict[str, tuple[int, int, int]] = {}
     for row in (25, 45):
         (tmp_path / "kill").write_text(str(row))
-        process = SPAWN.Process(target=work, args=(run, 300, log))
+        process = FORKS.Process(target=work, args=(run, 300, log))
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -201,8 +201,8 @@ def test_what_a_dead_process_had_claimed_is_taken_over(tmp_path: Path, source: s
     """Both are inside a block of their own when one of them dies."""
     run, log = make_run(tmp_path / "out", source), tmp_path / "log"
     open_tokenizer(run)
-    together = SPAWN.Barrier(2)
-    victim, survivor = (SPAWN.Process(target=work, args=(run, 300, log, together, dies)) for dies in (True, False))
+    together = FORKS.Barrier(2)
+    victim, survivor = (FORKS.Process(target=work, args=(run, 300, log, together, dies)) for dies in (True, False))
     victim.start()
     survivor.start()
     victim.join(60)
@@ -228,7 +228,7 @@ def test_a_source_that_changes_its_mind_is_refused(tmp_path: Path, source: str) 
     run, log = make_run(tmp_path / "out", source), tmp_path / "log"
     open_tokenizer(run)
     (tmp_path / "kill").write_text("40")
-    process = SPAWN.Process(target=work, args=(run, 300, log))
+    process = FORKS.Process(target=work, args=(run, 300, log))
     process.start()
     process.join(60)
     (tmp_path / "kill").unlink()

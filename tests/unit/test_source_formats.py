@@ -277,17 +277,17 @@ def test_a_misspelt_column_is_never_skipped(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """A line of 300 MB among others, a list of 30 MB, 60 MB of lines."""
+    """A line of 120 MB among others, a list of 15 MB, 20 MB of lines."""
     with (tmp_path / "a.jsonl").open("wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')
-        for _ in range(300):
+        for _ in range(120):
             file.write(b"x" * 1_000_000)
         file.write(b'"}\n{"text": "b"}\n')
     line = json.dumps({"text": "x" * 1000})
-    (tmp_path / "b.json").write_text(f"[{', '.join([line] * 30_000)}]")
+    (tmp_path / "b.json").write_text(f"[{', '.join([line] * 15_000)}]")
     with (tmp_path / "c.jsonl").open("w") as file:
-        file.writelines(f"{line}\n" for _ in range(60_000))
-    expected = {"a.jsonl": 2, "b.json": 30_000, "c.jsonl": 60_000}
+        file.writelines(f"{line}\n" for _ in range(20_000))
+    expected = {"a.jsonl": 2, "b.json": 15_000, "c.jsonl": 20_000}
     assert (
         sum(1 for _ in documents(SourceConfig(source=str(tmp_path / "c.jsonl"), split="train[:1]"), (("text",),))) == 1
     )

@@ -534,7 +534,7 @@ def test_two_processes_train_the_tokenizer_once(tmp_path: Path, rows: str) -> No
     """A FIFO holds the one that trains inside the source until the other process has come too."""
     run = make_run(tmp_path, rows)
     os.mkfifo(tmp_path / "gate")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("forkserver").Pool(2) as pool:
         results = [
             pool.apply_async(prepare_tokenizer, (run.tokenizer.train, run.stages[0], run.stores)) for _ in range(2)
         ]
