@@ -50,6 +50,7 @@ from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
 from bigtrain.models.linear import make_fast, mkl_is_slow
 from bigtrain.models.weights import cut
+from bigtrain.observability.events import Event, Step
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Stream
 from bigtrain.optim.adamw import AdamW
@@ -234,15 +235,15 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
     )
     engine.load(InMemory(setting.model), {"updates": 0})
 
-    def turns(event: dict[str, Any]) -> None:
-        if event["kind"] == "step":
-            report(event["loss"])
+    def turns(event: Event) -> None:
+        if isinstance(event, Step):
+            report(event.loss)
 
     with (
         tempfile.TemporaryDirectory(dir=setting.folder) as folder,
         Prefetched(setting.batches, pin=setting.device.type == "cuda") as batches,
     ):
-        stream = Stream([Files(Path(folder)), Progress(), turns])
+        stream = Stream([Files(Path(folder), attempt=1), Progress(), turns])
         run = StageRun.of(stage, setting.steps * size.rows, 0, Reports(stage.name, stream))
         train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
         stream.close()

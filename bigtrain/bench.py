@@ -32,9 +32,10 @@ from bigtrain.models.causal_lm import model_config
 from bigtrain.models.flops import Arithmetic, arithmetic, peak_flops
 from bigtrain.models.weights import RandomWeights
 from bigtrain.observability.console import console
+from bigtrain.observability.events import Event, Step
 from bigtrain.observability.profiler import quiet_profile
 from bigtrain.observability.progress import plural
-from bigtrain.observability.stream import Event, Stream
+from bigtrain.observability.stream import Stream
 from bigtrain.parallel.engine import Engine
 from bigtrain.parallel.task_module import TaskModule
 from bigtrain.pipeline.build import StageBuilder, compiling, open_tokenizer, training_batches
@@ -80,24 +81,24 @@ def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
             parts = _profiled(engine, prefetched, range(WARMUP + steps, batches.steps), world.device)
         engine.close()
     if world.rank == 0:
-        seconds = [row["step_seconds"] for row in rows[WARMUP:]]
-        measured = Measured(seconds, parts, rows[-1]["memory_bytes"])
+        seconds = [row.step_seconds for row in rows[WARMUP:]]
+        measured = Measured(seconds, parts, rows[-1].memory_bytes)
         _show(builder, empty.config.model_type, arithmetic(empty, stage.sequence_length), measured)
 
 
-def _timed(stage: StageConfig, engine: Engine, batches: Callable[[int], Batch], steps: int) -> list[Event]:
+def _timed(stage: StageConfig, engine: Engine, batches: Callable[[int], Batch], steps: int) -> list[Step]:
     """Train as a run does, without evaluating or saving; the rows that it reports of its steps."""
-    rows: list[Event] = []
+    events: list[Event] = []
     run = StageRun(
         sequences=steps * stage.global_batch_size,
         global_batch_size=stage.global_batch_size,
         sequence_length=stage.sequence_length,
         learning_rate=lambda *_: 0.0,
-        reports=Reports(stage.name, Stream([rows.append]), skips_overflows=True),  # of random weights in fp16
+        reports=Reports(stage.name, Stream([events.append]), skips_overflows=True),  # of random weights in fp16
     )
     with compiling(stage.name):
         train(run, engine, batches, evaluate=dict, saver=NoSaver(), requests=Requests())
-    return [row for row in rows if row["kind"] == "step"]
+    return [event for event in events if isinstance(event, Step)]
 
 
 def _profiled(engine: Engine, batches: Callable[[int], Batch], steps: range, device: torch.device) -> dict[str, float]:

@@ -241,7 +241,7 @@ class RunFolder:
         """
         held = self._lock.is_locked
         if how in ("refused", "failed"):
-            self.note(how, reason=reason)
+            self.note(how, reason)
         with suppress(OSError, filelock.Timeout):  # the next attempt will take this one for killed
             if not (self.path / "run.json").exists():
                 return
@@ -259,10 +259,12 @@ class RunFolder:
         if not held:
             self.leave()
 
-    def note(self, kind: str, **fields: Any) -> None:
-        """Add an event to events.jsonl, where there is a run: of an attempt that has no stream of events, or none any
-        more."""
-        event = masked_values({"kind": kind, "time": time.time(), "machine": platform.node(), **fields})
+    def note(self, how: Ending, reason: str | None, **number: int) -> None:
+        """Add to events.jsonl, where there is a run, how an attempt or a rank ended that has no stream of events, or no
+        longer. number: of the attempt or the rank."""
+        event = masked_values(
+            {"kind": how, "time": time.time(), "machine": platform.node(), "reason": reason, **number}
+        )
         with suppress(OSError):  # nothing hangs on it
             if (self.path / "run.json").exists():
                 with append_lines(self.path / "events.jsonl") as events:
@@ -273,7 +275,7 @@ class RunFolder:
         if attempts and "ended" not in attempts[-1]:
             reason = "it was killed, or its machine was lost: it left no word of its end"
             attempts[-1]["ended"] = {"how": "killed", "reason": reason, "time": None}
-            self.note("killed", attempt=len(attempts), reason=reason)
+            self.note("killed", reason, attempt=len(attempts))
 
     def leave(self) -> None:
         """Let another job begin."""

@@ -14,6 +14,7 @@ import yaml
 
 from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.config.texts import written
+from bigtrain.observability.events import Step
 from bigtrain.observability.stream import read_metrics
 from tests.forked import run_command
 
@@ -27,6 +28,19 @@ MODEL = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
+
+
+class Rows(list):
+    """A reader of a stream that keeps the rows of its events."""
+
+    def __call__(self, event):
+        self.append(event.row())
+
+
+def step(stage="s", number=1, **changes):
+    """The event of a step."""
+    values = {"lr": 0.1, "tokens": 8, "steps": 1, "loss": 1.0, "grad_norm": 1.0, "targets": 8, "step_seconds": 1.0}
+    return Step(stage=stage, step=number, **values | {"tokens_per_second": 8.0, "memory_bytes": 1} | changes)
 
 
 def instructions(path):

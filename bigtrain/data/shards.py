@@ -29,6 +29,7 @@ from bigtrain.data.tally import Tally
 from bigtrain.data.writing import Encoded, write_shard
 from bigtrain.disk import check_free, publish
 from bigtrain.errors import DataError
+from bigtrain.observability.events import Tokenizing
 from bigtrain.observability.stream import Stream
 
 BLOCKS = 64  # that a source is cut into, so that processes which share them end at the same time; but a block has
@@ -188,17 +189,21 @@ class Shards:
             return
         self._told = now
         totals, seconds = self._totals(), now - self._begun
-        rates = {f"{name}_per_second": (total - self._before[name]) / seconds for name, total in totals.items()}
+        rates = {name: (total - self._before[name]) / seconds for name, total in totals.items()}
         left = None
-        if self.expected_bytes is not None and rates["text_bytes_per_second"] > 0:
-            left = max(0.0, self.expected_bytes - totals["text_bytes"]) / rates["text_bytes_per_second"]
+        if self.expected_bytes is not None and rates["text_bytes"] > 0:
+            left = max(0.0, self.expected_bytes - totals["text_bytes"]) / rates["text_bytes"]
         self.stream.emit(
-            "tokenizing",
-            **{name: self.metadata[name] for name in ("source", "documents_are")},
-            **totals,
-            **rates,
-            expected_bytes=self.expected_bytes,
-            seconds_left=left,
+            Tokenizing(
+                source=self.metadata["source"],
+                documents_are=self.metadata["documents_are"],
+                **totals,
+                text_bytes_per_second=rates["text_bytes"],
+                documents_per_second=rates["documents"],
+                tokens_per_second=rates["tokens"],
+                expected_bytes=self.expected_bytes,
+                seconds_left=left,
+            )
         )
 
 

@@ -26,6 +26,7 @@ def prepare(config: RunConfig, processes: int | None, verify: bool) -> int:
 
 def _here(config: RunConfig, verify: bool) -> int:
     from bigtrain.data.store import verify_store
+    from bigtrain.observability.events import Preparing, Verified
     from bigtrain.observability.progress import Progress
     from bigtrain.observability.stream import Stream
     from bigtrain.pipeline.build import open_tokenizer, prepare_stages
@@ -34,12 +35,12 @@ def _here(config: RunConfig, verify: bool) -> int:
     quiet()
     first = int(os.environ.get("RANK", 0)) == 0
     stream = Stream([Progress()] if first else [])
-    stream.emit("preparing", what="tokenizer")
+    stream.emit(Preparing(what="tokenizer"))
     tokenizer = open_tokenizer(config)
     data = prepare_stages(config.stages, tokenizer, stores=config.stores, seed=config.seed, stream=stream)
     if verify and first:
-        stream.emit("preparing", what="checksums")
+        stream.emit(Preparing(what="checksums"))
         stores = [store.folder for stage in data.values() for store in (*stage.train, *stage.held_out)]
         for folder in dict.fromkeys(stores):
-            stream.emit("verified", folder=str(folder), bytes=verify_store(folder))
+            stream.emit(Verified(folder=str(folder), bytes=verify_store(folder)))
     return 0

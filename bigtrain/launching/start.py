@@ -13,7 +13,7 @@ from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.observability.results import RunResult, read_result
 from bigtrain.run_folder import RunFolder, ending_of
-from bigtrain.terminal import say
+from bigtrain.terminal import say, show
 
 
 class RunError(BigtrainError):
@@ -73,11 +73,10 @@ def start(config: RunConfig, restart: str | None = None, apart: bool = False) ->
         folder.end(*ending_of(error), since)
         raise
     if restart is None and folder.is_finished(config):
-        from bigtrain.observability.stream import Stream
-        from bigtrain.observability.summary import Summary
+        from bigtrain.observability.summary import summary
 
         say(f"{folder.path} is finished: nothing to do.")
-        Stream([Summary(config, folder)]).emit("finished")
+        show(summary(config, folder))
         return 0
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
     if processes == 1 and not apart:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bigtrain.config.schema import ProfileConfig
+from bigtrain.observability.events import Profiled
 from bigtrain.observability.stream import Stream
 
 
@@ -30,7 +31,7 @@ class Profiler:
     def __call__(self, done: int) -> None:
         if self._profile is not None and done >= self._last:
             trace = self._stop()
-            self._stream.emit("profiled", stage=self._stage, step=done, file=str(trace))
+            self._stream.emit(Profiled(stage=self._stage, step=done, file=str(trace)))
         elif self._profile is None and self._first - 1 <= done < self._last:
             self._start()
 

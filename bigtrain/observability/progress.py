@@ -6,10 +6,34 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from functools import singledispatchmethod
 from typing import Any, TextIO
 
 from bigtrain.observability.console import console
-from bigtrain.observability.stream import Event
+from bigtrain.observability.events import (
+    CheckpointAhead,
+    CheckpointDamaged,
+    CheckpointsPlanned,
+    Cleaned,
+    CleanedTooMuch,
+    DropoutDraws,
+    Evaluation,
+    Event,
+    Exporting,
+    Finished,
+    NetworkMeasured,
+    Preempted,
+    Prepared,
+    Preparing,
+    StageSkipped,
+    StageStarted,
+    Started,
+    Step,
+    Tokenizing,
+    Unusual,
+    Verified,
+    WeightsConverted,
+)
 from bigtrain.terminal import guarded, printable
 
 MASTERS = "master weights, moments, gradient accumulation and reduction, loss: fp32"
@@ -39,11 +63,13 @@ class Progress:
         self._open_line = False
 
     def __call__(self, event: Event) -> None:
-        show = getattr(self, f"_on_{event['kind']}", None)
-        if show is not None:
-            show(event)
+        self._show(event)
         if self._out.failure is not None:
             raise self._out.failure
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        """Print what a person wants to know of an event; nothing of the kinds that are not among these."""
 
     def _print(self, text: str) -> None:
         if self._open_line:
@@ -51,25 +77,29 @@ class Progress:
             self._open_line = False
         self._console.print(text)
 
-    def _on_started(self, event: Event) -> None:
+    @_show.register
+    def _(self, event: Started) -> None:
         self._print(
-            f"bigtrain {event['version']} · {event['folder']} · {plural(event['world_size'], 'process', 'processes')}"
-            f" · {event['engine']} · {event['precision']} · {event['device']}"
+            f"bigtrain {event.version} · {event.folder} · {plural(event.world_size, 'process', 'processes')}"
+            f" · {event.engine} · {event.precision} · {event.device}"
         )
-        for reason in (*event["chosen"], f"attention: {event['attention']}", *PRECISION_NOTES[event["precision"]]):
+        for reason in (*event.chosen, f"attention: {event.attention}", *PRECISION_NOTES[event.precision]):
             self._print(f"           {reason}")
 
-    def _on_unusual(self, event: Event) -> None:
-        self._print(f"{'warning':<10} {event['text']}")
+    @_show.register
+    def _(self, event: Unusual) -> None:
+        self._print(f"{'warning':<10} {event.text}")
 
-    def _on_dropout(self, event: Event) -> None:
-        self._print(f"           dropout: {event['text']}")
+    @_show.register
+    def _(self, event: DropoutDraws) -> None:
+        self._print(f"           dropout: {event.text}")
 
-    def _on_network(self, event: Event) -> None:
+    @_show.register
+    def _(self, event: NetworkMeasured) -> None:
         self._print(
-            f"           network: all-reduce {event['bus_bytes_per_second'] / 1e9:.2g} GB/s (bus), "
-            f"{event['latency_seconds'] * 1e6:.0f} us over {plural(event['processes'], 'process', 'processes')} "
-            f"on {plural(event['hosts'], 'host', 'hosts')}"
+            f"           network: all-reduce {event.bus_bytes_per_second / 1e9:.2g} GB/s (bus), "
+            f"{event.latency_seconds * 1e6:.0f} us over {plural(event.processes, 'process', 'processes')} "
+            f"on {plural(event.hosts, 'host', 'hosts')}"
         )
 
     def _renew(self, line: str) -> None:
@@ -81,91 +111,102 @@ class Progress:
         else:
             self._print(line)
 
-    def _on_preparing(self, event: Event) -> None:
-        self._print(f"{'prepare':<10} {event['what']}")
+    @_show.register
+    def _(self, event: Preparing) -> None:
+        self._print(f"{'prepare':<10} {event.what}")
 
-    def _on_tokenizing(self, event: Event) -> None:
+    @_show.register
+    def _(self, event: Tokenizing) -> None:
         now = time.monotonic()
         if now - self._shown < self._seconds:
             return
         self._shown = now
-        expected, left = event["expected_bytes"], event["seconds_left"]
+        expected, left = event.expected_bytes, event.seconds_left
         of = "" if expected is None else f" of about {expected / 1e6:.1f}"
         self._renew(
-            f"  {event['source']} ({event['documents_are']}): {event['documents']} documents, "
-            f"{event['text_bytes'] / 1e6:.1f}{of} MB of text  "
-            f"{count(event['documents_per_second'])} documents/s  {event['text_bytes_per_second'] / 1e6:.1f} MB/s  "
-            f"{count(event['tokens_per_second'])} tok/s" + ("" if left is None else f"  {duration(left)} left")
+            f"  {event.source} ({event.documents_are}): {event.documents} documents, "
+            f"{event.text_bytes / 1e6:.1f}{of} MB of text  "
+            f"{count(event.documents_per_second)} documents/s  {event.text_bytes_per_second / 1e6:.1f} MB/s  "
+            f"{count(event.tokens_per_second)} tok/s" + ("" if left is None else f"  {duration(left)} left")
         )
 
-    def _on_cleaned(self, event: Event) -> None:
-        training = event["documents"] - event["held_out"]
-        share = event["characters_kept"] / event["characters"] if event["characters"] else 1.0
+    @_show.register
+    def _(self, event: Cleaned) -> None:
+        training = event.documents - event.held_out
+        share = event.characters_kept / event.characters if event.characters else 1.0
         self._print(
-            f"  cleaned: {event['kept']} of {plural(training, 'training document', 'training documents')} stay, "
+            f"  cleaned: {event.kept} of {plural(training, 'training document', 'training documents')} stay, "
             f"{share:.1%} of the characters"
         )
-        for what in ("changed", "redacted", "dropped"):
-            told = ", ".join(f"{number} {name}" for name, number in event[what].items() if number)
+        for what, numbers in (("changed", event.changed), ("redacted", event.redacted), ("dropped", event.dropped)):
+            told = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
             if told:
                 self._print(f"           {what}: {told}")
-        self._print(f"           examples in {event['folder']}/report.json")
+        self._print(f"           examples in {event.folder}/report.json")
 
-    def _on_cleaned_too_much(self, event: Event) -> None:
-        self._print(f"  warning: {event['text']} What was dropped, and why, is in {event['folder']}/dropped.jsonl.")
+    @_show.register
+    def _(self, event: CleanedTooMuch) -> None:
+        self._print(f"  warning: {event.text} What was dropped, and why, is in {event.folder}/dropped.jsonl.")
 
-    def _on_prepared(self, event: Event) -> None:
-        lost = dropped(event)
+    @_show.register
+    def _(self, event: Prepared) -> None:
+        lost = dropped(event.counts)
         unread = ", ".join(
-            f"{name} ({plural(number, 'row', 'rows')})" for name, number in event.get("unread", {}).items()
+            f"{name} ({plural(number, 'row', 'rows')})" for name, number in event.counts.get("unread", {}).items()
         )
-        hidden = plural(event.get("hidden", 0), "file or folder", "files or folders")
+        hidden = plural(event.counts.get("hidden", 0), "file or folder", "files or folders")
         self._print(
-            f"  {contents(event)}"
+            f"  {contents(event.counts)}"
             + (f"; dropped or cut: {lost}" if lost else "")
             + (f"; not used: {unread}" if unread else "")
-            + (f"; {hidden} whose names begin with _ or . not read" if event.get("hidden") else "")
+            + (f"; {hidden} whose names begin with _ or . not read" if event.counts.get("hidden") else "")
         )
 
-    def _on_verified(self, event: Event) -> None:
-        self._print(f"  {event['folder']}: {event['bytes'] / 1e6:.1f} MB read, every checksum is right")
+    @_show.register
+    def _(self, event: Verified) -> None:
+        self._print(f"  {event.folder}: {event.bytes / 1e6:.1f} MB read, every checksum is right")
 
-    def _on_weights_converted(self, event: Event) -> None:
-        self._print(f"{'weights':<10} converted to {event['folder']} by one process for all, since {event['reason']}")
+    @_show.register
+    def _(self, event: WeightsConverted) -> None:
+        self._print(f"{'weights':<10} converted to {event.folder} by one process for all, since {event.reason}")
 
-    def _on_stage_started(self, event: Event) -> None:
-        resumed = f", resumed at step {event['done']}" if event["done"] else ""
+    @_show.register
+    def _(self, event: StageStarted) -> None:
+        resumed = f", resumed at step {event.done}" if event.done else ""
         self._print(
-            f"{event['stage']:<10} {event['model']} {count(event['parameters'])}, from {event['from']} · "
-            f"{event['batch']} x {event['sequence_length']} tokens a step, {event['steps']} steps{resumed}"
+            f"{event.stage:<10} {event.model} {count(event.parameters)}, from {event.origin} · "
+            f"{event.batch} x {event.sequence_length} tokens a step, {event.steps} steps{resumed}"
         )
-        if event["logits"] == "whole":
-            self._print(
-                f"           logits: all at once; {event['model']} is none of the models that need only its head"
-            )
+        if event.logits == "whole":
+            self._print(f"           logits: all at once; {event.model} is none of the models that need only its head")
         self._steps_left_at = None
 
-    def _on_checkpoints_planned(self, event: Event) -> None:
-        room = event["free_bytes"] // event["bytes"]
-        short = event["keep"] + 1 > room
+    @_show.register
+    def _(self, event: CheckpointsPlanned) -> None:
+        room = event.free_bytes // event.bytes
+        short = event.keep + 1 > room
         self._print(
-            f"           checkpoints: {event['bytes'] / 1e6:,.1f} MB each, {event['keep']} of them kept; "
-            f"{event['free_bytes'] / 1e9:,.1f} GB free"
-            + (f", room for {room} only: `checkpoint.keep` and the one being written need {event['keep'] + 1}" * short)
+            f"           checkpoints: {event.bytes / 1e6:,.1f} MB each, {event.keep} of them kept; "
+            f"{event.free_bytes / 1e9:,.1f} GB free"
+            + (f", room for {room} only: `checkpoint.keep` and the one being written need {event.keep + 1}" * short)
         )
 
-    def _on_checkpoint_damaged(self, event: Event) -> None:
-        self._print(f"{'damaged':<10} {event['reason']}. Set aside as {event['set_aside']}.")
+    @_show.register
+    def _(self, event: CheckpointDamaged) -> None:
+        self._print(f"{'damaged':<10} {event.reason}. Set aside as {event.set_aside}.")
 
-    def _on_checkpoint_ahead(self, event: Event) -> None:
-        self._print(f"{'ahead':<10} of step {event['done']}, from which the run goes on: kept as {event['set_aside']}")
+    @_show.register
+    def _(self, event: CheckpointAhead) -> None:
+        self._print(f"{'ahead':<10} of step {event.done}, from which the run goes on: kept as {event.set_aside}")
 
-    def _on_stage_skipped(self, event: Event) -> None:
-        self._print(f"{event['stage']:<10} is finished ({event['steps']} steps)")
+    @_show.register
+    def _(self, event: StageSkipped) -> None:
+        self._print(f"{event.stage:<10} is finished ({event.steps} steps)")
 
-    def _on_step(self, event: Event) -> None:
+    @_show.register
+    def _(self, event: Step) -> None:
         now = time.monotonic()
-        done, steps = event["step"], event["steps"]
+        done, steps = event.step, event.steps
         if self._steps_left_at is None:
             self._steps_left_at = (done, now)
         if now - self._shown < self._seconds and done < steps:
@@ -174,27 +215,31 @@ class Progress:
         first, since = self._steps_left_at
         left = duration((now - since) / (done - first) * (steps - done)) if done > first else "?"
         line = (
-            f"  step {done}/{steps}  loss {event['loss']:.4f}  grad {event['grad_norm']:.3f}  lr {event['lr']:.2e}  "
-            f"{count(event['tokens_per_second'])} tok/s  {event['memory_bytes'] / 2**30:.2f} GiB  {left} left"
+            f"  step {done}/{steps}  loss {event.loss:.4f}  grad {event.grad_norm:.3f}  lr {event.lr:.2e}  "
+            f"{count(event.tokens_per_second)} tok/s  {event.memory_bytes / 2**30:.2f} GiB  {left} left"
         )
         self._renew(line)
 
-    def _on_evaluation(self, event: Event) -> None:
-        stage, loss = event["stage"], event["loss"]
+    @_show.register
+    def _(self, event: Evaluation) -> None:
+        stage, loss = event.stage, event.metrics["loss"]
         start = self._held_out.setdefault(stage, loss)
         both = (f"{start:.4f} -> {loss:.4f}", f"{perplexity(start)} -> {perplexity(loss)}")
-        if event["step"] == 0 or start == loss:
+        if event.step == 0 or start == loss:
             both = (f"{loss:.4f}", perplexity(loss))
-        self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event['step']})")
+        self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event.step})")
 
-    def _on_preempted(self, event: Event) -> None:
-        self._print(f"asked to stop: saved at step {event['step']} of {event['stage']}; start it again to go on")
+    @_show.register
+    def _(self, event: Preempted) -> None:
+        self._print(f"asked to stop: saved at step {event.step} of {event.stage}; start it again to go on")
 
-    def _on_exporting(self, event: Event) -> None:
-        self._print(f"{'export':<10} {event['folder']}")
+    @_show.register
+    def _(self, event: Exporting) -> None:
+        self._print(f"{'export':<10} {event.folder}")
 
-    def _on_finished(self, event: Event) -> None:
-        self._print(f"done in {duration(event['seconds'])}   {event['folder']}")
+    @_show.register
+    def _(self, event: Finished) -> None:
+        self._print(f"done in {duration(event.seconds)}   {event.folder}")
 
 
 def contents(metadata: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigtrain.config.schema import RunConfig
-from bigtrain.observability.stream import Event, read_metrics
+from bigtrain.observability.stream import Row, read_metrics
 from bigtrain.run_folder import RunFolder
 
 LAST_STEP = ("tokens", "targets", "grad_norm", "lr", "tokens_per_second")
@@ -58,7 +58,7 @@ def read_result(config: RunConfig) -> RunResult:
     return RunResult(folder.path, stages)
 
 
-def _stage(name: str, metadata: Event, rows: list[Event]) -> StageResult:
+def _stage(name: str, metadata: Row, rows: list[Row]) -> StageResult:
     step = next((row for row in reversed(rows) if row["kind"] == "step"), {})
     evaluation = next((row for row in reversed(rows) if row["kind"] == "evaluation"), {})
     metrics = {key: step[key] for key in LAST_STEP if key in step}

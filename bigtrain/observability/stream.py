@@ -1,4 +1,4 @@
-"""The one stream of events: the loop emits, readers listen. The loop does not know them, and none of them ends it."""
+"""The stream of events: the loop emits, readers listen. The loop does not know them, and no failure of one ends it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any, TextIO
 
 from bigtrain.disk import append_lines
 from bigtrain.errors import one_line
-from bigtrain.masking import masked_values
+from bigtrain.observability.events import Event, Metric, ReportingFailed
 from bigtrain.terminal import say
 
-Event = dict[str, Any]
 Reader = Callable[[Event], None]
-
-METRICS = ("step", "evaluation")  # the kinds that are rows of metrics.jsonl; all others are events
+Row = dict[str, Any]  # of metrics.jsonl or events.jsonl
 
 
 class Stream:
@@ -26,16 +24,14 @@ class Stream:
     A reader that raises is dropped, with a sentence on standard error and an event `reporting_failed` for the others.
     """
 
-    def __init__(self, readers: Iterable[Reader] = (), **common: Any):
+    def __init__(self, readers: Iterable[Reader] = ()):
         self._readers = list(readers)
-        self._lock = threading.Lock()  # a checkpoint is told by the thread that writes it
-        self._common = common
+        self._lock = threading.Lock()  # a checkpoint is reported by the thread that writes it
 
-    def emit(self, kind: str, **fields: Any) -> None:
-        """Tell every reader; `fields` are plain numbers, strings, lists and dicts. Secrets are masked in events, which
-        metrics cannot hold."""
+    def emit(self, event: Event) -> None:
+        """Tell every reader, with secrets masked."""
         with self._lock:
-            self._emit(kind, fields)
+            self._emit(event)
 
     def lost(self, what: str, error: BaseException) -> None:
         """Tell of something that only reports, and has failed."""
@@ -48,10 +44,8 @@ class Stream:
             while self._readers:
                 self._ask(self._readers.pop(), "close")
 
-    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
-        event = {"kind": kind, "time": time.time(), **self._common, **fields}
-        if kind not in METRICS:
-            event = masked_values(event)
+    def _emit(self, event: Event) -> None:
+        event = event.masked()
         for reader in tuple(self._readers):
             self._ask(reader, "__call__", event)
 
@@ -69,36 +63,39 @@ class Stream:
     def _lost(self, what: str, error: BaseException) -> None:
         reason = one_line(error)
         say(f"{what}: {reason}. The run goes on without it.", error=True)
-        self._emit("reporting_failed", {"what": what, "reason": reason})
+        self._emit(ReportingFailed(what=what, reason=reason))
 
 
 class Files:
-    """The reader that writes metrics.jsonl and events.jsonl, a line an event, as it happens."""
+    """The reader that writes metrics.jsonl and events.jsonl: a line for each event, with its time (seconds since 1970)
+    and the number of the attempt."""
 
     name = "metrics.jsonl and events.jsonl"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, attempt: int):
         self._folder = folder
+        self._attempt = attempt
         self._files: dict[str, TextIO] = {}
 
     def __call__(self, event: Event) -> None:
-        name = "metrics.jsonl" if event["kind"] in METRICS else "events.jsonl"
+        name = "metrics.jsonl" if isinstance(event, Metric) else "events.jsonl"
         if name not in self._files:
             self._files[name] = append_lines(self._folder / name)
-        self._files[name].write(json.dumps(event) + "\n")
+        row = {"time": time.time(), "attempt": self._attempt} | event.row()
+        self._files[name].write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
 
-def read_metrics(folder: Path) -> list[Event]:
+def read_metrics(folder: Path) -> list[Row]:
     """The rows of metrics.jsonl that count: of each (stage, step, kind) the last one written, in order of steps,
     and of a restarted stage only those since.
 
     A half-written line, left by a killed run, is passed over.
     """
-    rows: dict[tuple[str, int, str], Event] = {}
+    rows: dict[tuple[str, int, str], Row] = {}
     file = folder / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -7,8 +7,9 @@ import textwrap
 from typing import Any
 
 from bigtrain.config.schema import RunConfig, StageConfig
+from bigtrain.observability.events import Event, Finished
 from bigtrain.observability.progress import count, duration, perplexity, plural
-from bigtrain.observability.stream import Event, read_metrics
+from bigtrain.observability.stream import Row, read_metrics
 from bigtrain.run_folder import RunFolder
 from bigtrain.terminal import show
 
@@ -24,7 +25,7 @@ class Summary:
         self._config, self._folder = config, folder
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "finished":
+        if isinstance(event, Finished):
             show(summary(self._config, self._folder))
 
 
@@ -46,7 +47,7 @@ def summary(config: RunConfig, folder: RunFolder) -> str:
     return "\n".join([*lines, f"  less {folder.path / 'metrics.jsonl'}"])
 
 
-def _stage(stage: StageConfig, metadata: dict[str, Any], rows: list[Event]) -> list[str]:
+def _stage(stage: StageConfig, metadata: dict[str, Any], rows: list[Row]) -> list[str]:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     lines = [
@@ -68,7 +69,7 @@ def _stage(stage: StageConfig, metadata: dict[str, Any], rows: list[Event]) -> l
     return lines
 
 
-def _steps(steps: list[Event], metadata: dict[str, Any]) -> list[str]:
+def _steps(steps: list[Row], metadata: dict[str, Any]) -> list[str]:
     """What was trained how fast, from the rows of the steps that are known."""
     sources = ", ".join(f"{d['source']} ({count(d['documents'])} documents)" for d in metadata["data"])
     if not steps:
@@ -83,7 +84,7 @@ def _steps(steps: list[Event], metadata: dict[str, Any]) -> list[str]:
     ]
 
 
-def _slow(steps: list[Event]) -> list[str]:
+def _slow(steps: list[Row]) -> list[str]:
     """A line about the steps that took far longer than the median; none if there are none."""
     median = statistics.median(row["step_seconds"] for row in steps)
     slow = [row for row in steps if row["step_seconds"] > SLOW * median]

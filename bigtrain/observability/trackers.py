@@ -9,13 +9,13 @@ from typing import Any
 
 from bigtrain.config.schema import RunConfig
 from bigtrain.masking import masked_values
-from bigtrain.observability.stream import METRICS, Event
+from bigtrain.observability.events import Evaluation, Event, Metric, StageSkipped
 
 FINISH_SECONDS = 120.0  # that sending the rest may take
 # For a server that does not answer, in seconds; by their own defaults training would wait for minutes. What a user has
 # set wins.
 PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-NOT_LOGGED = {"kind", "time", "stage", "step", "steps", "attempt"}
+NOT_LOGGED = {"kind", "stage", "step", "steps"}
 
 
 def trackers(config: RunConfig, folder: Path) -> list[Tracker]:
@@ -60,16 +60,16 @@ class Tracker:
     def __call__(self, event: Event) -> None:
         if self._tracker is None:
             self._start()
-        if event["kind"] == "stage_skipped":
-            self._before += event["steps"]
-        if event["kind"] not in METRICS:
+        if isinstance(event, StageSkipped):
+            self._before += event.steps
+        if not isinstance(event, Metric):
             return
-        if event["stage"] != self._stage:
-            self._before, self._stage = self._before + self._last, event["stage"]
-        self._last = event["step"]
-        prefix = f"{event['stage']}/" + ("held_out_" if event["kind"] == "evaluation" else "")
-        values = {prefix + name: value for name, value in event.items() if name not in NOT_LOGGED}
-        self._tracker.log(values, step=self._before + event["step"])
+        if event.stage != self._stage:
+            self._before, self._stage = self._before + self._last, event.stage
+        self._last = event.step
+        prefix = f"{event.stage}/" + ("held_out_" if isinstance(event, Evaluation) else "")
+        values = {prefix + name: value for name, value in event.row().items() if name not in NOT_LOGGED}
+        self._tracker.log(values, step=self._before + event.step)
 
     def close(self) -> None:
         """Let it send what is left. Raises TimeoutError if that takes longer than FINISH_SECONDS."""

@@ -16,6 +16,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.distributed.world import World
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.causal_lm import empty_model
+from bigtrain.observability.events import Cleaned, CleanedTooMuch, Prepared, Preparing
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
@@ -49,15 +50,15 @@ def prepare_stages(
     """
     data = {}
     for stage in stages:
-        stream.emit("preparing", what=f"data of {stage.name}")
+        stream.emit(Preparing(what=f"data of {stage.name}"))
         made = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=stores, seed=seed, stream=stream)
         if made.cleaning is not None:
             summary = made.cleaning.summary()
-            stream.emit("cleaned", stage=stage.name, **summary)
+            stream.emit(Cleaned(stage=stage.name, **summary))
             if summary["warning"] is not None:
-                stream.emit("cleaned_too_much", stage=stage.name, text=summary["warning"], folder=summary["folder"])
+                stream.emit(CleanedTooMuch(stage=stage.name, text=summary["warning"], folder=summary["folder"]))
         for store in (*made.train, *made.held_out):
-            stream.emit("prepared", stage=stage.name, folder=str(store.folder), **counts(store))
+            stream.emit(Prepared(stage=stage.name, folder=str(store.folder), counts=counts(store)))
         data[stage.name] = made
     return data
 

@@ -10,6 +10,7 @@ from bigtrain.errors import CheckpointError, ConfigError, DamagedError
 from bigtrain.inference.export import export
 from bigtrain.inference.generate import generate
 from bigtrain.inference.load import LoadedModel, load_model
+from bigtrain.observability.events import Exporting
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.history import lost
 from bigtrain.run_folder import RunFolder
@@ -37,7 +38,7 @@ def finish(stages: Sequence[StageConfig], folder: RunFolder, stream: Stream) -> 
 
 
 def _export(stage: StageConfig, folder: RunFolder, stream: Stream) -> None:
-    stream.emit("exporting", stage=stage.name, folder=str(folder.export(stage.name)))
+    stream.emit(Exporting(stage=stage.name, folder=str(folder.export(stage.name))))
     where = export(folder.path, stage.name)
     opened = load_model(str(folder.stage(stage.name))) if stage.prompts else None
     answers = [{"prompt": prompt, "answer": _answer(opened, prompt)} for prompt in stage.prompts if opened]

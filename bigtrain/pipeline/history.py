@@ -19,6 +19,7 @@ from bigtrain.disk import megabytes, told_as
 from bigtrain.distributed.collectives import from_first, read_together
 from bigtrain.distributed.world import World
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
+from bigtrain.observability.events import CheckpointAhead, CheckpointDamaged, CheckpointsPlanned, DropoutDraws
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.build import StageBuilder
 from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
@@ -74,7 +75,7 @@ class History:
                     f"{damaged}. It cannot be set aside ({error.strerror}): remove it, and the run goes on from the "
                     "checkpoint before it."
                 ) from None
-            self._stream.emit("checkpoint_damaged", reason=str(damaged), set_aside=str(aside))
+            self._stream.emit(CheckpointDamaged(reason=str(damaged), set_aside=str(aside)))
         dist.barrier()
 
     def tell_of_dropout(self, builder: StageBuilder, probabilities: dict[str, float], resumed: bool) -> None:
@@ -97,7 +98,7 @@ class History:
             text = f"{named}: other draws from here on than without the change ({', '.join(changed)})"
         else:
             text = f"{named}: its draws depend on the number of processes, the engine and the micro-batch"
-        self._stream.emit("dropout", stage=stage.name, text=text, **probabilities)
+        self._stream.emit(DropoutDraws(stage=stage.name, text=text, probabilities=probabilities))
 
     def check_begins(self, stage: StageConfig) -> None:
         """Raises CheckpointError, on all ranks, when a stage that has no checkpoint to go on from would begin at its
@@ -123,9 +124,9 @@ class History:
                 discard_incomplete(root)
             for ahead in (folder for folder in complete(root) if (step_of(folder) or 0) > done):
                 aside = set_aside(ahead, AHEAD)
-                self._stream.emit("checkpoint_ahead", stage=stage.name, done=done, set_aside=str(aside))
+                self._stream.emit(CheckpointAhead(stage=stage.name, done=done, set_aside=str(aside)))
             size, free = 4 * stage.optimizer.elements(shapes), shutil.disk_usage(root).free
-            self._stream.emit("checkpoints_planned", bytes=size, free_bytes=free, keep=stage.checkpoint.keep)
+            self._stream.emit(CheckpointsPlanned(bytes=size, free_bytes=free, keep=stage.checkpoint.keep))
             if size > free:
                 raise CheckpointError(
                     f"a checkpoint of stage {stage.name} takes {megabytes(size)}, and the disk of {root} has "

@@ -8,6 +8,7 @@ import time
 from bigtrain.config import RunConfig
 from bigtrain.config.environment import has_launcher
 from bigtrain.errors import ReportedError
+from bigtrain.observability.events import Finished
 from bigtrain.pipeline.finish import finish
 from bigtrain.pipeline.session import session
 from bigtrain.pipeline.stages import train_stages
@@ -33,7 +34,7 @@ def run_here(config: RunConfig, restart: str | None = None) -> int:
             if first:
                 folder.end(how, reason, since)
             elif not isinstance(error, ReportedError | RuntimeError):  # torch's own, when another rank is gone
-                folder.note(how, reason=reason, rank=int(os.environ["RANK"]))
+                folder.note(how, reason, rank=int(os.environ["RANK"]))
         raise
     finally:
         folder.leave()
@@ -48,7 +49,7 @@ def _run(config: RunConfig, folder: RunFolder, restart: str | None) -> int:
             return os.EX_TEMPFAIL
         if joined.world.rank == 0:  # the group is closed: no rank waits for this one
             finish(config.stages, folder, joined.stream)
-            joined.stream.emit("finished", folder=str(folder.path), seconds=time.monotonic() - begun)
+            joined.stream.emit(Finished(folder=str(folder.path), seconds=time.monotonic() - begun))
         return 0
     finally:
         if joined is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import bigtrain
 from bigtrain.config import RunConfig
@@ -14,8 +15,9 @@ from bigtrain.distributed.collectives import from_first
 from bigtrain.distributed.consistency import check_same_folder, in_common
 from bigtrain.distributed.world import World, joined
 from bigtrain.inference.generation import left_out
+from bigtrain.observability.events import NetworkMeasured, Started, Unusual
 from bigtrain.observability.progress import Progress
-from bigtrain.observability.stream import Event, Files, Stream
+from bigtrain.observability.stream import Files, Reader, Stream
 from bigtrain.observability.summary import Summary
 from bigtrain.observability.trackers import trackers
 from bigtrain.pipeline.preflight import check_execution, try_inputs
@@ -54,7 +56,7 @@ def session(config: RunConfig, folder: RunFolder, restart: str | None) -> Iterat
 
 def _begin(config: RunConfig, folder: RunFolder, world: World, restart: str | None, requests: Requests) -> Stream:
     """Begin an attempt, see that all ranks find it in the run's folder, and open its stream."""
-    execution = {
+    execution: dict[str, Any] = {
         "world_size": world.size,
         "engine": config.parallel.engine,
         "precision": config.precision,
@@ -71,24 +73,19 @@ def _begin(config: RunConfig, folder: RunFolder, world: World, restart: str | No
     check_same_folder(folder, attempt)
     if world.rank != 0:
         return Stream()
-    readers: list[Callable[[Event], None]] = [
-        Files(folder.path),
+    readers: list[Reader] = [
+        Files(folder.path, number),
         Progress(),
         Summary(config, folder),
         *trackers(config, folder.path),
         *requests.readers(),
     ]
-    stream = Stream(readers, attempt=number)
-    stream.emit(
-        "started",
-        version=bigtrain.__version__,
-        folder=str(folder.path),
-        attention=config.attention,
-        chosen=world.chosen,
-        **execution,
-    )
+    stream = Stream(readers)
+    where, chosen = str(folder.path), world.chosen
+    version, attention = bigtrain.__version__, config.attention
+    stream.emit(Started(version=version, folder=where, attention=attention, chosen=chosen, **execution))
     if world.network is not None:
-        stream.emit("network", **asdict(world.network))
+        stream.emit(NetworkMeasured(**asdict(world.network)))
     for text in warnings:
-        stream.emit("unusual", text=text)
+        stream.emit(Unusual(text=text))
     return stream

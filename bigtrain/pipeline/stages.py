@@ -15,6 +15,7 @@ from bigtrain.distributed.collectives import from_first
 from bigtrain.errors import BigtrainError, DamagedError, NotFiniteError
 from bigtrain.models.causal_lm import dropouts, parameter_shapes
 from bigtrain.models.families import plain_head
+from bigtrain.observability.events import Preempted, Preparing, StageSkipped, StageStarted
 from bigtrain.observability.hooks import StepHook, StepHooks
 from bigtrain.observability.profiler import Profiler
 from bigtrain.parallel.engine import Engine
@@ -32,13 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+OF_THE_EVENT = ("kind", "stage", "done", "batch")  # of StageStarted, and not for run.json
+
+
 def train_stages(config: RunConfig, session: Session) -> bool:
     """Prepare the data of all stages, so that faults in it show before anything is trained; then train the stages.
 
     Collective. False if the run was asked to stop; it has saved then, and its folder says so.
     """
     stream = session.stream
-    stream.emit("preparing", what="tokenizer")
+    stream.emit(Preparing(what="tokenizer"))
     tokenizer = own_tokenizer(config, session.folder)
     architecture = own_architecture(config, session.folder, tokenizer)
     data = prepare_stages(config.stages, tokenizer, stores=config.stores, seed=config.seed, stream=stream)
@@ -93,7 +97,7 @@ class _Stage:
         imported = history.begins_imported(stage, run)
         known = from_first(lambda: "data" in folder.metadata()["stages"].get(stage.name, {}))
         if (run.done == run.steps and known) or (resumed is None and history.is_over(stage)):
-            self._session.stream.emit("stage_skipped", stage=stage.name, steps=run.steps)
+            self._session.stream.emit(StageSkipped(stage=stage.name, steps=run.steps))
             self._record(finished=True)
             return True
         if resumed is None:
@@ -125,21 +129,23 @@ class _Stage:
         """Say what begins or goes on, and record it in run.json if it is new; collective."""
         stage, data, builder = self._stage, self._data, self._builder
         shapes = parameter_shapes(empty)
-        metadata = {
-            "from": origin,
-            "model": builder.model.model_type,
-            "parameters": sum(math.prod(shape) for shape in shapes.values()),
-            "logits": "some tokens at a time" if plain_head(empty) is not None else "whole",
-            "engine": builder.parallel.engine,
-            "steps": run.steps,
-            "sequences": self._sequences,
-            "sequence_length": stage.sequence_length,
-        }
-        self._session.stream.emit(
-            "stage_started", stage=stage.name, done=run.done, batch=stage.global_batch_size, **metadata
+        started = StageStarted(
+            stage=stage.name,
+            done=run.done,
+            batch=stage.global_batch_size,
+            origin=origin,
+            model=builder.model.model_type,
+            parameters=sum(math.prod(shape) for shape in shapes.values()),
+            logits="some tokens at a time" if plain_head(empty) is not None else "whole",
+            engine=builder.parallel.engine,
+            steps=run.steps,
+            sequences=self._sequences,
+            sequence_length=stage.sequence_length,
         )
+        self._session.stream.emit(started)
         if is_new:
             cleaned = str(data.cleaning.folder) if data.cleaning else None
+            metadata = {name: value for name, value in started.row().items() if name not in OF_THE_EVENT}
             self._record(**metadata, data=lineage_of(data.train), held_out=lineage_of(data.held_out), cleaned=cleaned)
         self._history.tell_of_dropout(builder, dropouts(builder.model), resumed)
         self._history.plan(stage, shapes, run.done)
@@ -172,7 +178,7 @@ class _Stage:
             self._record(finished=True)
         elif self._session.world.rank == 0:
             self._session.folder.preempted.touch()
-            self._session.stream.emit("preempted", stage=self._stage.name, step=run.done)
+            self._session.stream.emit(Preempted(stage=self._stage.name, step=run.done))
 
 
 def lineage_of(stores: list[Store]) -> list[dict[str, Any]]:

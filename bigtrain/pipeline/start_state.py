@@ -9,6 +9,7 @@ from bigtrain.config.schema import ModelConfig
 from bigtrain.disk import remove
 from bigtrain.errors import CheckpointError, DamagedError, shorten
 from bigtrain.models.weights import RandomWeights, pretrained_weights
+from bigtrain.observability.events import WeightsConverted
 from bigtrain.parallel.engine import Engine
 from bigtrain.pipeline.build import StageBuilder
 from bigtrain.pipeline.history import History, lost_origin
@@ -42,7 +43,7 @@ def first_weights(
         converted = folder.first_weights
 
         def tell(reason: str) -> None:
-            session.stream.emit("weights_converted", reason=reason, folder=str(converted))
+            session.stream.emit(WeightsConverted(reason=reason, folder=str(converted)))
 
         return model.from_pretrained, pretrained_weights(model.from_pretrained, empty, builder.seed, converted, tell)
     return "random weights", RandomWeights(empty, builder.seed)

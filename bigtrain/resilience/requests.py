@@ -13,12 +13,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from bigtrain.errors import CheckpointError
-from bigtrain.observability.stream import Event, Reader
+from bigtrain.observability.events import CheckpointSaved, CheckpointsPlanned, Evaluation, Event, Step
+from bigtrain.observability.stream import Reader
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.5
 LOST_POLLS = 10  # between two looks at whether the run's folder is still there
-MEASURED = {"step": "step_seconds", "evaluation": "seconds", "checkpoint_saved": "seconds"}  # event -> its field
 
 
 class TimeLimit:
@@ -34,20 +34,23 @@ class TimeLimit:
     def __init__(self, seconds: float, begun: float):
         """begun: as `time.monotonic` gives it."""
         self._until = begun + seconds
-        self._longest = dict.fromkeys(MEASURED, 0.0)
+        self._step = self._evaluation = self._save = 0.0  # the longest so far, in seconds
         self._save_expected = 0.0
 
     def __call__(self, event: Event) -> None:
-        kind = event["kind"]
-        if kind in MEASURED:
-            self._longest[kind] = max(self._longest[kind], event[MEASURED[kind]])
-        elif kind == "checkpoints_planned":
-            self._save_expected = event["bytes"] / self.SLOW_DISK
+        match event:
+            case Step():
+                self._step = max(self._step, event.step_seconds)
+            case Evaluation():
+                self._evaluation = max(self._evaluation, event.seconds)
+            case CheckpointSaved():
+                self._save = max(self._save, event.seconds)
+            case CheckpointsPlanned():
+                self._save_expected = event.bytes / self.SLOW_DISK
 
     @property
     def reached(self) -> bool:
-        save = self._longest["checkpoint_saved"] or self._save_expected
-        reserve = 2 * (self._longest["step"] + self._longest["evaluation"] + save) + self.MARGIN
+        reserve = 2 * (self._step + self._evaluation + (self._save or self._save_expected)) + self.MARGIN
         return time.monotonic() >= self._until - reserve
 
 
@@ -88,9 +91,9 @@ class Requests:
         return [self] if self._limit is None else [self._limit, self]
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "checkpoint_saved" and event["step"] == self._answers and self._save_file is not None:
+        if isinstance(event, CheckpointSaved) and event.step == self._answers and self._save_file is not None:
             self._answers = None
-            heard(self._save_file).write_text(event["folder"], encoding="utf-8")
+            heard(self._save_file).write_text(event.folder, encoding="utf-8")
 
     @property
     def stop(self) -> bool:

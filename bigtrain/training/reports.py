@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from bigtrain.checkpoint import Saved
 from bigtrain.errors import NotFiniteError
+from bigtrain.observability.events import CheckpointSaved, Evaluation, Step
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel.engine import Outcome
 
@@ -33,7 +34,7 @@ class Reports:
         self.heard = Heard()
         self._stream = stream
         self._skips_overflows = skips_overflows
-        self._pending: tuple[dict[str, Any], _HostCopy] | None = None
+        self._pending: _Pending | None = None
         self._since = math.nan  # until the clock is started
 
     def start_clock(self) -> None:
@@ -44,8 +45,7 @@ class Reports:
         """Report the step before, and this one (counted from 1) if its numbers are on the host."""
         self.flush()
         values = _HostCopy(outcome)
-        row = {"lr": lr, "tokens": tokens, "stage": self.stage, "step": step, "steps": steps}
-        self._pending = (row, values)
+        self._pending = _Pending(step, steps, lr, tokens, values)
         if values.here:
             self.flush()
 
@@ -53,23 +53,28 @@ class Reports:
         """Report the step that is still to be reported, if there is one. Raises NotFiniteError."""
         if self._pending is None:
             return
-        row, values = self._pending
+        step, steps, lr, tokens, values = self._pending
         self._pending = None
         loss, weight, grad_norm, *flags = values.read()
         stop, save, busy = flags
         self.heard = Heard(stop > 0, save > 0, busy == 0)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        self._check_finite(row["step"], loss, grad_norm)
+        self._check_finite(step, loss, grad_norm)
         self._stream.emit(
-            "step",
-            **row,
-            loss=loss,
-            grad_norm=grad_norm,
-            targets=int(weight),
-            step_seconds=seconds,
-            tokens_per_second=row["tokens"] / seconds,
-            memory_bytes=_memory_bytes(),
+            Step(
+                stage=self.stage,
+                step=step,
+                steps=steps,
+                lr=lr,
+                tokens=tokens,
+                loss=loss,
+                grad_norm=grad_norm,
+                targets=int(weight),
+                step_seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                memory_bytes=_memory_bytes(),
+            )
         )
 
     def obeyed(self) -> None:
@@ -88,13 +93,8 @@ class Reports:
         """Report the task's metrics over all held-out samples. Raises NotFiniteError."""
         if not math.isfinite(loss := metrics["loss"]):
             raise NotFiniteError(f"stage {self.stage}: the held-out loss after step {step} is {loss}.")
-        self._stream.emit(
-            "evaluation",
-            stage=self.stage,
-            step=step,
-            **metrics,
-            seconds=time.perf_counter() - self._since,
-        )
+        seconds = time.perf_counter() - self._since
+        self._stream.emit(Evaluation(stage=self.stage, step=step, metrics=metrics, seconds=seconds))
         self.start_clock()  # it is no part of the next step's time
 
     def stalled(self, seconds: float) -> None:
@@ -104,12 +104,13 @@ class Reports:
     def saved(self, saved: Saved) -> None:
         """Report a checkpoint that is complete."""
         self._stream.emit(
-            "checkpoint_saved",
-            stage=self.stage,
-            step=saved.step,
-            folder=str(saved.folder),
-            stalled_seconds=saved.stalled,
-            seconds=saved.seconds,
+            CheckpointSaved(
+                stage=self.stage,
+                step=saved.step,
+                folder=str(saved.folder),
+                stalled_seconds=saved.stalled,
+                seconds=saved.seconds,
+            )
         )
 
 
@@ -131,6 +132,16 @@ class _HostCopy:
         if not self.here:
             self._copied.synchronize()
         return self._values.tolist()
+
+
+class _Pending(NamedTuple):
+    """A step that is still to be reported."""
+
+    step: int
+    steps: int
+    lr: float
+    tokens: int
+    values: _HostCopy
 
 
 def _memory_bytes() -> int:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, complete
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.batches import Batch
+from bigtrain.observability.events import Step
 from bigtrain.observability.stream import Stream
 from bigtrain.resilience.requests import Requests
 from bigtrain.tasks.causal_lm import CausalLM
@@ -43,11 +44,11 @@ def attempt(layout, schedule, folder, stop_at):
     reported, used, rates = [], [], set()
 
     def listen(event):
-        if event["kind"] == "step":
-            reported.append(event["lr"])
+        if isinstance(event, Step):
+            reported.append(event.lr)
             used.append(rates.copy())
             rates.clear()
-            if event["step"] == stop_at:
+            if event.step == stop_at:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     def take(optimizer, *_):

@@ -13,10 +13,11 @@ from bigtrain.checkpoint import Checkpoint, complete
 from bigtrain.config import load_config
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launching import asking
+from bigtrain.observability.events import CheckpointSaved, CheckpointsPlanned, Evaluation
 from bigtrain.resilience.requests import TimeLimit
 from bigtrain.run_folder import RunFolder
 from tests.forked import start_command
-from tests.support import bigtrain, small_config
+from tests.support import bigtrain, small_config, step
 
 
 def long_run(folder, **changes):
@@ -149,15 +150,15 @@ def test_the_reserve_follows_what_took_longest(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     limit = TimeLimit(600.0, begun=1000.0)
-    limit({"kind": "checkpoints_planned", "bytes": 5e9})  # 100 s on a slow disk
+    limit(CheckpointsPlanned(bytes=5_000_000_000, free_bytes=0, keep=1))  # 100 s on a slow disk
     for seconds in (3.0, 10.0, 4.0):
-        limit({"kind": "step", "step_seconds": seconds})
-    limit({"kind": "evaluation", "seconds": 20.0})
+        limit(step(step_seconds=seconds))
+    limit(Evaluation(stage="s", step=1, metrics={}, seconds=20.0))
     clock[0] = 1600.0 - 2 * (10 + 20 + 100) - TimeLimit.MARGIN - 0.1
     assert not limit.reached
     clock[0] += 0.2
     assert limit.reached
-    limit({"kind": "checkpoint_saved", "seconds": 30.0})  # as it turns out
+    limit(CheckpointSaved(stage="s", step=1, folder="f", stalled_seconds=0.0, seconds=30.0))  # as it turns out
     assert not limit.reached
     clock[0] = 1600.0 - 2 * (10 + 20 + 30) - TimeLimit.MARGIN
     assert limit.reached

@@ -32,6 +32,7 @@ from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
+from tests.support import Rows
 
 HEADER = ["Skip to the main content of this page", "Home | Guide | Reference | Release notes | Community"]
 FOOTER = [
@@ -362,8 +363,8 @@ def test_more_than_three_tenths_dropped_is_a_warning_and_an_event(tmp_path: Path
     texts = [*UNIQUE[: 80 - short], *(f"short {i}" for i in range(short))]
     file = config(tmp_path, texts, {"min_characters": 50, "exact_duplicates": True})
     run = load(file).run
-    events: list[dict[str, Any]] = []
-    prepare_stages(run.stages, open_tokenizer(run), stores=run.stores, seed=run.seed, stream=Stream([events.append]))
+    events = Rows()
+    prepare_stages(run.stages, open_tokenizer(run), stores=run.stores, seed=run.seed, stream=Stream([events]))
     told = [event for event in events if event["kind"] == "cleaned_too_much"]
     assert len(told) == warns
     if warns:

@@ -52,6 +52,7 @@ from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
 from bigtrain.tasks import TASKS
+from tests.support import Rows
 from tests.unit.mutations import VALUES
 
 redact = Redaction(region="US")
@@ -770,9 +771,9 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
     stage = messy(tmp_path / "data")
     run = run_of(tmp_path / "out", stage)
     tokenizer = open_tokenizer(run)
-    events: list[dict[str, Any]] = []
+    events = Rows()
     task = TASKS["pretrain"]()
-    data = prepare_stages(run.stages, tokenizer, stores=run.stores, seed=run.seed, stream=Stream([events.append]))["s"]
+    data = prepare_stages(run.stages, tokenizer, stores=run.stores, seed=run.seed, stream=Stream([events]))["s"]
     decisions = decided(tmp_path / "out", stage)
     assert data.cleaning == decisions
     for store, rows in zip(data.train, training(stage, decisions), strict=True):

@@ -18,7 +18,7 @@ from bigtrain.pipeline.build import StageBuilder
 from bigtrain.pipeline.history import History
 from bigtrain.pipeline.preflight import check_schedules
 from bigtrain.run_folder import RunFolder
-from tests.support import bigtrain
+from tests.support import Rows, bigtrain
 from tests.unit.test_config import GOOD
 
 
@@ -175,9 +175,9 @@ def test_the_dry_run_tells_what_is_unusual(tmp_path):
 
 
 def told_of_dropout(tmp_path, run, size, probabilities, resumed):
-    events = []
+    events = Rows()
     world = World(0, size, 0, torch.device("cpu"))
-    history = History(run.stages, world, RunFolder(tmp_path / "run"), Stream([events.append]))
+    history = History(run.stages, world, RunFolder(tmp_path / "run"), Stream([events]))
     history.tell_of_dropout(StageBuilder.of(run, run.stages[0], None, world), probabilities, resumed)
     return [event["text"] for event in events]
 

@@ -19,7 +19,7 @@ from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.history import History
 from bigtrain.pipeline.stages import lineage_of
 from bigtrain.run_folder import RunFolder
-from tests.support import small_config
+from tests.support import Rows, small_config
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def history(tmp_path):
     """(of a run that has not begun, its first stage, the events that it emits, what it prints)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = load_config(small_config(tmp_path, ema=0.9))
-    events, out = [], io.StringIO()
+    events, out = Rows(), io.StringIO()
     world = World(0, 1, torch.device("cpu"), [], None)
     yield (
-        History(config.stages, world, RunFolder.of(config), Stream([events.append, Progress(out)])),
+        History(config.stages, world, RunFolder.of(config), Stream([events, Progress(out)])),
         config.stages[0],
         events,
         out,

@@ -12,6 +12,7 @@ from bigtrain.parallel.engine import Outcome
 from bigtrain.training import reports as training
 from bigtrain.training.reports import Heard, Reports, _HostCopy
 from bigtrain.training.run import StageRun
+from tests.support import Rows
 
 WORK = []  # what is on the stream and not done yet
 WAITS = []  # how much of it was left each time that the host has waited
@@ -84,8 +85,8 @@ def stage(steps=5, every=None):
 def trained(kind=Reports, every=None, stop_in=None, save_in=None, idle_in=None):
     """What a stage of 5 steps has reported once each step was completed, and what was due then. The last batch has 2
     sequences; flags are said in the steps that are named."""
-    events = []
-    reports = kind("s", Stream([events.append]))
+    events = Rows()
+    reports = kind("s", Stream([events]))
     run = StageRun.of(stage(every=every), 18, 0, reports)
     reports.start_clock()
     reported, due = [], []
@@ -158,8 +159,7 @@ def test_a_step_that_is_not_finite_is_named_though_it_is_heard_late():
 class WrongStep(Reports):
     def flush(self):
         if self._pending is not None:
-            row, values = self._pending
-            self._pending = ({**row, "step": row["step"] + 1}, values)
+            self._pending = self._pending._replace(step=self._pending.step + 1)
         super().flush()
 
 
@@ -174,7 +174,7 @@ class LastOneKept(Reports):
     """Reports nothing before a save."""
 
     def flush(self):
-        if self._pending is None or self._pending[0]["step"] < self._pending[0]["steps"]:
+        if self._pending is None or self._pending.step < self._pending.steps:
             super().flush()
 
 

@@ -29,10 +29,11 @@ from bigtrain.config.schema import (
 from bigtrain.data import shards, writing
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.errors import DataError
-from bigtrain.observability.stream import Event, Stream
+from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.tasks import TASKS
+from tests.support import Rows
 
 ROWS = 60
 FORKS = multiprocessing.get_context("forkserver")
@@ -240,13 +241,13 @@ def test_a_source_that_changes_its_mind_is_refused(tmp_path: Path, source: str) 
 
 def test_progress_is_told_with_rates_and_the_time_left(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(shards, "TELL_SECONDS", 0.0)
-    events: list[Event] = []
+    events = Rows()
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(20):
         (folder / f"{i:02d}.txt").write_text(f"text {i} " + "more and more words " * 10)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    made = work(make_run(tmp_path / "out", str(folder)), 300, tmp_path / "log", stream=Stream([events.append]))
+    made = work(make_run(tmp_path / "out", str(folder)), 300, tmp_path / "log", stream=Stream([events]))
     told = [event for event in events if event["kind"] == "tokenizing"]
     assert len(told) >= 10
     done = [event["text_bytes"] for event in told]

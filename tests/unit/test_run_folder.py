@@ -24,6 +24,7 @@ from bigtrain.observability.stream import Files, Stream, read_metrics
 from bigtrain.run_folder import RunFolder, ending_of
 from tests import tiny
 from tests.support import final_state, small_config
+from tests.support import step as step_event
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(tmp_path):
 
     folder = RunFolder.of(config())
     folder.begin(config(), None, world_size=2)
-    stream = Stream([Files(folder.path)], attempt=1)
+    stream = Stream([Files(folder.path, 1)])
     for stage in ("pretrain", "finetune"):
         last = folder.checkpoints(stage) / "step-00000003"
         last.mkdir(parents=True)
@@ -44,7 +45,7 @@ def run(tmp_path):
         folder.export(stage).mkdir()
         folder.record(stage, finished=True, steps=3, exported_step=3)
         for step in (1, 2, 3):
-            stream.emit("step", stage=stage, step=step, loss=float(step))
+            stream.emit(step_event(stage, step, loss=float(step)))
     stream.close()
     return config, folder
 
@@ -260,9 +261,9 @@ def test_a_run_that_has_saved_nothing_takes_any_change(tmp_path, override):
     folder.tokenizer.mkdir()
     (folder.tokenizer / "manifest.json").write_text("{}")
     folder.record("pretrain", data=[], steps=6)
-    stream = Stream([Files(folder.path)], attempt=1)
+    stream = Stream([Files(folder.path, 1)])
     for step in (1, 2):
-        stream.emit("step", stage="pretrain", step=step, loss=1.0)
+        stream.emit(step_event("pretrain", step, loss=1.0))
     stream.close()
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "stage": "pretrain", "st')
@@ -392,15 +393,15 @@ def test_a_folder_of_something_else(tmp_path):
 
 
 def test_the_last_row_of_a_step_counts_and_a_torn_line_does_not(tmp_path):
-    stream = Stream([Files(tmp_path)], attempt=1)
+    stream = Stream([Files(tmp_path, 1)])
     for step, loss in ((1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25)):
-        stream.emit("step", stage="a", step=step, loss=loss)
+        stream.emit(step_event("a", step, loss=loss))
     stream.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "stage": "a", "st')
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.25), (3, 0.3)]
-    stream = Stream([Files(tmp_path)], attempt=2)
-    stream.emit("step", stage="a", step=4, loss=0.4)
+    stream = Stream([Files(tmp_path, 2)])
+    stream.emit(step_event("a", 4, loss=0.4))
     stream.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 

@@ -17,6 +17,7 @@ from bigtrain.inference.places import RunPlace
 from bigtrain.launching import launch as launching
 from bigtrain.launching.dry_run import dry_run
 from bigtrain.launching.launch import Asked, launch
+from bigtrain.observability.events import Preparing
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.observability.trackers import Tracker
@@ -44,7 +45,7 @@ def trained(config):
     source = config.stages[0].data[0].source
     folder.record("pretrain", finished=True, steps=6, data=[{"source": source}], held_out=[{"store": "gone"}])
     folder.end(*ending_of(ConfigError(f"{source}: gone")), since)
-    folder.note("failed", reason=f"{source}: gone", rank=3)
+    folder.note("failed", f"{source}: gone", rank=3)
     folder.leave()
     return folder
 
@@ -73,7 +74,7 @@ def test_ranks_compare_without_secrets(tmp_path):
 
 def test_hyper_parameters_of_trackers_hold_no_secrets(tmp_path):
     stream = Stream([Tracker("tensorboard", run_of(tmp_path), tmp_path / "logs")])
-    stream.emit("started")
+    stream.emit(Preparing(what="tokenizer"))
     stream.close()
     assert b"hunter2" not in written(tmp_path / "logs")
     assert b"https://user:***@host" in written(tmp_path / "logs")
