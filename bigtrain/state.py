@@ -36,9 +36,8 @@ class Box(NamedTuple):
 class StateReader(Protocol):
     """Where an engine takes its share of the state from: random weights, a pretrained model, a checkpoint."""
 
-    @property
-    def slots(self) -> Sequence[str]:
-        """The slots that can be read for every trained parameter; `weight` is always among them."""
+    def slots_of(self, name: str) -> Sequence[str]:
+        """The slots that can be read of a parameter or a buffer."""
         ...
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:

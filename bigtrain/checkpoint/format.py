@@ -43,6 +43,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def frozen_folder(checkpoints: Path) -> Path:
+    """Of the weights that do not train, for all checkpoints of a stage."""
+    return step_folder(checkpoints.parent / "frozen", 0)
+
+
 def step_of(folder: Path) -> int | None:
     """The step of a checkpoint's folder, by its name; None for one that has another name, a copy of it among them."""
     found = re.fullmatch(r"step-(\d{8,})", folder.name)
@@ -174,8 +179,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _check_values(manifest: dict[str, Any]) -> None:
     """Raises ValueError, KeyError, AttributeError or TypeError for a manifest that nobody here has written, whatever
     its checksum says. Of the tensors `check_tensor` sees to."""
-    if type(manifest["weights_only"]) is not bool:
-        raise ValueError("weights_only is neither true nor false")
+    if type(manifest["weights_only"]) is not bool or type(manifest.get("frozen", False)) is not bool:
+        raise ValueError("weights_only or frozen is neither true nor false")
     if not _is_count(manifest["step"]) or not _is_count(manifest["block"]) or manifest["block"] == 0:
         raise ValueError("its step or block is no number of steps or bytes")
     for name, slots in manifest["state"].items():

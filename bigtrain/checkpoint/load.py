@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bigtrain.checkpoint.format import (
     check_tensor,
     checksum,
     complete,
+    frozen_folder,
     overlap,
     read_manifest,
     read_progress,
@@ -48,25 +50,39 @@ class Checkpoint:
         self._block: int = manifest["block"]
         self._headers: dict[str, Any] = manifest["files"]
         self._state: dict[str, dict[str, Any]] = manifest["state"]
+        self._weights_only = weights_only
+        self._frozen = _open_frozen(folder) if manifest.get("frozen") else None
         self._files: dict[str, int] = {}
         self._checked: set[tuple[str, str]] = set()  # tensors whose places in the files are known to be right
-        found = {slot for slots in self._state.values() for slot in slots}
-        self.slots: Sequence[str] = sorted(found & {WEIGHT, BUFFER} if weights_only else found)
+
+    def slots_of(self, name: str) -> Sequence[str]:
+        if name not in self._state and self._frozen is not None:
+            return self._frozen.slots_of(name)
+        found = self._state.get(name, {}).keys()
+        return sorted(found & {WEIGHT, BUFFER} if self._weights_only else found)
 
     def close(self) -> None:
         """Close its files."""
         while self._files:
             os.close(self._files.popitem()[1])
+        if self._frozen is not None:
+            self._frozen.close()
 
     def check_fit(self, model: nn.Module) -> None:
         """Raises CheckpointError that names the parameters, or the buffers that belong to the state, which the model or
         the checkpoint alone has, that differ in shape, or have no elements."""
         buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
         for slot, shapes, where in ((WEIGHT, parameter_shapes(model), ""), (BUFFER, buffers, " (buffers)")):
-            saved = {name: tuple(slots[slot]["shape"]) for name, slots in self._state.items() if slot in slots}
+            saved = {name: tuple(slots[slot]["shape"]) for name, slots in self._tensors().items() if slot in slots}
             check_shapes(f"{self.folder}{where}", saved, shapes)
 
+    def _tensors(self) -> dict[str, dict[str, Any]]:
+        return self._state if self._frozen is None else self._frozen._state | self._state
+
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
+        if name not in self._state and self._frozen is not None:
+            with _needed_by(self.folder):
+                return self._frozen.read(name, slot, offsets, lengths)
         try:
             entry = self._state[name][slot]
         except KeyError:
@@ -132,6 +148,24 @@ class Checkpoint:
         read_whole(self._files[name], memoryview(header), 0)
         if checksum(header) != self._headers[name]["checksum"]:
             raise DamagedError(self.folder, f"{self.folder / name} is not what was written: its header differs")
+
+
+def _open_frozen(folder: Path) -> Checkpoint:
+    """The frozen weights of a checkpoint."""
+    with _needed_by(folder):
+        return Checkpoint(frozen_folder(folder.parent))
+
+
+@contextmanager
+def _needed_by(folder: Path) -> Iterator[None]:
+    """Frozen weights that are damaged are no reason to set a checkpoint aside: no other one can do without them."""
+    try:
+        yield
+    except DamagedError as damaged:
+        raise CheckpointError(
+            f"{folder} needs the weights that do not train: {damaged}. Put whole files in place of the damaged ones, "
+            f"or train the stage anew with `--restart {folder.parents[1].name}`."
+        ) from None
 
 
 def check_shapes(where: str, saved: dict[str, Shape], shapes: dict[str, Shape]) -> None:

@@ -61,14 +61,18 @@ class Saver:
         told: Callable[[Saved], None],
         *,
         asynchronous: bool = True,
+        frozen: bool = False,
         check_there: Callable[[], None] = lambda: None,
     ):
-        """told: is called on rank 0 with every checkpoint that is complete, by the thread that completes it.
-        check_there: raises CheckpointError if the run's folder is not the one any more in which the run began."""
+        """frozen: the weights that do not train have been saved with `save_frozen`.
+        told: is called on rank 0 with every checkpoint that is complete, by the thread that completes it.
+        check_there: raises CheckpointError if the run's folder is not the one any more in which the run began.
+        """
         self._root = root
         self._retention = retention
         self._told = told
         self._asynchronous = asynchronous
+        self._frozen = frozen
         self._check_there = check_there
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -198,6 +202,7 @@ class Saver:
             text = write_json(save.folder / PROGRESS, save.progress)
             files[PROGRESS] = {"bytes": (save.folder / PROGRESS).stat().st_size, "checksum": text}
             manifest = {"format": FORMAT, "step": save.step, "block": BLOCK, "weights_only": False}
+            manifest |= {"frozen": True} if self._frozen else {}
             write_manifest(save.folder, {**manifest, "files": files, "state": state})
             sync(save.folder.parent)
             self._retention.apply(save.folder)
@@ -232,9 +237,11 @@ class NoSaver:
     def finish(self) -> None: ...
 
 
-def save(root: Path, step: int, boxes: Iterable[Box], progress: dict[str, Any], retention: Retention) -> Path:
+def save(
+    root: Path, step: int, boxes: Iterable[Box], progress: dict[str, Any], retention: Retention, frozen: bool = False
+) -> Path:
     """Save the state after `step` steps and wait until the checkpoint is complete; collective. Returns its folder."""
-    with Saver(root, retention, lambda _: None, asynchronous=False) as saver:
+    with Saver(root, retention, lambda _: None, asynchronous=False, frozen=frozen) as saver:
         saver.save(step, boxes, progress)
     return step_folder(root, step)
 

@@ -322,6 +322,12 @@ class StageConfig(Section):
         "meanwhile. null: all data, which has no weights then.",
         None,
     )
+    freeze: list[str] = mathematics(
+        "Parameters that do not train: names, or patterns of a shell (`*`, `?`, `[0-3]`), like model.embed_tokens or "
+        "model.layers.[0-3]; a module's name stands for all below it. A tied weight has several names, and any of them "
+        "freezes it. They cost no optimizer state, and in bf16 and fp16 no fp32 weights.",
+        [],
+    )
     optimizer: Optimizer = mathematics("How weights are updated.")
     schedule: Schedule = mathematics("The learning rate as a function of the step.", {}, validate_default=True)
     evaluate: EvaluateConfig | None = mathematics("Loss on documents that are not trained on; null: none.", None)

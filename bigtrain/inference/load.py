@@ -18,7 +18,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, reason, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, kept_config, model_config, persistent_buffers
+from bigtrain.models.causal_lm import empty_model, kept_config, model_config, parameter_shapes, persistent_buffers
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.engine import PRECISIONS
@@ -121,7 +121,7 @@ def _from_checkpoint(
     attention = "eager" if run.attention == "eager" else "sdpa"  # the others need not be there any more
     model: Any = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
     reader = Checkpoint(place.checkpoint, weights_only=not ema)
-    if ema and EMA not in reader.slots:
+    if ema and not any(EMA in reader.slots_of(name) for name in parameter_shapes(model)):
         raise ConfigError(
             f"{place.checkpoint} holds no moving average: its stage was trained without optimizer.ema, or only its "
             "weights were kept."
@@ -141,7 +141,8 @@ def _fill(model: Any, reader: Checkpoint, slot: str, dtype: torch.dtype, device:
     """
     bad, large = [], []
     for name, parameter in list(model.named_parameters()):
-        tensor = reader.read(name, slot, _zeros(parameter), tuple(parameter.shape))
+        there = slot if slot in reader.slots_of(name) else WEIGHT  # one that does not train is its own average
+        tensor = reader.read(name, there, _zeros(parameter), tuple(parameter.shape))
         largest = torch.stack(tensor.aminmax()).abs().max().item()  # nan if any is
         if not math.isfinite(largest):
             bad.append(name)
@@ -157,8 +158,8 @@ def _fill(model: Any, reader: Checkpoint, slot: str, dtype: torch.dtype, device:
             f"dtype: {str(dtype).removeprefix('torch.')} cannot hold the numbers of {shorten(large)}; use fp32."
         )
     model.tie_weights()
-    if BUFFER in reader.slots:
-        for name, buffer in persistent_buffers(model):
+    for name, buffer in persistent_buffers(model):
+        if BUFFER in reader.slots_of(name):
             buffer.copy_(reader.read(name, BUFFER, _zeros(buffer), tuple(buffer.shape)))
     model.to(device)
 

@@ -31,16 +31,24 @@ from bigtrain.state import Shape
 @dataclass(frozen=True)
 class Size:
     """Shapes of a model's parameters by name, those of the embedding included; elements of the embedding alone;
-    dropout by its key."""
+    dropout by its key; the name in `shapes` of every name of a parameter, tied ones have several."""
 
     model_type: str
     shapes: dict[str, Shape]
     embedding: int
     dropout: dict[str, float]
+    names: dict[str, str]
 
     @property
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
+
+    def trained(self, stage: StageConfig) -> dict[str, Shape]:
+        """Shapes of what a stage trains. Raises ConfigError for a `freeze` that does not fit the model."""
+        from bigtrain.models.freeze import frozen
+
+        still = frozen(self.names, stage.freeze, f"stages.{stage.name}.freeze")
+        return {name: shape for name, shape in self.shapes.items() if name not in still}
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ def model_size(run: RunConfig) -> Size | str:
 
 def _built(run: RunConfig, entries: int) -> Size:
     from bigtrain.models.causal_lm import dropouts, parameter_shapes
+    from bigtrain.models.freeze import parameter_names
     from bigtrain.models.trial import try_architecture
     from bigtrain.pretrained import quiet
 
@@ -127,7 +136,13 @@ def _built(run: RunConfig, entries: int) -> Size:
         longest=max(stage.sequence_length for stage in run.stages),
     )
     embedding: Any = empty.get_input_embeddings()
-    return Size(empty.config.model_type, parameter_shapes(empty), embedding.weight.numel(), dropouts(empty.config))
+    return Size(
+        empty.config.model_type,
+        parameter_shapes(empty),
+        embedding.weight.numel(),
+        dropouts(empty.config),
+        parameter_names(empty),
+    )
 
 
 def _left_out(run: RunConfig, size: Size | str) -> list[str]:
@@ -207,6 +222,9 @@ def _stage_lines(
         told.append(("length", f"{-(-sequences // batch):,} steps = {tokens:,} tokens"))
         if isinstance(size, Size):
             told.append(("tokens per parameter", f"{tokens / size.parameters:.3g}"))
+    if stage.freeze and isinstance(size, Size):
+        trained = sum(map(math.prod, size.trained(stage).values()))
+        told.append(("trained parameters", f"{trained:,} of {size.parameters:,}"))
     parallel = run.parallel_of(stage)
     shared = shares(batch, processes, parallel.micro_batch_size)
     least, most = shared.rows

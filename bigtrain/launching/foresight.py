@@ -116,7 +116,7 @@ def room(job: Job) -> Room:
 
 
 def _checkpoint_bytes(stage: StageConfig, size: Size) -> int:
-    return BYTES * stage.optimizer.elements(size.shapes)
+    return BYTES * stage.optimizer.elements(size.trained(stage))
 
 
 def _kept(stage: StageConfig, size: Size) -> int:
@@ -124,7 +124,9 @@ def _kept(stage: StageConfig, size: Size) -> int:
     whole = _checkpoint_bytes(stage, size)
     steps = stage.num_steps
     older = 0 if settings.keep_every is None or steps is None else steps // settings.keep_every
-    return (settings.keep + 1) * whole + older * (BYTES * size.parameters if settings.keep_weights_only else whole)
+    trained = sum(map(math.prod, size.trained(stage).values()))
+    frozen = BYTES * (size.parameters - trained)  # once
+    return (settings.keep + 1) * whole + older * (BYTES * trained if settings.keep_weights_only else whole) + frozen
 
 
 def _gib(size: float) -> int:

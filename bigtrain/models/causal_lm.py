@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.schema import ModelConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError, nearest
+from bigtrain.models.freeze import freeze as freeze_parameters
 from bigtrain.models.kinds import CAUSAL_LM, KINDS, auto_class, families
 from bigtrain.pretrained import arguments, opening
 from bigtrain.state import Shape
@@ -143,11 +144,13 @@ def empty_model(
     *,
     attention: str,
     activation_checkpointing: str,
+    freeze: Sequence[str] = (),
     meta: bool = False,
     kind: str = CAUSAL_LM,
 ) -> PreTrainedModel:
     """The model of a kind (`bigtrain.models.kinds`) in fp32, in training mode, its parameters not initialised; with
-    `meta` they take no memory at all. `attention` is sdpa, eager, flash or flex.
+    `meta` they take no memory at all. `attention` is sdpa, eager, flash or flex; `freeze` names what does not
+    train.
 
     Buffers are real either way: they hold what the architecture computes (rotary frequencies).
     """
@@ -162,6 +165,7 @@ def empty_model(
     model.tie_weights()  # both contexts leave it undone
     if activation_checkpointing == "full":
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    freeze_parameters(model, freeze)
     return model.train()
 
 

@@ -45,14 +45,15 @@ class PretrainedFiles:
     `stored`: where each of them lies; `dtypes`: what each is to be.
     """
 
-    slots = (WEIGHT, BUFFER)
-
     def __init__(self, stored: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype]):
         self._stored = stored
         self._dtypes = dtypes
 
+    def slots_of(self, name: str) -> tuple[str, ...]:  # noqa: ARG002
+        return (WEIGHT, BUFFER)
+
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
-        if slot not in self.slots or name not in self._stored:
+        if slot not in (WEIGHT, BUFFER) or name not in self._stored:
             raise CheckpointError(f"{name}: the pretrained model has no such {slot}.")
         try:
             return self._stored[name].read(offsets, lengths).to(self._dtypes[name])
@@ -69,13 +70,14 @@ class RandomWeights:
     `_init_weights` leaves untouched.
     """
 
-    slots = (WEIGHT,)
-
     def __init__(self, model: PreTrainedModel, seed: int):
         self._model = model
         self._seed = seed
         self._drawn = ""  # the module that _values belongs to
         self._values: dict[str, Tensor] = {}
+
+    def slots_of(self, name: str) -> tuple[str, ...]:  # noqa: ARG002
+        return (WEIGHT,)
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> Tensor:
         assert slot == WEIGHT, slot

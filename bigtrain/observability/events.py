@@ -193,7 +193,7 @@ class WeightsConverted(Event):
 @dataclass(frozen=True, kw_only=True)
 class StageStarted(Event):
     """A stage begins, or goes on after `done` steps. batch: sequences of a step. sequences: of all steps together.
-    origin: of its weights, in words; `from` in the row. logits: whether the engine takes them whole or in chunks."""
+    origin: of its weights, in words; `from` in the row. trained: of the parameters, those that train. logits: whether the engine takes them whole or in chunks."""
 
     kind: ClassVar[str] = "stage_started"
     stage: str
@@ -202,6 +202,7 @@ class StageStarted(Event):
     origin: str
     model: str
     parameters: int
+    trained: int
     logits: str
     engine: str
     steps: int

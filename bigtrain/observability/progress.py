@@ -173,8 +173,9 @@ class Progress:
     @_show.register
     def _(self, event: StageStarted) -> None:
         resumed = f", resumed at step {event.done}" if event.done else ""
+        part = f" ({count(event.trained)} train)" if event.trained < event.parameters else ""
         self._print(
-            f"{event.stage:<10} {event.model} {count(event.parameters)}, from {event.origin} · "
+            f"{event.stage:<10} {event.model} {count(event.parameters)}{part}, from {event.origin} · "
             f"{event.batch} x {event.sequence_length} tokens a step, {event.steps} steps{resumed}"
         )
         if event.logits == "whole":

@@ -36,7 +36,10 @@ class Optimizer(Component):
 
     @abstractmethod
     def torch_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over torch's parameter groups, each with its `params` and `weight_decay`."""
+        """The optimizer over torch's parameter groups, each with its `params` and `weight_decay`.
+
+        It updates each element by itself: engines give it parts of parameters, ZeRO as flat vectors.
+        """
 
     @abstractmethod
     def moments(self, name: str, shape: Shape) -> tuple[str, ...]:

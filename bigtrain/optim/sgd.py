@@ -30,7 +30,7 @@ class SGD(Optimizer):
     def torch_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def moments(self, name: str, shape: Shape) -> tuple[str, ...]:  # noqa: ARG002
         return ("momentum_buffer",) if self.momentum else ()

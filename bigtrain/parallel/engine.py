@@ -6,6 +6,8 @@
 - The gradient norm is the global one, before clipping.
 - bf16 and fp16 cast the parameters for forward and backward; master weights, moments, gradient
   accumulation, reduction and loss are fp32. No autocast.
+- A parameter without `requires_grad` stays as it is: it is kept as it is computed with, without a master and moments,
+  and has no part in the gradient norm.
 """
 
 from __future__ import annotations
@@ -67,11 +69,12 @@ class Engine(Protocol):
         ...
 
     def boxes(self) -> Iterator[Box]:
-        """This rank's share: over all ranks, each element of each slot exactly once."""
+        """This rank's share of what training changes: over all ranks, each element of each slot exactly once."""
         ...
 
     def not_finite(self) -> list[str]:
-        """The weights and slots in which any rank has a number that is not finite, by name; collective."""
+        """The weights, frozen ones too, and slots in which any rank has a number that is not finite, by name;
+        collective."""
         ...
 
     def load(self, reader: StateReader, progress: dict[str, float]) -> None:
@@ -94,6 +97,18 @@ def reduce_before_step(weight: Tensor, flags: Flags, device: torch.device) -> tu
     if dist.get_world_size() > 1:
         dist.all_reduce(counts)
     return counts[0], counts[1:]
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the parameters that do not train in the precision in which the model computes."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def moments_of(reader: StateReader, name: str) -> list[str]:
+    """The optimizer's slots that a reader has of a parameter."""
+    return [slot for slot in reader.slots_of(name) if slot not in (WEIGHT, BUFFER)]
 
 
 def not_finite(boxes: Iterable[Box], dtype: torch.dtype) -> list[str]:

@@ -7,6 +7,7 @@ reduce: its module stays as it is, and below fp32 computes with a copy of its pa
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ from bigtrain.parallel.engine import (
     PRECISIONS,
     Flags,
     Outcome,
+    cast_frozen,
     evaluate,
+    moments_of,
     not_finite,
     reduce_before_step,
     seed_dropout,
@@ -75,6 +78,7 @@ class MeshEngine:
         self._loss_scale = LossScale() if precision == "fp16" else None
 
         model = build_model()
+        cast_frozen(model, self._dtype)
         self._shape = micro_batch_shape(model, compile)
         self._module: Any = TaskModule(model, task, device, compile)
         self._wrapped = dims.world_size > 1
@@ -83,10 +87,11 @@ class MeshEngine:
         self._module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         model.tie_weights()  # making parameters real one by one has untied them
         self._parameters = dict(model.named_parameters())
+        self._trained = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
         self._optimizer = optimizer.build(model)
         self._copies: _Copies | None = None
         if not self._wrapped and precision != "fp32":
-            self._copies = _Copies(model, self._parameters, self._dtype)
+            self._copies = _Copies(model, self._trained, self._dtype)
 
     def step(self, batch: Batch, lr: float, flags: Flags = NO_FLAGS) -> Outcome:
         seed_dropout(self._seed, batch.step, self._dims.data_rank)
@@ -108,7 +113,7 @@ class MeshEngine:
 
     def _update(self, lr: float) -> Tensor:
         """Clip and step; returns the norm before clipping."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scale = self._loss_scale.value if self._loss_scale is not None else 1.0
@@ -134,7 +139,7 @@ class MeshEngine:
         )
 
     def boxes(self) -> Iterator[Box]:
-        for i, (name, parameter) in enumerate(self._parameters.items()):
+        for i, (name, parameter) in enumerate(self._trained.items()):
             if i % self._dims.replicate == self._dims.copy:  # each copy gives its share of the tensors
                 for slot, tensor in self._slots(parameter).items():
                     offsets, shape = _place(tensor), tuple(tensor.shape)
@@ -146,7 +151,13 @@ class MeshEngine:
                 yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
     def not_finite(self) -> list[str]:
-        return not_finite(self.boxes(), self._dtype)
+        return not_finite(itertools.chain(self.boxes(), self._frozen_boxes()), self._dtype)
+
+    def _frozen_boxes(self) -> Iterator[Box]:
+        for name in self._parameters.keys() - self._trained.keys():
+            tensor = self._parameters[name].detach()
+            if _local(tensor).numel():
+                yield Box(name, WEIGHT, tuple(tensor.shape), _place(tensor), _local(tensor))
 
     def _slots(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         state = self._optimizer.state.get(parameter, {})
@@ -165,19 +176,17 @@ class MeshEngine:
 
     def _read(self, reader: StateReader, progress: dict[str, float]) -> None:
         """This rank's share."""
-        moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._optimizer.state.clear()
-        if moments:  # all are made before the first is read: what reading frees would lie between them
-            for parameter in self._parameters.values():
-                if parameter.requires_grad:
-                    state = self._optimizer.state[parameter]
-                    state["step"] = torch.tensor(float(progress["updates"]), device=self._device)
-                    state |= {slot: torch.empty_like(parameter) for slot in moments}
+        for name, parameter in self._trained.items():  # all before the first is read: else what that frees lies between
+            if slots := moments_of(reader, name):
+                state = self._optimizer.state[parameter]
+                state["step"] = torch.tensor(float(progress["updates"]), device=self._device)
+                state |= {slot: torch.empty_like(parameter) for slot in slots}
         for name, parameter in self._parameters.items():
             for slot, tensor in self._slots(parameter).items():
                 _fill(tensor, reader, name, slot)
-        if BUFFER in reader.slots:
-            for name, buffer in persistent_buffers(self._module.model):
+        for name, buffer in persistent_buffers(self._module.model):
+            if BUFFER in reader.slots_of(name):
                 _fill(buffer, reader, name, BUFFER)
 
     def progress(self) -> dict[str, float]:
@@ -187,26 +196,25 @@ class MeshEngine:
     def close(self) -> None:
         """Without this, FSDP2's process aborts now and then when the group is torn down before the model."""
         self._optimizer.state.clear()
-        del self._optimizer, self._parameters, self._module, self._copies
+        del self._optimizer, self._parameters, self._trained, self._module, self._copies
         gc.collect()
 
 
 class _Copies:
-    """Low-precision copies of the parameters, with which the model computes; their gradients gather on the fp32 ones.
+    """Low-precision copies of the parameters that train, with which the model computes; their gradients gather on the
+    fp32 ones.
 
     The model's own parameters become the copies; `masters` stay what the optimizer and the state know.
     """
 
     def __init__(self, model: PreTrainedModel, masters: dict[str, torch.nn.Parameter], dtype: torch.dtype):
-        copies = {
-            master: torch.nn.Parameter(master.detach().to(dtype), master.requires_grad) for master in masters.values()
-        }
+        copies = {master: torch.nn.Parameter(master.detach().to(dtype)) for master in masters.values()}
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):  # a tied one has several places
-                setattr(module, name, copies[parameter])
+                if parameter in copies:
+                    setattr(module, name, copies[parameter])
         for master, copy in copies.items():
-            if copy.requires_grad:
-                copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
+            copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
         self._masters = [master.detach() for master in copies]
         self._tensors = [copy.detach() for copy in copies.values()]
 

@@ -14,7 +14,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from types import ModuleType
@@ -35,6 +35,7 @@ from bigtrain.parallel.engine import (
     Flags,
     Outcome,
     evaluate,
+    moments_of,
     not_finite,
     reduce_before_step,
     seed_dropout,
@@ -78,7 +79,7 @@ class ZeroEngine:
     ):
         """Needs the default process group and the launcher's LOCAL_RANK; collective.
 
-        Raises ValueError when DeepSpeed would run on another kind of device, or a parameter is frozen.
+        Raises ValueError when DeepSpeed would run on another kind of device.
         """
         deepspeed = _import_deepspeed(device)
         self._stage = stage
@@ -92,9 +93,6 @@ class ZeroEngine:
         self._dtype = PRECISIONS[precision]
         self._model = _build_partitioned(deepspeed, build_model, self._dtype) if stage == 3 else build_model()
         self._shape = micro_batch_shape(self._model, compile)
-        frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
-        if frozen:
-            raise ValueError(f"ZeRO trains whole models; {len(frozen)} parameters are frozen: {frozen[:3]}")
         config = _config(stage, precision, optimizer.max_grad_norm)
         elements = sum(getattr(p, "ds_numel", p.numel()) for p in self._model.parameters())
         config["zero_optimization"] |= {
@@ -103,6 +101,7 @@ class ZeroEngine:
         }
         self._optimizer = optimizer.build(self._model)
         module = TaskModule(self._model, task, device, compile)
+        _accept(type(self._optimizer))
         with redirect_stdout(io.StringIO()):  # drops its bare prints about memory; its log has its own stream
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._loss_scale = LossScale() if precision == "fp16" else None
@@ -110,7 +109,8 @@ class ZeroEngine:
             self._zero.loss_scaler = _Scaler(self._loss_scale)  # its own has counters of its own
         self._engine.train()
         trim_memory()
-        parameters = list(self._model.named_parameters())
+        parameters = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self._frozen = [(name, p) for name, p in self._model.named_parameters() if not p.requires_grad]
         self._shards = list(
             _split_parameter_shards(parameters, self._zero)
             if stage == 3
@@ -154,8 +154,7 @@ class ZeroEngine:
             yield from self._buffer_boxes()
 
     def not_finite(self) -> list[str]:
-        """What of the trained state is not finite on any rank, by name; collective."""
-        return not_finite(self._trained_boxes(), self._dtype)
+        return not_finite((*self._trained_boxes(), *self._frozen_boxes()), self._dtype)
 
     @torch.no_grad()
     def load(self, reader: StateReader, progress: dict[str, float]) -> None:
@@ -163,9 +162,8 @@ class ZeroEngine:
 
         Without moments in `reader` the optimizer starts anew: moments of zero and no updates done.
         """
-        moments = [slot for slot in reader.slots if slot not in (WEIGHT, BUFFER)]
         self._updates = int(progress["updates"])
-        self._prepare_optimizer_state(moments)
+        self._prepare_optimizer_state(reader)
         read_together(partial(self._read, reader))
         trim_memory()
         _copy_masters_to_model(self._zero, self._stage)
@@ -174,8 +172,8 @@ class ZeroEngine:
 
     def _read(self, reader: StateReader) -> None:
         """This rank's share."""
-        for box in (*self._trained_boxes(), *self._buffer_boxes()):
-            if box.slot in reader.slots:
+        for box in (*self._trained_boxes(), *self._frozen_boxes(), *self._buffer_boxes()):
+            if box.slot in reader.slots_of(box.name):
                 fill(box.tensor, reader, box.name, box.slot, box.offsets)
 
     def progress(self) -> dict[str, float]:
@@ -186,7 +184,7 @@ class ZeroEngine:
         """Let go of the model and of what DeepSpeed patched; the engine is of no use afterwards."""
         self._engine.destroy()
         functional.linear = self._linear  # zero.Init replaces it for the whole process
-        del self._engine, self._zero, self._model, self._optimizer, self._shards
+        del self._engine, self._zero, self._model, self._optimizer, self._shards, self._frozen
         gc.collect()
 
     def _trained_boxes(self) -> Iterator[Box]:
@@ -202,21 +200,35 @@ class ZeroEngine:
                     tensor = flat.narrow(0, shard.at + part.start, math.prod(part.lengths)).view(part.lengths)
                     yield Box(shard.name, slot, shard.shape, part.offsets, tensor)
 
+    def _frozen_boxes(self) -> Iterator[Box]:
+        """What this rank has of the weights that do not train: all of them, or in stage 3 its parts."""
+        parameter: Any
+        for name, parameter in self._frozen:
+            if self._stage < 3:
+                yield Box(name, WEIGHT, tuple(parameter.shape), (0,) * parameter.dim(), parameter.detach())
+                continue
+            shape, flat = tuple(parameter.ds_shape), parameter.ds_tensor.detach()  # private: this rank's part, padded
+            start = min(dist.get_rank() * flat.numel(), parameter.ds_numel)
+            for part in flat_range_boxes(shape, start, min(start + flat.numel(), parameter.ds_numel)):
+                tensor = flat.narrow(0, part.start, math.prod(part.lengths)).view(part.lengths)
+                yield Box(name, WEIGHT, shape, part.offsets, tensor)
+
     def _buffer_boxes(self) -> Iterator[Box]:
         for name, buffer in persistent_buffers(self._model):
             yield Box(name, BUFFER, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
 
-    def _prepare_optimizer_state(self, moments: Sequence[str]) -> None:
-        """Make each of `moments` where it is missing, zero all there are, and set the step count."""
-        for flat in {id(shard.flat): shard.flat for shard in self._shards}.values():
-            state = self._optimizer.state[flat]
-            for slot in moments:
+    def _prepare_optimizer_state(self, reader: StateReader) -> None:
+        """Make each slot that `reader` has where it is missing, zero all there are, and set the step count."""
+        for shard in self._shards:
+            state = self._optimizer.state[shard.flat]
+            for slot in moments_of(reader, shard.name):
                 if slot not in state:
-                    state[slot] = torch.empty_like(flat)
+                    state[slot] = torch.empty_like(shard.flat)
+        for state in self._optimizer.state.values():
             for value in state.values():
                 value.zero_()
             if state:
-                state["step"] = torch.tensor(float(self._updates), device=flat.device)
+                state["step"] = torch.tensor(float(self._updates), device=self._device)
 
 
 class _Scaler:
@@ -274,7 +286,7 @@ def _build_partitioned(
     # zero.Init in fp32, as it rounds every tensor made within it: rotary frequencies too.
     with deepspeed.zero.Init(config_dict_or_path=_config(3, "fp32", None)):
         model = build_model()
-    parameters: list[Any] = list(model.parameters())
+    parameters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = [parameter.ds_tensor for parameter in parameters]  # private: what this rank has of each
     at = 0
     together = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
@@ -283,6 +295,10 @@ def _build_partitioned(
         part.data = there.copy_(part.data)  # makes its own of it
         parameter.data = parameter.data.to(dtype)
         at += part.numel()
+    frozen: Any
+    for frozen in (parameter for parameter in model.parameters() if not parameter.requires_grad):
+        part = frozen.ds_tensor
+        part.data, frozen.data = part.data.to(dtype), frozen.data.to(dtype)
     trim_memory()
     return model
 
@@ -319,6 +335,14 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def _accept(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Spare users DeepSpeed's refusal of optimizers that it has not tried: ours update each element by itself."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
+
+
 def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # of no effect: DeepSpeed sees neither batches nor accumulation
@@ -328,7 +352,6 @@ def _config(stage: int, precision: str, max_grad_norm: float | None) -> dict[str
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # a sum is refused in stage 3
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device in each step
     }

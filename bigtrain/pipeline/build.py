@@ -96,8 +96,13 @@ class StageBuilder:
 
     def empty_model(self, meta: bool = False) -> PreTrainedModel:
         """The model without its weights; meta: without memory for them either."""
-        checkpointing = self.parallel.activation_checkpointing
-        return empty_model(self.model, attention=self.attention, activation_checkpointing=checkpointing, meta=meta)
+        return empty_model(
+            self.model,
+            attention=self.attention,
+            activation_checkpointing=self.parallel.activation_checkpointing,
+            freeze=self.stage.freeze,
+            meta=meta,
+        )
 
     def engine(self) -> Engine:
         """The engine of the model, whose weights are still to be loaded; collective."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtrain.checkpoint import Retention, newest, save
-from bigtrain.checkpoint.foreign import find_foreign
+from bigtrain.checkpoint.foreign import MOMENTS, find_foreign
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import num_ids
@@ -33,6 +33,7 @@ def import_state(config: RunConfig, where: Path, stage_name: str | None = None) 
     """
     quiet()
     stage, folder = _stage(config, stage_name), RunFolder.of(config)
+    _check_optimizer(stage)
     folder.check(config)
     _check_not_begun(folder, stage)
     where = where.expanduser().absolute()
@@ -74,6 +75,22 @@ def _stage(config: RunConfig, name: str | None) -> StageConfig:
     if name is not None and name not in stages:
         raise ConfigError(f"--stage {name}: there is no such stage; {nearest(name, stages)}")
     return config.stages[0] if name is None else stages[name]
+
+
+def _check_optimizer(stage: StageConfig) -> None:
+    """What is imported has the two moments of Adam for each parameter."""
+    kept = stage.optimizer.moments("weight", (2, 2))
+    if set(kept) != set(MOMENTS):
+        raise ConfigError(
+            f"stages.{stage.name}.optimizer: {stage.optimizer.name} keeps {', '.join(kept) or 'nothing'} of a "
+            f"parameter, and a state that can be imported has {' and '.join(MOMENTS)}; use `name: adamw`, or start "
+            "from the weights alone with model.from_pretrained."
+        )
+    if stage.freeze:
+        raise ConfigError(
+            f"stages.{stage.name}.freeze: a state that can be imported has trained all parameters; remove freeze, or "
+            "start from the weights alone with model.from_pretrained."
+        )
 
 
 def _check_not_begun(folder: RunFolder, stage: StageConfig) -> None:

@@ -19,6 +19,7 @@ from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
 from bigtrain.inference.generation import lineage
+from bigtrain.models.freeze import frozen, parameter_names
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pipeline.history import open_origin
@@ -48,7 +49,8 @@ def try_inputs(config: RunConfig) -> dict[str, Any] | None:
     """Open all that the run's file names. Returns what run.json keeps about `model.from_run`: see `_try_origin`.
 
     Raises DataError for a source whose first document cannot be read, ConfigError for a model or tokenizer that
-    cannot be opened or do not fit each other, CheckpointError for a checkpoint that is damaged or does not fit.
+    cannot be opened or do not fit each other and for a `freeze` that does not fit the model, CheckpointError for a
+    checkpoint that is damaged or does not fit.
     """
     for stage in config.stages:
         held_out = (stage.evaluate.data if stage.evaluate else None) or []
@@ -62,6 +64,9 @@ def try_inputs(config: RunConfig) -> dict[str, Any] | None:
         added_tokens=config.adds_tokens,
         longest=max(stage.sequence_length for stage in config.stages),
     )
+    names = parameter_names(empty)
+    for stage in config.stages:
+        frozen(names, stage.freeze, f"stages.{stage.name}.freeze")
     return None if config.model.from_run is None else _try_origin(config.model.from_run, empty)
 
 

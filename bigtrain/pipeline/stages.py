@@ -15,6 +15,7 @@ from bigtrain.distributed.collectives import from_first
 from bigtrain.errors import BigtrainError, DamagedError, NotFiniteError
 from bigtrain.models.causal_lm import dropouts, parameter_shapes
 from bigtrain.models.families import plain_head
+from bigtrain.models.freeze import frozen_shapes
 from bigtrain.observability.events import Preempted, Preparing, StageSkipped, StageStarted
 from bigtrain.observability.hooks import StepHook, StepHooks
 from bigtrain.observability.profiler import Profiler
@@ -111,7 +112,8 @@ class _Stage:
         if isinstance(reader, Checkpoint):
             reader.check_fit(empty)
         progress: dict[str, float] = resumed.progress if resumed else {"updates": 0}
-        engine = load_engine(self._builder, self._model, reader, progress, self._session)
+        frozen = {} if resumed else frozen_shapes(empty)
+        engine = load_engine(self._builder, self._model, reader, progress, self._session, frozen)
         self._tell(run, origin, empty, is_new=not resumed or bool(imported) or not known, resumed=resumed is not None)
         try:
             finished = self._train(run, engine)
@@ -128,14 +130,16 @@ class _Stage:
     def _tell(self, run: StageRun, origin: str, empty: PreTrainedModel, is_new: bool, resumed: bool) -> None:
         """Say what begins or goes on, and record it in run.json if it is new; collective."""
         stage, data, builder = self._stage, self._data, self._builder
-        shapes = parameter_shapes(empty)
+        shapes, frozen = parameter_shapes(empty), frozen_shapes(empty)
+        trained = {name: shape for name, shape in shapes.items() if name not in frozen}
         started = StageStarted(
             stage=stage.name,
             done=run.done,
             batch=stage.global_batch_size,
             origin=origin,
             model=builder.model.model_type,
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
+            parameters=sum(map(math.prod, shapes.values())),
+            trained=sum(map(math.prod, trained.values())),
             logits="some tokens at a time" if plain_head(empty) is not None else "whole",
             engine=builder.parallel.engine,
             steps=run.steps,
@@ -148,7 +152,7 @@ class _Stage:
             metadata = {name: value for name, value in started.row().items() if name not in OF_THE_EVENT}
             self._record(**metadata, data=lineage_of(data.train), held_out=lineage_of(data.held_out), cleaned=cleaned)
         self._history.tell_of_dropout(builder, dropouts(builder.model), resumed)
-        self._history.plan(stage, shapes, run.done)
+        self._history.plan(stage, trained, run.done)
 
     def _train(self, run: StageRun, engine: Engine) -> bool:
         stage, data, builder, session = self._stage, self._data, self._builder, self._session
@@ -163,6 +167,7 @@ class _Stage:
             Retention(settings.keep, settings.keep_every, settings.keep_weights_only),
             run.reports.saved,
             asynchronous=settings.asynchronous,
+            frozen=bool(stage.freeze),
             check_there=session.folder.check_there,
         )
         rank, pin = session.world.rank, session.world.device.type == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bigtrain.checkpoint import Checkpoint
+from bigtrain.checkpoint import Checkpoint, save_frozen
 from bigtrain.config.schema import ModelConfig
 from bigtrain.disk import remove
 from bigtrain.errors import CheckpointError, DamagedError, shorten
@@ -14,7 +14,7 @@ from bigtrain.parallel.engine import Engine
 from bigtrain.pipeline.build import StageBuilder
 from bigtrain.pipeline.history import History, lost_origin
 from bigtrain.pipeline.session import Session
-from bigtrain.state import StateReader
+from bigtrain.state import Shape, StateReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,15 +50,24 @@ def first_weights(
 
 
 def load_engine(
-    builder: StageBuilder, model: ModelConfig, reader: StateReader, progress: dict[str, float], session: Session
+    builder: StageBuilder,
+    model: ModelConfig,
+    reader: StateReader,
+    progress: dict[str, float],
+    session: Session,
+    frozen: dict[str, Shape],
 ) -> Engine:
     """The stage's engine with the state that the reader gives; collective. A checkpoint is closed afterwards.
+
+    frozen: shapes of the weights that do not train, for a stage that begins: they are saved before the first step.
 
     Raises DamagedError for a damaged checkpoint of this run, CheckpointError for one of another run, and for numbers
     that are not finite.
     """
     engine = builder.engine()
     try:
+        if frozen:
+            save_frozen(session.folder.checkpoints(builder.stage.name), frozen, reader)
         engine.load(reader, progress)
         _check_finite(engine, reader, model, builder.precision)
     except DamagedError as damaged:

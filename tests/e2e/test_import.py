@@ -128,8 +128,10 @@ def imported(checkpoint):
     reader = Checkpoint(checkpoint)
     shapes = {name: tuple(p.shape) for name, p in fresh_model().named_parameters()}
     reader.check_fit(fresh_model())
-    assert reader.slots == ["exp_avg", "exp_avg_sq", "weight"]
-    state = {n: {s: reader.read(n, s, (0,) * len(shape), shape) for s in reader.slots} for n, shape in shapes.items()}
+    assert all(reader.slots_of(name) == ["exp_avg", "exp_avg_sq", "weight"] for name in shapes)
+    state = {
+        n: {s: reader.read(n, s, (0,) * len(shape), shape) for s in reader.slots_of(n)} for n, shape in shapes.items()
+    }
     reader.close()
     return state
 

@@ -464,8 +464,8 @@ CHECKPOINTS = [
     ),
     Fault(
         "buffers-are-drawn-and-not-read",
-        "if BUFFER in reader.slots:\n            for name, buffer in persistent_buffers(self._module.model):",
-        "if False:\n            for name, buffer in persistent_buffers(self._module.model):",
+        "if BUFFER in reader.slots_of(name):\n                _fill",
+        "if False:\n                _fill",
         (f"{STATE} -k buffers",),
     ),
     Fault(
@@ -557,8 +557,8 @@ MODELS = [
     ),
     Fault(
         "exported-without-a-tied-head",
-        "model.tie_weights()\n    if BUFFER in reader.slots:",
-        "if BUFFER in reader.slots:",
+        "model.tie_weights()\n    for name, buffer in persistent_buffers(model):",
+        "for name, buffer in persistent_buffers(model):",
         ("tests/unit/test_export.py",),
     ),
     Fault(

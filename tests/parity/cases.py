@@ -31,10 +31,12 @@ LLAMA = {
 }
 
 
-def model_builder(tied=True, activation_checkpointing="none", **changes):
+def model_builder(tied=True, activation_checkpointing="none", freeze=(), **changes):
     values = {**LLAMA, "tie_word_embeddings": tied, **changes}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    return partial(empty_model, config, attention="sdpa", activation_checkpointing=activation_checkpointing)
+    return partial(
+        empty_model, config, attention="sdpa", activation_checkpointing=activation_checkpointing, freeze=freeze
+    )
 
 
 def global_batch(step, rows=7):
@@ -109,10 +111,11 @@ def make(
     progress=None,
     optimizer=OPTIMIZER,
     build_model=None,
+    freeze=(),
     seed=0,
 ):
     """An engine of the named layout with random weights, or those of `reader`."""
-    build_model = build_model or model_builder(tied, checkpointing)
+    build_model = build_model or model_builder(tied, checkpointing, freeze)
     engine = build_engine(
         layout,
         build_model,
@@ -199,7 +202,7 @@ def compiled(layout, steps=5):
     return losses, norms, graphs, dict(counters["graph_break"])
 
 
-def segment(layout, folder, first, count, precision="fp32"):
+def segment(layout, folder, first, count, precision="fp32", **kwargs):
     """Continue from the newest checkpoint in `folder` for some steps and save.
 
     Returns (state as loaded, losses, gradient norms, state at the end).
@@ -207,7 +210,8 @@ def segment(layout, folder, first, count, precision="fp32"):
     found = complete(folder)
     checkpoint = Checkpoint(found[-1]) if found else None
     assert (checkpoint.step if checkpoint else 0) == first
-    engine = make(layout, micro=1, precision=precision, reader=checkpoint, progress=checkpoint and checkpoint.progress)
+    options = {"reader": checkpoint, "progress": checkpoint and checkpoint.progress, **kwargs}
+    engine = make(layout, micro=1, precision=precision, **options)
     loaded = collect(engine)
     outcomes = [engine.step(share(s), learning_rate(s)) for s in range(first, first + count)]
     save(folder, first + count, engine.boxes(), engine.progress(), Retention(keep=1))

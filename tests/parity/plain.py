@@ -33,21 +33,23 @@ def backward(model, batch, dtype=None, scale=1.0):
     return total / count.item()
 
 
-def train(model, batches, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None):
+def train(
+    model, batches, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None, build=None
+):
     """A step on each of `batches`, which are as `backward` takes them, with a `dtype` too.
 
-    Returns the losses and the gradient norms before clipping; updates `model`.
+    build: of another optimizer than AdamW. Returns the losses and the gradient norms before clipping; updates `model`.
     """
-    named = dict(model.named_parameters())
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
         {"params": [p for n, p in named.items() if decays(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=lrs[0], betas=betas, eps=eps)
+    optimizer = AdamW(groups, lr=lrs[0], betas=betas, eps=eps) if build is None else build(groups, lr=lrs[0])
     losses, norms = [], []
     for batch, lr in zip(batches, lrs, strict=True):
         losses.append(backward(model, batch, dtype))
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), max_grad_norm).item())
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -40,7 +40,7 @@ def read(folder, shapes):
         state = {}
         for name, shape in shapes.items():
             cuts = [shape[0] * rank // 3 for rank in range(4)]
-            for slot in checkpoint.slots:
+            for slot in checkpoint.slots_of(name):
                 parts = [
                     checkpoint.read(name, slot, (a, *(0 for _ in shape[1:])), (b - a, *shape[1:]))
                     for a, b in itertools.pairwise(cuts)
