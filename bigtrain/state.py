@@ -54,12 +54,14 @@ class Overlay:
     def __init__(self, base: StateReader, over: StateReader, names: Collection[str]):
         self._base, self._over, self._names = base, over, frozenset(names)
 
-    @property
-    def slots(self) -> Sequence[str]:
-        return self._base.slots
+    def slots_of(self, name: str) -> Sequence[str]:
+        return self._reader(name).slots_of(name)
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:
-        return (self._over if name in self._names else self._base).read(name, slot, offsets, lengths)
+        return self._reader(name).read(name, slot, offsets, lengths)
+
+    def _reader(self, name: str) -> StateReader:
+        return self._over if name in self._names else self._base
 
 
 def lies_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> bool:
