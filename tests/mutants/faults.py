@@ -463,6 +463,22 @@ CHECKPOINTS = [
         RESUMED,
     ),
     Fault(
+        "a-checkpoint-is-read-whole",
+        "        for name, parameter in self._parameters.items():\n"
+        "            for slot, tensor in self._slots(parameter).items():\n"
+        "                _fill(tensor, reader, name, slot)\n"
+        "        if BUFFER",
+        "        whole: list[Any] = []\n"
+        "        for name, parameter in self._parameters.items():\n"
+        "            for slot, tensor in self._slots(parameter).items():\n"
+        "                shape = tuple(_local(tensor).shape)\n"
+        "                whole.append((_local(tensor), reader.read(name, slot, _place(tensor), shape)))\n"
+        "        for local, read in whole:\n"
+        "            local.copy_(read)\n"
+        "        if BUFFER",
+        ("tests/parity/test_lean.py -k resuming",),
+    ),
+    Fault(
         "buffers-are-drawn-and-not-read",
         "if BUFFER in reader.slots_of(name):\n                _fill",
         "if False:\n                _fill",

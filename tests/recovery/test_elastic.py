@@ -86,8 +86,8 @@ def test_a_rank_is_lost(whole):
 
 def test_replicas_that_cannot_shrink_are_told(whole):
     config, _ = whole
-    left = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
-    refused = bigtrain("run", config, "name=replicas", "parallel.replicate=2", env=left)
+    left = {"RANK": "0", "WORLD_SIZE": "1"}
+    refused = bigtrain("run", config, "name=replicas", "parallel.replicate=2", variables=left)
     assert refused.returncode == 2
     assert "parallel.replicate: 1 as the number of processes is no multiple of 2" in refused.stderr
     assert not (config.parent / "runs" / "replicas").exists()

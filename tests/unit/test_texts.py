@@ -139,7 +139,7 @@ def test_a_source_of_the_command_line_is_one_of_the_file(config, tmp_path):
 def test_the_dry_run_shows_what_a_path_became(tmp_path):
     (tmp_path / "run.yaml").write_text(GOOD)
     shown = bigtrain("run", tmp_path / "run.yaml", "output=$SCRATCH/~", "--dry-run",
-                     env={**os.environ, "SCRATCH": str(tmp_path)})  # fmt: skip
+                     variables={"SCRATCH": str(tmp_path)})  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert f"{tmp_path}/~" in shown.stdout
     assert "$SCRATCH" not in shown.stdout
