@@ -1,6 +1,5 @@
 """Paths, numbers and patterns of a run's file mean what a person means by them, or are refused with what was meant."""
 
-import os
 import pwd
 
 import pytest
