@@ -18,7 +18,9 @@ from bigtrain.tasks.causal_lm import CausalLM
 
 LENGTH = 24
 VOCABULARY = 97
-OPTIMIZER = AdamW(lr=1e-2, eps=1e-4, betas=[0.9, 0.95], weight_decay=0.1, max_grad_norm=1.0, ema=0.9)
+OPTIMIZER = AdamW(
+    lr=1e-2, eps=1e-4, betas=[0.9, 0.95], weight_decay=0.1, max_grad_norm=0.88, ema=0.9
+)  # clips some steps
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -34,7 +34,7 @@ def backward(model, batch, dtype=None, scale=1.0):
 
 
 def train(
-    model, batches, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0, dtype=None, build=None
+    model, batches, lrs, *, eps=1e-4, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.88, dtype=None, build=None
 ):
     """A step on each of `batches`, which are as `backward` takes them, with a `dtype` too.
 
