@@ -15,6 +15,7 @@ FIRST = (
     "tests/parity/test_state.py",
     "tests/parity/test_loop.py",
     "tests/parity/test_precision.py",
+    "tests/parity/test_slots.py",
     "tests/parity/test_tasks.py",
     "tests/e2e/test_launch.py",
     "tests/recovery/test_elastic.py",
