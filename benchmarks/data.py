@@ -57,7 +57,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.types import IGNORE, Layout
 from bigtrain.data.writing import gather
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.tasks.sft import Sft
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -119,7 +119,7 @@ def write_texts(folder: Path) -> list[str]:
 
 
 def prepare(run: RunConfig, tokenizer: Any) -> Store:
-    return prepare_stage(run.stages[0], TASKS["pretrain"](), tokenizer, stores=run.stores, seed=run.seed).train[0]
+    return prepare_stage(run.stages[0], Pretrain(), tokenizer, stores=run.stores, seed=run.seed).train[0]
 
 
 def helper(pipe: Any, folder: Path) -> None:
@@ -374,7 +374,7 @@ def checking(rounds: int, folder: Path) -> None:
     tokenizer = open_tokenizer(run)
     print("checking    a sample's cost against that on plain arrays, one core")
     for stage in run.stages:
-        where = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=run.stores, seed=run.seed).train[0].folder
+        where = prepare_stage(stage, stage.task, tokenizer, stores=run.stores, seed=run.seed).train[0].folder
         opened = partial(open_store, where, stage.sequence_length)
         plain, again = unchecked(opened()), opened()
         order = np.random.default_rng(0).permutation(plain.samples).tolist()
@@ -408,7 +408,7 @@ def packing(rounds: int, folder: Path) -> None:
     stage = run.stages[1]
     rows, length = stage.global_batch_size, stage.sequence_length
     tokenizer = open_tokenizer(run)
-    store = prepare_stage(stage, TASKS["sft"](), tokenizer, stores=run.stores, seed=run.seed).train[0]
+    store = prepare_stage(stage, Sft(), tokenizer, stores=run.stores, seed=run.seed).train[0]
     found_rows = list(itertools.islice(documents(stage.data[0], Sft.columns), 1500))
     answers = zip([row["where"] for row in found_rows], Sft().encode(found_rows, tokenizer), strict=True)
     encoded = gather(answers, Layout("packed", length, 0), np.dtype(np.int64))

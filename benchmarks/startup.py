@@ -28,7 +28,6 @@ from bigtrain.data.prepare import prepare_stage
 from bigtrain.models.causal_lm import model_config
 from bigtrain.observability.stream import read_metrics
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
 
 MODEL = {
     "model_type": "llama",
@@ -100,7 +99,7 @@ def prepare(folder: Path) -> None:
     run = load_config(folder / "run.yaml")
     tokenizer = open_tokenizer(run)
     (stage,) = run.stages
-    stores = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=run.stores, seed=run.seed).train
+    stores = prepare_stage(stage, stage.task, tokenizer, stores=run.stores, seed=run.seed).train
     batch = Batches(stores, None, seed=run.seed, global_batch_size=ROWS, total_samples=ROWS, data_rank=0, data_size=1)(
         0
     )

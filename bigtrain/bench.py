@@ -42,7 +42,6 @@ from bigtrain.pipeline.build import StageBuilder, compiling, open_tokenizer, tra
 from bigtrain.pipeline.preflight import check_execution
 from bigtrain.pretrained import quiet
 from bigtrain.resilience.requests import Requests
-from bigtrain.tasks import TASKS
 from bigtrain.training.loop import train
 from bigtrain.training.reports import Reports
 from bigtrain.training.run import StageRun
@@ -69,8 +68,9 @@ def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
         check_execution(config, world)
         tokenizer = open_tokenizer(config)
-        data = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=config.stores, seed=config.seed)
-        builder = StageBuilder.of(config, stage, model_config(config.model, tokenizer, config.adds_tokens), world)
+        data = prepare_stage(stage, stage.task, tokenizer, stores=config.stores, seed=config.seed)
+        model = model_config(config.model, tokenizer, config.adds_tokens, stage.task.model_kind)
+        builder = StageBuilder.of(config, stage, model, world)
         empty = builder.empty_model(meta=True)
         engine = builder.engine()
         engine.load(RandomWeights(empty, config.seed), {"updates": 0})

@@ -52,7 +52,8 @@ class Overlay:
     """A StateReader that takes the weights of some names from another reader than the rest."""
 
     def __init__(self, base: StateReader, over: StateReader, names: Collection[str]):
-        self._base, self._over, self._names = base, over, frozenset(names)
+        self.base = base
+        self._over, self._names = over, frozenset(names)
 
     def slots_of(self, name: str) -> Sequence[str]:
         return self._reader(name).slots_of(name)
@@ -61,7 +62,7 @@ class Overlay:
         return self._reader(name).read(name, slot, offsets, lengths)
 
     def _reader(self, name: str) -> StateReader:
-        return self._over if name in self._names else self._base
+        return self._over if name in self._names else self.base
 
 
 def lies_inside(shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> bool:

@@ -80,12 +80,11 @@ def small_config(folder, steps=6, every=None, dropout=0.0, ema=None, **changes):
             {"name": "pretrain", "task": "pretrain", "data": [{"source": f"{package}/*.py"}], **stage},
             {
                 "name": "finetune",
-                "task": "sft",
+                "task": {"name": "sft", "max_cut_answers": 1.0},
                 "from": "pretrain",
                 "data": [{"source": written(str(folder / "functions.jsonl"))}],
                 **stage,
                 "sequence_length": 128,
-                "max_cut_answers": 1.0,
                 "optimizer": {"lr": 1e-3, "eps": 1e-4, "ema": ema},
             },
         ],

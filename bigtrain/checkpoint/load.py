@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Checkpoint:
         self._files: dict[str, int] = {}
         self._checked: set[tuple[str, str]] = set()  # tensors whose places in the files are known to be right
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of its parameters and buffers."""
+        return frozenset(self._tensors())
+
     def slots_of(self, name: str) -> Sequence[str]:
         if name not in self._state and self._frozen is not None:
             return self._frozen.slots_of(name)
@@ -68,12 +73,17 @@ class Checkpoint:
         if self._frozen is not None:
             self._frozen.close()
 
-    def check_fit(self, model: nn.Module) -> None:
+    def check_fit(self, model: nn.Module, head: Collection[str] = ()) -> None:
         """Raises CheckpointError that names the parameters, or the buffers that belong to the state, which the model or
-        the checkpoint alone has, that differ in shape, or have no elements."""
+        the checkpoint alone has, that differ in shape, or have no elements. head: parameters of the model that take the
+        place of another head, and that the checkpoint need not have."""
         buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
         for slot, shapes, where in ((WEIGHT, parameter_shapes(model), ""), (BUFFER, buffers, " (buffers)")):
             saved = {name: tuple(slots[slot]["shape"]) for name, slots in self._tensors().items() if slot in slots}
+            if head and slot == WEIGHT:
+                base = f"{model.base_model_prefix}."
+                saved = {name: shape for name, shape in saved.items() if name.startswith(base) or name in head}
+                shapes = {name: shape for name, shape in shapes.items() if name not in head or name in saved}
             check_shapes(f"{self.folder}{where}", saved, shapes)
 
     def _tensors(self) -> dict[str, dict[str, Any]]:

@@ -76,7 +76,7 @@ class Choice:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(cls._validate)
+        return core_schema.no_info_plain_validator_function(cls.parse)
 
     @classmethod
     def base(cls) -> type[Component]:
@@ -98,12 +98,12 @@ class Choice:
             return None
 
     @classmethod
-    def _validate(cls, value: Any) -> Component:
+    def parse(cls, value: Any) -> Component:
         if isinstance(value, cls.base()):
             return value
         values = {"name": value} if isinstance(value, str) else value
         if not isinstance(values, dict):
-            raise PydanticKnownError("dict_type")
+            raise PydanticKnownError("string_type" if isinstance(values, bool) else "dict_type")
         if cls.default is not None:
             values = {"name": cls.default, **values}
         if "name" not in values:

@@ -22,21 +22,6 @@ OF_STAGES: tuple[tuple[KeyPath, Callable[[StageConfig], bool], str], ...] = (
         "needs checkpoints to keep; add `every`, or remove it.",
     ),
     (
-        ("max_cut_answers",),
-        lambda stage: stage.task == "pretrain",
-        "is for task sft, where there are answers; remove it.",
-    ),
-    (
-        ("max_cut_answers",),
-        lambda stage: stage.task == "sft" and stage.long_conversations == "drop",
-        "has no effect with `long_conversations: drop`, which cuts no answer; remove it.",
-    ),
-    (
-        ("long_conversations",),
-        lambda stage: stage.task == "pretrain",
-        "is for task sft, where there are conversations; remove it.",
-    ),
-    (
         ("clean", "repetition"),
         lambda stage: all(value is None for name, value in stage.clean.repetition if name != "min_words"),  # type: ignore[union-attr]
         "has no limit, so it drops nothing; give one, or remove it.",

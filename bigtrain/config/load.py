@@ -160,7 +160,7 @@ def _are_sections(value: Any) -> bool:
 
 def _parts(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[KeyPath, Any, Any]]:
     """The values within two values that differ: of mappings and sections key by key, of lists as long item by item."""
-    if isinstance(a, Section) and type(a) is type(b):
+    if isinstance(a, Section) and isinstance(b, Section):
         a, b = a.model_dump(by_alias=True), b.model_dump(by_alias=True)
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys((*a, *b)):
@@ -194,7 +194,7 @@ def _override(document: ConfigFile, override: str) -> None:
             if last:
                 at[part] = value
             elif not isinstance(at.get(part), dict | list):
-                at[part] = {}
+                at[part] = {"name": at[part]} if isinstance(at.get(part), str) else {}  # a component's short form
             at = at[part]
         if not last and not isinstance(at, dict | list):
             raise ConfigError(f"override {literal(override)}: {_dotted(path)} has no keys below it.")

@@ -207,6 +207,8 @@ def _stage(run: RunConfig, i: int) -> Broken:
     if stage.from_stage is not None and stage.from_stage not in earlier:
         names = ", ".join(earlier) or "none"
         yield (*at, "from"), f"{literal(stage.from_stage)} is no earlier stage (earlier: {names})."
+    if stage.prompts and not stage.task.generates:
+        yield (*at, "prompts"), f"a model of the task {stage.task.name} answers none; remove them."
     lengths = [key for key in ("steps", "tokens", "epochs") if getattr(stage, key) is not None]
     if len(lengths) != 1:
         found = " and ".join(lengths) or "none of them"
@@ -255,8 +257,8 @@ def _cleaning(stage: StageConfig, at: KeyPath) -> Broken:
     least, most = clean.min_characters, clean.max_characters
     if least is not None and most is not None and least > most:
         yield (*at, "min_characters"), f"{least} is more than max_characters ({most})."
-    if clean.boilerplate is not None and stage.task != "pretrain":
-        told = "what many conversations share is said by somebody: it is cut with task pretrain alone; remove it."
+    if clean.boilerplate is not None and stage.task.layout != "windows":
+        told = "what many conversations share is said by somebody: it is not cut from them; remove it."
         yield (*at, "boilerplate"), told
     if clean.leakage is not None and stage.evaluate is None:
         yield (*at, "leakage"), "needs held-out documents; add `evaluate:`, or remove it."

@@ -23,10 +23,12 @@ from bigtrain.config.texts import DURATION, REGION, RUN_NAME, STAGE_NAME, PathTe
 
 if TYPE_CHECKING:
     from bigtrain.optim import Optimizer
+    from bigtrain.tasks import Task
     from bigtrain.training.schedules import Schedule
 else:
     Optimizer = choice("bigtrain.optim:Optimizer", default="adamw")
     Schedule = choice("bigtrain.training.schedules:Schedule", default="cosine")
+    Task = choice("bigtrain.tasks:Task")
 
 Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -271,12 +273,7 @@ class CheckpointConfig(Section):
 
 class StageConfig(Section):
     name: str = mathematics("Names the stage's folder.", pattern=STAGE_NAME)
-    task: Literal["pretrain", "sft"] = mathematics(
-        "pretrain: next token of every document (column `text`). sft: conversations through the tokenizer's chat "
-        "template, with the loss on the assistant's turns and the token that ends each. Columns: `messages` (role, "
-        "content); `conversations` (ShareGPT's from, value); `instruction`, `input` if there is one, and `output`; or "
-        "`prompt` and `completion`, as texts or as messages."
-    )
+    task: Task = mathematics("What is learned: pretrain, sft, classify, or package.module:Class of your own.")
     from_stage: str | None = mathematics(
         "The earlier stage whose weights this one starts from; optimizer and step start anew.",
         None,
@@ -294,20 +291,7 @@ class StageConfig(Section):
         "null: nothing.",
         None,
     )
-    sequence_length: int = mathematics(
-        "Tokens of a sequence. With sft, conversations are packed into it whole; see long_conversations.", ge=2
-    )
-    long_conversations: Literal["cut", "split", "drop"] = mathematics(
-        "sft: what becomes of a conversation that is longer than sequence_length. cut: it loses its end. split: it "
-        "becomes several documents, each with the system turn and from a user's turn on; an answer is learned in one "
-        "of them, with half a sequence of its conversation before it, or all if that is less. drop: it is left out.",
-        "cut",
-    )
-    max_cut_answers: Share = mathematics(
-        "sft: the part of a source's answers that may lose their end because their conversation is longer than "
-        "sequence_length; with more the run is refused, since the model would not learn where they end.",
-        0.1,
-    )
+    sequence_length: int = mathematics("Tokens of a sequence, or of a row at most.", ge=2)
     cross_document_attention: bool = mathematics(
         "Whether a document may read those before it in its sequence. false: positions begin anew with each document, "
         "and architectures for which that is not shown to keep them apart are refused.",
@@ -421,7 +405,7 @@ class RunConfig(Section):
     @property
     def needs_document_mask(self) -> bool:
         """Whether some stage relies on the architecture to keep the documents of a sequence apart."""
-        return not all(stage.cross_document_attention for stage in self.stages)
+        return any(s.task.layout != "rows" and not s.cross_document_attention for s in self.stages)
 
     @property
     def adds_tokens(self) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import SourceConfig, StageConfig, TrainTokenizerConfig
 from bigtrain.config.sources import kind_of
@@ -19,7 +19,7 @@ from bigtrain.data.files import Row, Unusable, hidden
 from bigtrain.data.fingerprints import CHANGED, fingerprint
 from bigtrain.data.order import stage_samples
 from bigtrain.data.shards import Shards, batched, text_of
-from bigtrain.data.sources import COLUMNS, Columns, documents, is_held_out, names_of, refused, size_of
+from bigtrain.data.sources import Columns, documents, is_held_out, names_of, refused, size_of
 from bigtrain.data.store import FORMAT, Store, open_store
 from bigtrain.data.tally import Tally
 from bigtrain.data.tokenizer import num_ids, tokenizer_fingerprint, train_tokenizer
@@ -30,24 +30,10 @@ from bigtrain.errors import DataError
 from bigtrain.masking import masked
 from bigtrain.observability.stream import Stream
 
+if TYPE_CHECKING:
+    from bigtrain.tasks import Task
+
 BATCH_BYTES = 2_000_000  # of text, given to the tokenizer's threads at once
-
-
-class Encoder(Protocol):
-    """What a task says about its documents."""
-
-    layout: str  # of the store: `windows`, `packed` or `rows`
-    store_columns: Mapping[str, str]  # name and dtype of what a document has beside its tokens
-    encoding: str  # name and version of what `encode` does; a new version makes new stores
-    columns: Columns  # the sets of columns that it can read
-
-    def encode(self, rows: list[Row], tokenizer: Any, layout: Layout | None = None) -> list[Answer]:
-        """One answer for each row: its documents, none if there is nothing to learn, Unusable, or LeftOut.
-
-        layout: how long a document may be, for a task that makes them as long as that; None: any length.
-
-        Raises DataError if the tokenizer lacks a special token that the encoding needs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ class SourcePart:
 class Recipe:
     """How documents become the samples of a store. seed: of the order in which the store holds them."""
 
-    task: Encoder
+    task: Task
     tokenizer: Any
     layout: Layout
     seed: int
@@ -156,7 +142,7 @@ def prepare_tokenizer(train: TrainTokenizerConfig, stage: StageConfig, stores: P
 
     The sources take turns, document by document.
     """
-    columns = COLUMNS[stage.task]
+    columns = stage.task.columns
     parts = training_parts(stage, columns, stores)
     metadata = {
         "format": FORMAT,
@@ -177,7 +163,7 @@ def prepare_tokenizer(train: TrainTokenizerConfig, stage: StageConfig, stores: P
 
 
 def prepare_stage(
-    stage: StageConfig, task: Encoder, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
+    stage: StageConfig, task: Task, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
 ) -> StageData:
     """Open the token stores of a stage; those that no run with the same ingredients has left are made first.
 
@@ -187,7 +173,7 @@ def prepare_stage(
     stream = stream or Stream()
     parts = training_parts(stage, task.columns, stores)
     weights = [source.weight for source in stage.data if source.weight is not None]
-    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage), seed)
+    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage.sequence_length), seed)
     train = [_store(part, recipe, stage, stream, is_trained_on=True) for part in parts]
     evaluates = stage.evaluate is not None
     held_out = prepare_held_out(stage, task, tokenizer, stores=stores, seed=seed, stream=stream) if evaluates else []
@@ -195,18 +181,17 @@ def prepare_stage(
 
 
 def prepare_held_out(
-    stage: StageConfig, task: Encoder, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
+    stage: StageConfig, task: Task, tokenizer: Any, *, stores: Path, seed: int, stream: Stream | None = None
 ) -> list[Store]:
     """The stores of `held_out_parts`; as `prepare_stage`."""
-    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage), seed)
+    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, stage.sequence_length), seed)
     parts = held_out_parts(stage, stores)
     return [_store(part, recipe, stage, stream or Stream(), is_trained_on=False) for part in parts]
 
 
-def prepare_windows(parts: Sequence[SourcePart], task: Encoder, tokenizer: Any, sequence_length: int) -> list[Store]:
-    """A store of each part, for a task whose samples are windows; as `prepare_stage`."""
-    assert task.layout == "windows"
-    recipe = Recipe(task, tokenizer, Layout(task.layout), seed=0)
+def prepare_parts(parts: Sequence[SourcePart], task: Task, tokenizer: Any, sequence_length: int) -> list[Store]:
+    """A store of each part; as `prepare_stage`."""
+    recipe = Recipe(task, tokenizer, _layout(task, tokenizer, sequence_length), seed=0)
     return [open_store(_make(part, recipe, Stream()), sequence_length) for part in parts]
 
 
@@ -230,11 +215,11 @@ def counts(store: Store) -> dict[str, Any]:
     return {"sequences": store.samples} | metadata | {"left_over": store.left_over}
 
 
-def _layout(task: Encoder, tokenizer: Any, stage: StageConfig) -> Layout:
+def _layout(task: Task, tokenizer: Any, sequence_length: int) -> Layout:
     if task.layout == "windows":
         return Layout(task.layout)
-    ways = stage.long_conversations if task.layout == "packed" else None
-    return Layout(task.layout, stage.sequence_length, _pad_id(tokenizer), ways, task.store_columns)
+    way = None if task.long_documents is None else task.long_documents.way
+    return Layout(task.layout, sequence_length, _pad_id(tokenizer), way, task.store_columns)
 
 
 def _store(part: SourcePart, recipe: Recipe, stage: StageConfig, stream: Stream, is_trained_on: bool) -> Store:
@@ -242,17 +227,18 @@ def _store(part: SourcePart, recipe: Recipe, stage: StageConfig, stream: Stream,
         return [answer for _, answer in _answers(rows, part, recipe)]
 
     def check() -> None:
-        if checks_answers and stage.max_cut_answers < 1:
-            check_sample(part.documents(recipe.task.columns), part.size(), encode, stage, part.source.source)
+        if rule is not None and rule.max_cut_answers < 1:
+            check_sample(part.documents(recipe.task.columns), part.size(), encode, stage, rule, part.source.source)
 
-    checks_answers = is_trained_on and recipe.layout.long_conversations in ("cut", "split")
+    rule = recipe.task.long_documents if is_trained_on else None
+    rule = None if rule is None or rule.way == "drop" else rule
     folder = _make(part, recipe, stream, check)
     store = open_store(folder, stage.sequence_length, document_mask=not stage.cross_document_attention)
     store.manifest["source"] = masked(part.source.source)  # the same data may have been elsewhere when it was made
-    if checks_answers:
+    if rule is not None:
         answers, cut = store.manifest["answers"], store.manifest["cut_answers"]
         rows = part.documents(recipe.task.columns)
-        check_count(answers, cut, rows, encode, stage, part.source.source)
+        check_count(answers, cut, rows, encode, stage, rule, part.source.source)
     return store
 
 

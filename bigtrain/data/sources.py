@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from bigtrain.config.files import literal
 from bigtrain.config.schema import SourceConfig
 from bigtrain.config.sources import Kind, kind_of, parse_split
 from bigtrain.config.user_code import closest, imported, raised
@@ -20,8 +21,6 @@ from bigtrain.errors import DataError, shorten
 
 Columns = tuple[tuple[str, ...], ...]
 
-# What each task reads: the first set of columns that a row has all of, but for those that end in ?.
-COLUMNS: dict[str, Columns] = {"pretrain": (("text",),), "sft": SHAPES}
 STDLIB = {"stdlib": stdlib.modules, "stdlib-functions": stdlib.functions}
 
 
@@ -167,6 +166,8 @@ def _value(row: dict[str, Any], ours: str, theirs: str, where: str) -> Any:
     may_be_turns = ours in ("prompt", "completion") and isinstance(row.get(theirs), list | dict)
     if row.get(theirs) is not None and (ours in LISTS or may_be_turns):
         return read_column(row, ours, theirs, where)
+    if ours == "label" and isinstance(row.get(theirs), int | float):
+        return literal(row[theirs])
     return _text(row, ours, theirs, where)
 
 

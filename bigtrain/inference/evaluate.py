@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data.batches import held_out_batches
-from bigtrain.data.prepare import SourcePart, held_out_parts, prepare_held_out, prepare_windows
+from bigtrain.data.prepare import SourcePart, held_out_parts, prepare_held_out, prepare_parts
 from bigtrain.data.store import Store, open_store
 from bigtrain.disk import is_made, scratch
 from bigtrain.distributed.world import World, joined
@@ -28,7 +28,8 @@ from bigtrain.masking import MASK
 from bigtrain.parallel import engine
 from bigtrain.parallel.task_module import TaskModule
 from bigtrain.run_folder import RunFolder
-from bigtrain.tasks import TASKS, Task
+from bigtrain.tasks import Task
+from bigtrain.tasks.pretrain import Pretrain
 
 LONGEST_WINDOW = 4096  # tokens, of a model with more positions when nothing is said
 MICRO_BATCH_TOKENS = 8192
@@ -107,13 +108,14 @@ class _Data:
 def _every_token(
     parts: list[SourcePart], opened: LoadedModel, length: int, sequences: int | None, micro: int | None, world_size: int
 ) -> _Data:
-    """All documents of `parts`, in windows of `length` tokens."""
-    task = TASKS["pretrain"]()
+    """All documents of `parts`, in windows of `length` tokens; for a model of another task, rows of that task."""
+    trained = opened.trained
+    task = trained.task if trained is not None and not trained.task.generates else Pretrain()
     together = max(1, MICRO_BATCH_TOKENS // length)
     return _Data(
         task,
         parts,
-        prepare_windows(parts, task, opened.tokenizer, length),
+        prepare_parts(parts, task, opened.tokenizer, length),
         rows=together * world_size,
         micro=micro or together,
         sequences=sequences,
@@ -129,7 +131,7 @@ def _held_out(place: RunPlace, opened: LoadedModel, sequences: int | None, micro
     run, stage = place.run, place.stage
     if stage.evaluate is None and not stage.held_out:
         raise ConfigError(f"{place}: the stage has no held-out documents (`evaluate` or `held_out`); give data.")
-    task = TASKS[stage.task]()
+    task = stage.task
     stores = _recorded(place, stage)
     if listed or not stores:
         _check_readable(stage)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
 from bigtrain.models.causal_lm import empty_model, persistent_buffers
 from bigtrain.models.converted import converted_shapes
+from bigtrain.models.kinds import KINDS, kind_of
+from bigtrain.observability.progress import shown_metrics
 from bigtrain.observability.stream import read_metrics
 from bigtrain.pretrained import LONGEST_REASON, weight_files
 from bigtrain.tensor_files import read_header
@@ -72,7 +73,7 @@ def write_folder(opened: LoadedModel, target: Path, card: str) -> Path:
         opened.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if opened.trained is not None:
-            (partial / METADATA).write_text(json.dumps(asdict(opened.trained)) + "\n", encoding="utf-8")
+            (partial / METADATA).write_text(opened.trained.to_json(), encoding="utf-8")
         _check_written(opened.model, partial, target)
         _move(partial, target)
     except BaseException:
@@ -123,11 +124,13 @@ def _check_written(model: Any, folder: Path, target: Path) -> None:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        GenerationConfig.from_pretrained(folder).validate(strict=True)
+        if model.can_generate():
+            GenerationConfig.from_pretrained(folder).validate(strict=True)
         load_tokenizer(folder, key="tokenizer")
         files = weight_files(str(folder), "the weights")
         stored = {name: tensor for file in files for name, tensor in read_header(file)}
-        empty = empty_model(config, attention="eager", activation_checkpointing="none", meta=True)
+        options: dict[str, Any] = {"activation_checkpointing": "none", "meta": True, "kind": kind_of(model)}
+        empty = empty_model(config, attention="eager", **options)
         shapes = converted_shapes(files, empty)
     except Exception as error:
         reason = " ".join(str(error).replace(f"{folder}", f"{target}").split()) or type(error).__name__
@@ -153,7 +156,7 @@ def _check_written(model: Any, folder: Path, target: Path) -> None:
 
 def _card(place: RunPlace, opened: LoadedModel) -> str:
     """The model card: what was trained on what, and how well it does."""
-    config = opened.model.config
+    config, kind = opened.model.config, KINDS[place.stage.task.model_kind]
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     base = place.run.model.from_pretrained
     if (from_run := place.run.model.from_run) is not None:
@@ -161,7 +164,7 @@ def _card(place: RunPlace, opened: LoadedModel) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {kind.pipeline}",
         "---",
         "",
         f"# {place.run.name}: {place.stage.name}",
@@ -175,9 +178,9 @@ def _card(place: RunPlace, opened: LoadedModel) -> str:
         *_held_out_line(place),
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind.auto}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        f'model = {kind.auto}.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
         "",
@@ -196,7 +199,7 @@ def _public(source: str) -> str:
 def _stage_line(stage: StageConfig) -> str:
     sources = ", ".join(f"`{_public(source.source)}`" for source in stage.data)
     return (
-        f"- stage `{stage.name}`: {stage.task} on {sources}, "
+        f"- stage `{stage.name}`: {stage.task.name} on {sources}, "
         f"{stage.global_batch_size} sequences of {stage.sequence_length} tokens a step"
     )
 
@@ -210,6 +213,5 @@ def _held_out_line(place: RunPlace) -> list[str]:
         return []
     last = here[-1]
     return [
-        f"- held-out loss after step {last['step']}: {last['loss']:.4f} nats per token "
-        f"(perplexity {last['perplexity']:.4g})"
+        f"- held-out after step {last['step']}: {', '.join(f'{name} {shown}' for name, shown in shown_metrics(last))}"
     ]

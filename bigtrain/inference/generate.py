@@ -33,6 +33,8 @@ def generate(
     Raises ConfigError for arguments out of range, a prompt that fills all positions, and `chat` without a template.
     """
     _check(max_new_tokens, temperature, top_p)
+    if not opened.model.can_generate():
+        raise ConfigError(f"{opened.what} is no model that generates text; `bigtrain eval` measures it.")
     ids = encode_prompt(opened, prompt, chat)
     room = _room(opened, len(ids))
     config = copy.deepcopy(opened.model.generation_config)
@@ -61,7 +63,7 @@ def encode_prompt(opened: LoadedModel, prompt: str, chat: bool | None = None) ->
     model, as its tokenizer encodes a text."""
     tokenizer = opened.tokenizer
     if chat is None:
-        chat = opened.trained is not None and opened.trained.task == "sft" and tokenizer.chat_template is not None
+        chat = opened.trained is not None and opened.trained.task.chats and tokenizer.chat_template is not None
     if chat:
         if tokenizer.chat_template is None:
             raise ConfigError(f"chat: the tokenizer of {opened.what} has no chat template.")

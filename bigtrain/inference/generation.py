@@ -14,6 +14,7 @@ from bigtrain.data.chat import ChatTemplate
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening, silenced
 from bigtrain.run_folder import RunFolder
+from bigtrain.tasks import taught_to_chat
 
 GENERATION_FILE = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,7 +65,7 @@ def left_out(run: RunConfig) -> list[str]:
 def _ends_of_turns(run: RunConfig, stage: StageConfig, tokenizer: Any) -> list[int]:
     """What was learned to end an answer, where the chat template wrote it."""
     before = (RunFolder.of(run).metadata().get("origin") or {}).get("tasks", [])
-    taught = "sft" in (*before, *(passed.task for passed in lineage(run, stage)))
+    taught = taught_to_chat((*before, *(passed.task.name for passed in lineage(run, stage))))
     if not taught or tokenizer.chat_template is None:
         return []
     return [tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end)]

@@ -18,11 +18,20 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, reason, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import empty_model, kept_config, model_config, parameter_shapes, persistent_buffers
+from bigtrain.models.causal_lm import (
+    empty_model,
+    kept_config,
+    model_config,
+    parameter_shapes,
+    persistent_buffers,
+    with_task,
+)
+from bigtrain.models.kinds import CAUSAL_LM
 from bigtrain.models.weights import load_whole
 from bigtrain.optim import EMA
 from bigtrain.parallel.engine import PRECISIONS
 from bigtrain.state import BUFFER, WEIGHT, Shape
+from bigtrain.tasks import Task, parse_task
 
 METADATA = "bigtrain.json"  # in an export: what `TrainedAs` says
 
@@ -31,8 +40,12 @@ METADATA = "bigtrain.json"  # in an export: what `TrainedAs` says
 class TrainedAs:
     """How bigtrain has trained a model last, which decides what its prompts and windows look like; an export knows."""
 
-    task: str
+    task: Task
     sequence_length: int
+
+    def to_json(self) -> str:
+        """What `of_export` reads."""
+        return json.dumps({"task": self.task.model_dump(), "sequence_length": self.sequence_length}) + "\n"
 
     @classmethod
     def of_export(cls, folder: Path) -> TrainedAs | None:
@@ -42,7 +55,7 @@ class TrainedAs:
             return None
         try:
             metadata = json.loads(file.read_text(encoding="utf-8"))
-            return cls(str(metadata["task"]), int(metadata["sequence_length"]))
+            return cls(parse_task(metadata["task"]), int(metadata["sequence_length"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{file} does not say how the model was trained ({reason(error)}); export it again."
@@ -83,14 +96,24 @@ def load_model(
     there = pick_device(device)
     if isinstance(place, RunPlace):
         model, tokenizer, changes = _from_checkpoint(place, _dtype(dtype or place.run.precision), there, ema)
-        trained = TrainedAs(place.stage.task, place.stage.sequence_length)
+        trained: TrainedAs | None = TrainedAs(place.stage.task, place.stage.sequence_length)
         return LoadedModel(
             model, tokenizer, str(place), there, trained, place.run, place.stage, place.step, tuple(changes)
         )
     tokenizer = load_tokenizer(place.source)
-    model = load_whole(place.source, "model", _dtype(dtype) if dtype else "auto")
+    trained = TrainedAs.of_export(Path(place.source))
+    model = load_whole(place.source, "model", _dtype(dtype) if dtype else "auto", _like(place.source, trained))
     model = model.eval().requires_grad_(False).to(there)
-    return LoadedModel(model, tokenizer, str(place), there, TrainedAs.of_export(Path(place.source)))
+    return LoadedModel(model, tokenizer, str(place), there, trained)
+
+
+def _like(source: str, trained: TrainedAs | None) -> Any:
+    """The empty model of an export of another kind than a causal language model."""
+    if trained is None or trained.task.model_kind == CAUSAL_LM:
+        return None
+    config = kept_config(Path(source))
+    options: dict[str, Any] = {"attention": "sdpa", "activation_checkpointing": "none", "meta": True}
+    return empty_model(config, kind=trained.task.model_kind, **options)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -112,14 +135,16 @@ def _dtype(name: str) -> torch.dtype:
 def _from_checkpoint(
     place: RunPlace, dtype: torch.dtype, device: torch.device, ema: bool
 ) -> tuple[Any, Any, list[str]]:
-    run = place.run
+    run, task = place.run, place.stage.task
     tokenizer = load_tokenizer(place.folder / "tokenizer")
     if run.model.from_run is None:
-        config = model_config(run.model, tokenizer, run.adds_tokens)
+        config = model_config(run.model, tokenizer, run.adds_tokens, task.model_kind)
     else:  # the other run may be gone
         config = kept_config(place.folder / "architecture")
     attention = "eager" if run.attention == "eager" else "sdpa"  # the others need not be there any more
-    model: Any = empty_model(config, attention=attention, activation_checkpointing="none", meta=True)
+    config = with_task(config, task.model_values)
+    options: dict[str, Any] = {"activation_checkpointing": "none", "meta": True, "kind": task.model_kind}
+    model: Any = empty_model(config, attention=attention, **options)
     reader = Checkpoint(place.checkpoint, weights_only=not ema)
     if ema and not any(EMA in reader.slots_of(name) for name in parameter_shapes(model)):
         raise ConfigError(
@@ -129,7 +154,7 @@ def _from_checkpoint(
     reader.check_fit(model)
     _fill(model, reader, EMA if ema else WEIGHT, dtype, device)
     model.config.dtype = dtype
-    changes = set_generation(run, place.stage, model, tokenizer)
+    changes = set_generation(run, place.stage, model, tokenizer) if task.generates else []
     return model.eval().requires_grad_(False), tokenizer, changes
 
 

@@ -257,7 +257,6 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     from bigtrain.data.prepare import training_parts
     from bigtrain.data.store import open_store
     from bigtrain.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-    from bigtrain.tasks import TASKS
 
     first = run.stages[0]
     if not all(is_known(source, run.stores) for source in (*first.sources, *stage.sources)):  # reading them takes time
@@ -265,7 +264,7 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
     where = _tokenizer_folder(run)
     if where is None:
         return None
-    task = TASKS[stage.task]
+    task = stage.task
     tokenizer = load_tokenizer(where, run.tokenizer.add_tokens if run.tokenizer else ())
     same = {"encoding": task.encoding, "tokenizer": tokenizer_fingerprint(tokenizer), "seed": run.seed}
     same |= {"layout": task.layout} | ({} if task.layout == "windows" else {"sequence_length": stage.sequence_length})
@@ -280,9 +279,8 @@ def _samples(run: RunConfig, stage: StageConfig) -> list[int] | None:
 def _tokenizer_folder(run: RunConfig) -> Path | None:
     if run.tokenizer is not None and run.tokenizer.train is not None:
         from bigtrain.data.prepare import training_parts
-        from bigtrain.data.sources import COLUMNS
 
-        columns = COLUMNS[run.stages[0].task]
+        columns = run.stages[0].task.columns
         parts = [part.metadata(columns) for part in training_parts(run.stages[0], columns, run.stores, make=False)]
         return _made(run, {**run.tokenizer.train.model_dump(), "documents": parts})
     name = run.given_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,14 @@ def model_config(
             f"{config.vocab_size} rows; raise model.from_config.vocab_size or use the tokenizer that belongs to the "
             "model."
         )
+    return config
+
+
+def with_task(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy of a configuration with what a task says of it (`Task.model_values`)."""
+    config = copy.deepcopy(config)
+    for name, value in values.items():
+        setattr(config, name, value)
     return config
 
 

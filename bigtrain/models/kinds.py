@@ -9,18 +9,25 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """auto: transformers' class. families: transformers' table of the model types that it builds. what: in messages."""
+    """auto: transformers' class. families: transformers' table of the model types that it builds. pipeline: the Hub's
+    name for what it does. what: in messages."""
 
     auto: str
     families: str
+    pipeline: str
     what: str
 
 
 CAUSAL_LM = "causal_lm"
 KINDS = {
-    CAUSAL_LM: Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal language model"),
+    CAUSAL_LM: Kind(
+        "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation", "causal language model"
+    ),
     "sequence_classification": Kind(
-        "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "text classifier"
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "text-classification",
+        "text classifier",
     ),
 }
 
@@ -37,6 +44,14 @@ def families(kind: str) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     return getattr(modeling_auto, KINDS[kind].families)
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """The kind that a model was built as."""
+    for kind in KINDS:
+        if type(model).__name__ in families(kind).values():
+            return kind
+    raise ValueError(f"{type(model).__name__} is of no known kind")
 
 
 def new_head(model: PreTrainedModel) -> frozenset[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bigtrain.disk import check_free, make_once
 from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.models.converted import converted_shapes, gguf_shapes
-from bigtrain.models.kinds import CAUSAL_LM, auto_class, new_head
+from bigtrain.models.kinds import CAUSAL_LM, auto_class, kind_of, new_head
 from bigtrain.pretrained import (
     WEIGHT_FILES,
     arguments,
@@ -203,8 +203,10 @@ def _converted(source: str, empty: PreTrainedModel) -> dict[str, Shape] | None:
         return None
 
 
-def load_whole(source: str, key: str, dtype: torch.dtype | str, kind: str = CAUSAL_LM) -> Any:
-    """A pretrained model of a kind as transformers reads and converts it. What its files hold too much of is told.
+def load_whole(source: str, key: str, dtype: torch.dtype | str, like: PreTrainedModel | None = None) -> Any:
+    """A pretrained model as transformers reads and converts it. What its files hold too much of is told.
+
+    like: a model of the same kind and configuration; None: a causal language model, by its own config.json.
 
     Raises ConfigError, about `key`, for a model that cannot be opened, or lacks a parameter or has one of another
     shape: transformers would draw it at random.
@@ -216,7 +218,9 @@ def load_whole(source: str, key: str, dtype: torch.dtype | str, kind: str = CAUS
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         weight_files(source, key)  # transformers would follow an index out of its folder
-    auto = auto_class(kind)
+    auto = auto_class(CAUSAL_LM if like is None else kind_of(like))
+    if like is not None and new_head(like):
+        options["config"] = like.config
     with opening(source, key), silenced():  # its table of what was drawn, left out and renamed
         model, info = auto.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -257,7 +261,7 @@ def _write_whole(source: str, empty: PreTrainedModel, seed: int, folder: Path) -
     vocab_size = empty.config.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_hash(seed, "added tokens"))
-        model = load_whole(source, PRETRAINED, torch.float32)
+        model = load_whole(source, PRETRAINED, torch.float32, empty)
         if model.get_input_embeddings().num_embeddings < vocab_size:
             model.resize_token_embeddings(vocab_size)
     unique = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}

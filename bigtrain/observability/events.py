@@ -193,7 +193,8 @@ class WeightsConverted(Event):
 @dataclass(frozen=True, kw_only=True)
 class StageStarted(Event):
     """A stage begins, or goes on after `done` steps. batch: sequences of a step. sequences: of all steps together.
-    origin: of its weights, in words; `from` in the row. trained: of the parameters, those that train. logits: whether the engine takes them whole or in chunks."""
+    origin: of its weights, in words; `from` in the row. trained: of the parameters, those that train.
+    logits: whether the engine takes them whole or in chunks; None for a task over rows."""
 
     kind: ClassVar[str] = "stage_started"
     stage: str
@@ -203,7 +204,7 @@ class StageStarted(Event):
     model: str
     parameters: int
     trained: int
-    logits: str
+    logits: str | None
     engine: str
     steps: int
     sequences: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from bigtrain.observability.events import (
 from bigtrain.terminal import guarded, printable
 
 MASTERS = "master weights, moments, gradient accumulation and reduction, loss: fp32"
+ABOUT_AN_EVALUATION = ("kind", "time", "attempt", "stage", "step", "seconds", "targets")  # what is no metric
 PRECISION_NOTES = {
     "fp32": ["precision: everything in fp32"],
     "bf16": [f"precision: forward and backward in bf16; {MASTERS}"],
@@ -59,7 +59,7 @@ class Progress:
         self._seconds = 0.2 if self._console.is_terminal else log_seconds
         self._shown = 0.0
         self._steps_left_at: tuple[int, float] | None = None
-        self._held_out: dict[str, float] = {}
+        self._held_out: dict[str, dict[str, str]] = {}
         self._open_line = False
 
     def __call__(self, event: Event) -> None:
@@ -223,12 +223,12 @@ class Progress:
 
     @_show.register
     def _(self, event: Evaluation) -> None:
-        stage, loss = event.stage, event.metrics["loss"]
-        start = self._held_out.setdefault(stage, loss)
-        both = (f"{start:.4f} -> {loss:.4f}", f"{perplexity(start)} -> {perplexity(loss)}")
-        if event.step == 0 or start == loss:
-            both = (f"{loss:.4f}", perplexity(loss))
-        self._print(f"  held-out   loss {both[0]}   perplexity {both[1]}   (step {event.step})")
+        now = dict(shown_metrics(event.metrics)[:2])
+        start = self._held_out.setdefault(event.stage, now)
+        told = [
+            f"{name} {value if start[name] == value else f'{start[name]} -> {value}'}" for name, value in now.items()
+        ]
+        self._print(f"  held-out   {'   '.join(told)}   (step {event.step})")
 
     @_show.register
     def _(self, event: Preempted) -> None:
@@ -272,9 +272,11 @@ def dropped(metadata: Mapping[str, Any]) -> str:
     return ", ".join(lost)
 
 
-def perplexity(loss: float) -> str:
-    """For reading; `loss` in nats."""
-    return f"{math.exp(min(loss, 700.0)):.4g}"
+def shown_metrics(event: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value to be read) of the metrics of an evaluation."""
+    forms = {"loss": ".4f", "perplexity": ".4g", "accuracy": ".1%"}
+    named = [(name, value) for name, value in event.items() if name not in ABOUT_AN_EVALUATION]
+    return [(name, format(value, forms.get(name, ".4g"))) for name, value in named if isinstance(value, int | float)]
 
 
 def count(number: float) -> str:

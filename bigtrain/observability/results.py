@@ -9,8 +9,8 @@ from bigtrain.config.schema import RunConfig
 from bigtrain.observability.stream import Row, read_metrics
 from bigtrain.run_folder import RunFolder
 
+NO_METRIC = ("kind", "time", "attempt", "stage", "step", "seconds", "loss")  # of an evaluation
 LAST_STEP = ("tokens", "targets", "grad_norm", "lr", "tokens_per_second")
-LAST_EVALUATION = ("perplexity", "accuracy", "targets")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class StageResult:
 
     loss: of the last step, nats per target; held_out_loss: of the last evaluation; None where there was none.
     metrics: other values of the last step (`grad_norm`, `lr`, `tokens_per_second`, ...), and of the last evaluation
-    with `held_out_` before their names (`held_out_perplexity`, `held_out_accuracy`, `held_out_targets`).
+    with `held_out_` before their names (`held_out_perplexity`, `held_out_accuracy`, `held_out_targets`, ...).
     export: the Hugging Face folder, None if none was written.
     """
 
@@ -62,7 +62,7 @@ def _stage(name: str, metadata: Row, rows: list[Row]) -> StageResult:
     step = next((row for row in reversed(rows) if row["kind"] == "step"), {})
     evaluation = next((row for row in reversed(rows) if row["kind"] == "evaluation"), {})
     metrics = {key: step[key] for key in LAST_STEP if key in step}
-    metrics |= {f"held_out_{key}": evaluation[key] for key in LAST_EVALUATION if key in evaluation}
+    metrics |= {f"held_out_{key}": value for key, value in evaluation.items() if key not in NO_METRIC}
     return StageResult(
         name,
         step.get("step", 0),

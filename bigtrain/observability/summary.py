@@ -8,7 +8,7 @@ from typing import Any
 
 from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.observability.events import Event, Finished
-from bigtrain.observability.progress import count, duration, perplexity, plural
+from bigtrain.observability.progress import count, duration, plural, shown_metrics
 from bigtrain.observability.stream import Row, read_metrics
 from bigtrain.run_folder import RunFolder
 from bigtrain.terminal import show
@@ -40,7 +40,7 @@ def summary(config: RunConfig, folder: RunFolder) -> str:
     prompt = last.prompts[0] if last.prompts else "Once upon a time"
     shown = prompt.strip().splitlines()[0].replace('"', "'")
     lines += ["", "try next"]
-    if last.export:
+    if last.export and last.task.generates:
         lines.append(f'  bigtrain generate {folder.path} "{shown}"')
     if last.evaluate is not None:
         lines.append(f"  bigtrain eval {folder.path}")
@@ -52,16 +52,16 @@ def _stage(stage: StageConfig, metadata: dict[str, Any], rows: list[Row]) -> lis
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     lines = [
         "",
-        f"{stage.name}: {metadata['model']} {count(metadata['parameters'])} from {metadata['from']}, task {stage.task}",
+        f"{stage.name}: {metadata['model']} {count(metadata['parameters'])} from {metadata['from']}, "
+        f"task {stage.task.name}",
         *_steps(steps, metadata),
     ]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        lines.append(
-            f"  held-out   loss {first['loss']:.4f} -> {last['loss']:.4f}{_change(first['loss'], last['loss'])}   "
-            f"perplexity {perplexity(first['loss'])} -> {perplexity(last['loss'])}   "
-            f"accuracy {first['accuracy']:.1%} -> {last['accuracy']:.1%}"
-        )
+        change = _change(first["loss"], last["loss"])
+        both = zip(shown_metrics(first), shown_metrics(last), strict=True)
+        told = [f"{name} {a} -> {b}{change if name == 'loss' else ''}" for (name, a), (_, b) in both]
+        lines.append(f"  held-out   {'   '.join(told)}")
     if "export" in metadata:
         lines.append(f"  export     {metadata['export']}")
     for answer in metadata.get("answers", []):

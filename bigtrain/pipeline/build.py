@@ -15,13 +15,13 @@ from bigtrain.data.prepare import StageData, counts, prepare_stage, prepare_toke
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.distributed.world import World
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.causal_lm import empty_model, with_task
 from bigtrain.observability.events import Cleaned, CleanedTooMuch, Prepared, Preparing
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.engine import Engine
-from bigtrain.tasks import TASKS, Task
+from bigtrain.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ def prepare_stages(
     data = {}
     for stage in stages:
         stream.emit(Preparing(what=f"data of {stage.name}"))
-        made = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=stores, seed=seed, stream=stream)
+        made = prepare_stage(stage, stage.task, tokenizer, stores=stores, seed=seed, stream=stream)
         if made.cleaning is not None:
             summary = made.cleaning.summary()
             stream.emit(Cleaned(stage=stage.name, **summary))
@@ -67,7 +67,7 @@ def prepare_stages(
 class StageBuilder:
     """Builds the model and the engine of a stage, as a run does and as `bench` does.
 
-    model: the transformers configuration of the run's model. parallel: how the stage is executed.
+    model: the transformers configuration of the stage's model. parallel: how the stage is executed.
     """
 
     stage: StageConfig
@@ -81,8 +81,17 @@ class StageBuilder:
 
     @classmethod
     def of(cls, config: RunConfig, stage: StageConfig, model: PreTrainedConfig, world: World) -> StageBuilder:
-        task, parallel = TASKS[stage.task](), config.parallel_of(stage)
-        return cls(stage, task, parallel, model, config.attention, config.precision, config.seed, world)
+        task, parallel = stage.task, config.parallel_of(stage)
+        return cls(
+            stage,
+            task,
+            parallel,
+            with_task(model, task.model_values),
+            config.attention,
+            config.precision,
+            config.seed,
+            world,
+        )
 
     @property
     def dims(self) -> ParallelDims:
@@ -98,6 +107,7 @@ class StageBuilder:
         """The model without its weights; meta: without memory for them either."""
         return empty_model(
             self.model,
+            kind=self.task.model_kind,
             attention=self.attention,
             activation_checkpointing=self.parallel.activation_checkpointing,
             freeze=self.stage.freeze,

@@ -32,11 +32,13 @@ def own_architecture(config: RunConfig, folder: RunFolder, tokenizer: Any) -> Pr
     """The model's configuration; the run keeps it, for runs that start from this one. If it was taken from another run,
     it is read from the kept one alone: the other run may be gone."""
 
+    kind = config.stages[0].task.model_kind
+
     def keep(empty: Path) -> None:
-        keep_config(config.model, model_config(config.model, tokenizer, config.adds_tokens), empty)
+        keep_config(config.model, model_config(config.model, tokenizer, config.adds_tokens, kind), empty)
         (empty / "manifest.json").write_text(json.dumps({"from": config.name}) + "\n")
 
     kept = make_once(folder.architecture, keep)
     if config.model.from_run is not None:
         return kept_config(kept)
-    return model_config(config.model, tokenizer, config.adds_tokens)
+    return model_config(config.model, tokenizer, config.adds_tokens, kind)

@@ -14,12 +14,13 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.rules import check_replicas
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
 from bigtrain.inference.generation import lineage
 from bigtrain.models.freeze import frozen, parameter_names
+from bigtrain.models.kinds import new_head
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pipeline.history import open_origin
@@ -55,18 +56,21 @@ def try_inputs(config: RunConfig) -> dict[str, Any] | None:
     for stage in config.stages:
         held_out = (stage.evaluate.data if stage.evaluate else None) or []
         for source in (*stage.data, *held_out):
-            next(documents(source, COLUMNS[stage.task]))
-    empty = try_architecture(
-        config.model,
-        _num_ids(config),
-        attention=config.attention,
-        needs_document_mask=config.needs_document_mask,
-        added_tokens=config.adds_tokens,
-        longest=max(stage.sequence_length for stage in config.stages),
-    )
-    names = parameter_names(empty)
+            next(documents(source, stage.task.columns))
+    models: dict[str, PreTrainedModel] = {}
     for stage in config.stages:
-        frozen(names, stage.freeze, f"stages.{stage.name}.freeze")
+        task = stage.task.model_dump_json()
+        models[task] = models.get(task) or try_architecture(
+            config.model,
+            _num_ids(config),
+            attention=config.attention,
+            needs_document_mask=config.needs_document_mask,
+            added_tokens=config.adds_tokens,
+            longest=max(stage.sequence_length for stage in config.stages),
+            task=stage.task,
+        )
+        frozen(parameter_names(models[task]), stage.freeze, f"stages.{stage.name}.freeze")
+    empty = next(iter(models.values()))
     return None if config.model.from_run is None else _try_origin(config.model.from_run, empty)
 
 
@@ -89,7 +93,7 @@ def _try_origin(from_run: str, empty: PreTrainedModel) -> dict[str, Any]:
     if folder is None:
         raise ConfigError(f"model.from_run: {root} has no whole checkpoint any more.")
     with closing(open_origin(folder)) as checkpoint:
-        checkpoint.check_fit(empty)
+        checkpoint.check_fit(empty, new_head(empty))
         step = checkpoint.step
     return {
         "run": str(origin.folder),
@@ -107,4 +111,4 @@ def _tasks(origin: Origin) -> list[str]:
     if stage is None:
         raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more.")
     earlier = (stages.metadata().get("origin") or {}).get("tasks", [])
-    return [*earlier, *(passed.task for passed in lineage(run, stage))]
+    return [*earlier, *(passed.task.name for passed in lineage(run, stage))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.checkpoint import Checkpoint, Retention, Saver
+from bigtrain.checkpoint import Retention, Saver
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import ModelConfig, ProfileConfig
 from bigtrain.data.batches import Prefetched
@@ -109,8 +109,8 @@ class _Stage:
             if resumed
             else first_weights(self._builder, self._model, empty, history, self._session)
         )
-        if isinstance(reader, Checkpoint):
-            reader.check_fit(empty)
+        if resumed:
+            resumed.check_fit(empty)
         progress: dict[str, float] = resumed.progress if resumed else {"updates": 0}
         frozen = {} if resumed else frozen_shapes(empty)
         engine = load_engine(self._builder, self._model, reader, progress, self._session, frozen)
@@ -132,6 +132,7 @@ class _Stage:
         stage, data, builder = self._stage, self._data, self._builder
         shapes, frozen = parameter_shapes(empty), frozen_shapes(empty)
         trained = {name: shape for name, shape in shapes.items() if name not in frozen}
+        logits = "some tokens at a time" if plain_head(empty) is not None else "whole"
         started = StageStarted(
             stage=stage.name,
             done=run.done,
@@ -140,7 +141,7 @@ class _Stage:
             model=builder.model.model_type,
             parameters=sum(map(math.prod, shapes.values())),
             trained=sum(map(math.prod, trained.values())),
-            logits="some tokens at a time" if plain_head(empty) is not None else "whole",
+            logits=logits if builder.task.sums_over == "tokens" else None,
             engine=builder.parallel.engine,
             steps=run.steps,
             sequences=self._sequences,

@@ -8,13 +8,14 @@ from bigtrain.checkpoint import Checkpoint, save_frozen
 from bigtrain.config.schema import ModelConfig
 from bigtrain.disk import remove
 from bigtrain.errors import CheckpointError, DamagedError, shorten
+from bigtrain.models.kinds import new_head
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.observability.events import WeightsConverted
 from bigtrain.parallel.engine import Engine
 from bigtrain.pipeline.build import StageBuilder
 from bigtrain.pipeline.history import History, lost_origin
 from bigtrain.pipeline.session import Session
-from bigtrain.state import Shape, StateReader
+from bigtrain.state import Overlay, Shape, StateReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +36,11 @@ def first_weights(
                 f"stages.{stage.name}.from: stage {stage.from_stage} has no checkpoint in "
                 f"{folder.checkpoints(stage.from_stage)} any more."
             )
-        return f"{stage.from_stage}, {checkpoint.name}", history.open(checkpoint, weights_only=True)
+        opened = history.open(checkpoint, weights_only=True)
+        return f"{stage.from_stage}, {checkpoint.name}", _with_new_head(opened, empty, builder.seed)
     if model.from_run is not None:
         origin = history.origin()
-        return f"{origin.folder.parents[1]}, {origin.folder.name}", origin
+        return f"{origin.folder.parents[1]}, {origin.folder.name}", _with_new_head(origin, empty, builder.seed)
     if model.from_pretrained is not None:
         converted = folder.first_weights
 
@@ -47,6 +49,14 @@ def first_weights(
 
         return model.from_pretrained, pretrained_weights(model.from_pretrained, empty, builder.seed, converted, tell)
     return "random weights", RandomWeights(empty, builder.seed)
+
+
+def _with_new_head(checkpoint: Checkpoint, empty: PreTrainedModel, seed: int) -> StateReader:
+    """The checkpoint of another stage, with random weights where it lacks the head of this stage's task."""
+    head = new_head(empty)
+    checkpoint.check_fit(empty, head)
+    drawn = head - checkpoint.names
+    return Overlay(checkpoint, RandomWeights(empty, seed), drawn) if drawn else checkpoint
 
 
 def load_engine(
@@ -76,8 +86,9 @@ def load_engine(
             raise
         raise CheckpointError(lost_origin(damaged)) from None
     finally:
-        if isinstance(reader, Checkpoint):
-            reader.close()
+        base = reader.base if isinstance(reader, Overlay) else reader
+        if isinstance(base, Checkpoint):
+            base.close()
     if session.world.rank == 0:
         remove(session.folder.first_weights)  # all ranks have read them
     return engine

@@ -17,7 +17,7 @@ def show(view: View) -> None:
     out = console()
     stage = view.stage
     out.print(
-        f"\n{stage.name} ({stage.task}), step {view.step} of 0 to {view.steps - 1}: "
+        f"\n{stage.name} ({stage.task.name}), step {view.step} of 0 to {view.steps - 1}: "
         f"{plural(view.rows, 'sequence', 'sequences')} of {stage.sequence_length} tokens",
         style="bold",
     )

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from torch import Tensor
+from bigtrain.tasks import Task
 
-from bigtrain.data.types import IGNORE
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class CausalLM:
+class CausalLM(Task):
     """What pretraining and finetuning share; they differ in how documents become samples."""
 
     model_kind = "causal_lm"
-    sums_over: Literal["tokens", "rows"] = "tokens"
-    store_columns: Mapping[str, str] = MappingProxyType({})
-    model_values: Mapping[str, Any] = MappingProxyType({})
+    sums_over = "tokens"
+    generates = True
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The model's arguments. Documents of a packed row are told apart by restarting positions alone:
@@ -33,10 +30,16 @@ class CausalLM:
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         """The number of supervised targets."""
+        from bigtrain.data.types import IGNORE
+
         return (batch["targets"] != IGNORE).sum()
 
     def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of each target (nats, fp32), all in one row; 0 where nothing is to be learned."""
+        import torch.nn.functional as F
+
+        from bigtrain.data.types import IGNORE
+
         return F.cross_entropy(
             logits.float().flatten(0, -2), batch["targets"].flatten(), ignore_index=IGNORE, reduction="none"
         )
@@ -44,6 +47,10 @@ class CausalLM:
     def sums(self, logits: Tensor, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
         """Cross-entropy summed over the supervised targets (nats, fp32) and their number;
         outside training also how many were predicted right."""
+        import torch.nn.functional as F
+
+        from bigtrain.data.types import IGNORE
+
         logits = logits.float().flatten(0, -2)
         targets = batch["targets"].flatten()
         sums = {

@@ -15,7 +15,6 @@ from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import dry_run, model_size, shares
 from bigtrain.parallel.micro_batches import micro_batches
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
 from tests.support import MODEL, bigtrain, small_config
 from tests.unit.test_wrong_input import CONFIGS, files_below, recipe_data
 
@@ -208,7 +207,7 @@ def test_epochs_are_known_once_the_store_is_there(tmp_path, capsys, monkeypatch)
     tokenizer = open_tokenizer(loaded.run)
     expected = []
     for stage in loaded.run.stages:
-        data = prepare_stage(stage, TASKS[stage.task](), tokenizer, stores=loaded.run.stores, seed=loaded.run.seed)
+        data = prepare_stage(stage, stage.task, tokenizer, stores=loaded.run.stores, seed=loaded.run.seed)
         sequences = round(stage.epochs * data.train[0].samples)
         expected.append(f"{-(-sequences // 5):,} steps = {sequences * stage.sequence_length:,} tokens")
     before = files_below(tmp_path)

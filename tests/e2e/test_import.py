@@ -23,7 +23,7 @@ from bigtrain.models.causal_lm import empty_model
 from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.testing import Ranks
 from tests.support import MODEL, bigtrain, small_config
 
@@ -148,7 +148,7 @@ def engine_step(checkpoint, batch):
     engine = build_engine(
         "ddp",
         lambda meta: empty_model(CONFIG, attention="sdpa", activation_checkpointing="none", meta=meta),
-        TASKS["pretrain"](),
+        Pretrain(),
         dims=ParallelDims(rank=0, replicate=1),
         precision="fp32",
         compile=False,

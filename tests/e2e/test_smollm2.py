@@ -41,7 +41,7 @@ def test_the_recipe_finetunes_the_real_checkpoint(tmp_path, conversations):
         f"stages.{stage}.data": f"[{{source: {conversations}}}]",
         f"stages.{stage}.held_out": 0.05,
         f"stages.{stage}.sequence_length": 64,
-        f"stages.{stage}.max_cut_answers": 0.2,  # some answers are longer than that
+        f"stages.{stage}.task.max_cut_answers": 0.2,  # some answers are longer than that
         f"stages.{stage}.global_batch_size": 8,
         f"stages.{stage}.epochs": "null",
         f"stages.{stage}.steps": 4,

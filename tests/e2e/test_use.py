@@ -19,7 +19,7 @@ from bigtrain.inference.export import export
 from bigtrain.inference.generate import encode_prompt, generate
 from bigtrain.inference.load import load_model
 from bigtrain.observability.stream import read_metrics
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.sft import Sft
 from bigtrain.testing import Ranks
 from tests.support import MODEL, bigtrain, small_config
 
@@ -177,7 +177,7 @@ def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, se
     if stage == "finetune" and sequences == 400:  # whole documents that read nothing but themselves
         assert found == [r["where"] for r in held_out]
         opened = load_model(run / stage)
-        [[(ids, mask, *_)]] = TASKS["sft"]().encode([held_out[0]], opened.tokenizer)
+        [[(ids, mask, *_)]] = Sft().encode([held_out[0]], opened.tokenizer)
         inputs = torch.tensor([ids[:129]])
         targets = inputs[0, 1:].masked_fill(~torch.tensor(mask[1:129]), -100)
         with torch.no_grad():
@@ -292,6 +292,6 @@ def test_a_prompt_that_cannot_be_answered(run, opened):
 def test_the_card_tells_the_lineage_and_the_held_out_loss(run, exported):
     card = (exported["finetune"][2] / "README.md").read_text()
     last = [r for r in read_metrics(run) if r["kind"] == "evaluation" and r["stage"] == "finetune"][-1]
-    assert f"held-out loss after step 8: {last['loss']:.4f}" in card
+    assert f"held-out after step 8: loss {last['loss']:.4f}, perplexity" in card
     assert card.index("stage `pretrain`: pretrain on") < card.index("stage `finetune`: sft on")
     assert json.loads((exported["finetune"][2] / "config.json").read_text())["model_type"] == "llama"

@@ -18,14 +18,14 @@ ONE = [
     f"stages.pretrain.data.0.source={Path(asyncio.__file__).parent}/*events.py",
     "stages.pretrain.held_out=0.5",
 ]
-STRICT = ["stages.finetune.max_cut_answers=0.0", "stages.finetune.sequence_length=64"]
+STRICT = ["stages.finetune.task.max_cut_answers=0.0", "stages.finetune.sequence_length=64"]
 
 
 def test_each_advice_can_be_followed_until_a_stage_has_saved(tmp_path):
     config = small_config(tmp_path, steps=3)
     with pytest.raises(
         DataError,
-        match=r"raise stages\.finetune\.sequence_length, .* allow more with stages\.finetune\.max_cut_answers",
+        match=r"raise stages\.finetune\.sequence_length, .* allow more with stages\.finetune\.task\.max_cut_answers",
     ):
         run(config, [*ONE, *STRICT])
     with pytest.raises(BigtrainError, match=r"step \d: the loss is (nan|inf).* its values may change"):

@@ -13,7 +13,7 @@ from bigtrain.data.columns import BLOCK
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.observability.stream import read_metrics
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.pretrain import Pretrain
 from tests.support import bigtrain, small_config
 
 SEQUENCE, STEPS = 64, 12
@@ -44,9 +44,7 @@ def test_a_changed_byte_is_found_by_the_step_that_reads_it_and_the_run_goes_on_a
     here = [*one, f"stages.pretrain.data.0.source={data}/*.py"]
     config = load_config(path, here)
     stage = config.stages[0]
-    [store] = prepare_stage(
-        stage, TASKS["pretrain"](), open_tokenizer(config), stores=config.stores, seed=config.seed
-    ).train
+    [store] = prepare_stage(stage, Pretrain(), open_tokenizer(config), stores=config.stores, seed=config.seed).train
     step, block = last_new_block(store, config)
     with (store.folder / "tokens.bin").open("r+b") as file:
         file.seek(block * BLOCK + 7)

@@ -32,7 +32,6 @@ from bigtrain.data.writing import gather, token_dtype
 from bigtrain.errors import DataError
 from bigtrain.observability.progress import Progress, dropped
 from bigtrain.optim.adamw import AdamW
-from bigtrain.tasks import TASKS
 
 ALTERNATING = (
     "{% for m in messages %}"
@@ -55,17 +54,18 @@ def prepared(
     folder: Path, tokenizer: Any, task: str, *sources: SourceConfig, encoder: Any = lambda task: task, **stage: Any
 ) -> StageData:
     """The stores of a run with one stage."""
-    settings = {"sequence_length": 16, "max_cut_answers": 1.0} | stage
+    settings = {"sequence_length": 16} | stage
+    chosen = {"name": "sft", "max_cut_answers": 1.0} if task == "sft" else task
     only = StageConfig(
         name="s",
-        task=task,
+        task=chosen,
         data=list(sources),
         global_batch_size=1,
         steps=1,
         optimizer=AdamW(lr=1e-3),
         **settings,
     )
-    return prepare_stage(only, encoder(TASKS[task]()), tokenizer, stores=folder / "out" / "stores", seed=0)
+    return prepare_stage(only, encoder(only.task), tokenizer, stores=folder / "out" / "stores", seed=0)
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -296,6 +296,7 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path, tokenizer
         def __init__(self, task: Any):
             self._task = task
             self.layout, self.encoding, self.columns = task.layout, task.encoding, task.columns
+            self.long_documents = task.long_documents
 
         def encode(self, rows: list[Any], tokenizer: Any, layout: Any = None) -> Any:
             file.write_text(changed)

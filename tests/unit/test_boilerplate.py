@@ -27,11 +27,12 @@ from bigtrain.config.schema import (
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.texts import words
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
+from bigtrain.tasks.pretrain import Pretrain
 from tests.support import Rows
 
 HEADER = ["Skip to the main content of this page", "Home | Guide | Reference | Release notes | Community"]
@@ -92,7 +93,7 @@ def stage_of(
 
 
 def decided(folder: Path, stage: StageConfig) -> Decisions:
-    decisions = decide(folder / "stores", stage, COLUMNS[stage.task])
+    decisions = decide(folder / "stores", stage, stage.task.columns)
     assert decisions is not None
     return decisions
 
@@ -100,7 +101,7 @@ def decided(folder: Path, stage: StageConfig) -> Decisions:
 def outcome(stage: StageConfig, decisions: Decisions, source: int = 0) -> dict[str, str]:
     """Name of each file of a source -> `kept`, `held out` or why it was dropped."""
     reasons = ["kept", *decisions.manifest["reasons"]]
-    rows = documents(stage.data[source], COLUMNS[stage.task])
+    rows = documents(stage.data[source], stage.task.columns)
     return {
         row["where"].rsplit("/", 1)[-1]: reasons[code]
         for row, code in zip(rows, decisions.dropped(source), strict=True)
@@ -108,7 +109,7 @@ def outcome(stage: StageConfig, decisions: Decisions, source: int = 0) -> dict[s
 
 
 def trained(stage: StageConfig, decisions: Decisions, source: int = 0) -> list[str]:
-    rows = kept(documents(stage.data[source], COLUMNS[stage.task]), decisions, source)
+    rows = kept(documents(stage.data[source], stage.task.columns), decisions, source)
     return [decisions.steps(source)(row)["text"] for row in rows]
 
 
@@ -337,7 +338,7 @@ def test_following_the_advice_of_a_refusal_works(
     report = json.loads((refused / "report.json").read_text())
     assert report["dropped"] == len(texts) and report["warning"] in message
     [stage] = load(file, changes).run.stages
-    decisions = decide(tmp_path / "out" / "stores", stage, COLUMNS["pretrain"])
+    decisions = decide(tmp_path / "out" / "stores", stage, Pretrain.columns)
     assert decisions is None or 2 * decisions.report["kept"] >= len(set(texts))
     assert decisions is None or not refused.exists()
 

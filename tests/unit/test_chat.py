@@ -24,7 +24,7 @@ from bigtrain.data import cut_answers, templates
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.files import Unusable
 from bigtrain.data.prepare import counts, prepare_stage
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.data.templates import Template
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer
 from bigtrain.data.types import Layout
@@ -481,7 +481,7 @@ SHAPES = {
 def rows_of(tmp_path, *rows):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return list(documents(SourceConfig(source=str(file)), COLUMNS["sft"]))
+    return list(documents(SourceConfig(source=str(file)), Sft.columns))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -564,16 +564,17 @@ def chats(folder, *lengths):
 
 
 def prepared(tmp_path, file, tokenizer, **changes):
+    task = {key: changes.pop(key) for key in ("long_conversations", "max_cut_answers") if key in changes}
     stage = StageConfig(
         name="chat",
-        task="sft",
+        task={"name": "sft", **task},
         data=[SourceConfig(source=str(file))],
         global_batch_size=1,
         steps=1,
         optimizer=AdamW(lr=1e-3),
         **{"sequence_length": 40} | changes,
     )
-    return prepare_stage(stage, Sft(), tokenizer, stores=tmp_path / "stores", seed=0).train[0]
+    return prepare_stage(stage, stage.task, tokenizer, stores=tmp_path / "stores", seed=0).train[0]
 
 
 def test_too_many_answers_without_their_end(opened, tmp_path) -> None:
@@ -1120,7 +1121,7 @@ def test_what_the_template_has_no_place_for_is_counted_and_named(smollm2, tmp_pa
     assert store.manifest["unread"] == {"chosen": 1, "tools": 1, "reasoning_content": 1}
     takes = FAILS_ON_X % "" + "{% if tools %}{{ tools | tojson }}{% endif %}"
     tokenizer = with_template(smollm2, takes.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}"))
-    [row, _] = documents(SourceConfig(source=str(file)), COLUMNS["sft"])
+    [row, _] = documents(SourceConfig(source=str(file)), Sft.columns)
     [answer] = Sft().encode([row], tokenizer)
     assert answer.unread == ()
     assert "hmb" in tokenizer.decode(answer[0][0])
@@ -1204,7 +1205,7 @@ def test_each_way_with_long_conversations_is_counted_and_told(opened, tmp_path) 
     tokenizer, file = opened("smollm2"), long_chats(tmp_path)
     with pytest.raises(DataError) as error:
         prepared(tmp_path, file, tokenizer, sequence_length=96)
-    advice = re.findall(r"stages\.chat\.(\w+)|`(\w+)`", str(error.value))
+    advice = re.findall(r"stages\.chat\.(?:task\.)?(\w+)|`(\w+)`", str(error.value))
     assert [key or value for key, value in advice] == [
         *("sequence_length", "long_conversations", "split", "drop", "max_cut_answers")
     ]

@@ -45,13 +45,13 @@ from bigtrain.data.cleaning.redaction import KINDS, Redaction, passes_luhn
 from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.texts import TextSteps, repair, row_text, words
 from bigtrain.data.prepare import prepare_stage
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.pretrain import Pretrain
 from tests.support import Rows
 from tests.unit.mutations import VALUES
 
@@ -488,7 +488,7 @@ def stage_of(*sources: str, task: str = "pretrain", **values: Any) -> StageConfi
 
 
 def decided(folder: Path, stage: StageConfig) -> Decisions:
-    decisions = decide(folder / "stores", stage, COLUMNS[stage.task])
+    decisions = decide(folder / "stores", stage, stage.task.columns)
     assert decisions is not None
     return decisions
 
@@ -496,7 +496,7 @@ def decided(folder: Path, stage: StageConfig) -> Decisions:
 def training(stage: StageConfig, decisions: Decisions) -> list[list[dict[str, Any]]]:
     """Of each source what is trained on."""
     return [
-        list(map(decisions.steps(i), kept(documents(source, COLUMNS[stage.task]), decisions, i)))
+        list(map(decisions.steps(i), kept(documents(source, stage.task.columns), decisions, i)))
         for i, source in enumerate(stage.data)
     ]
 
@@ -542,12 +542,12 @@ def messy(folder: Path) -> StageConfig:
 
 def held_out_text(stage: StageConfig, number: int) -> str:
     assert stage.evaluate is not None and stage.evaluate.data is not None
-    rows = list(documents(stage.evaluate.data[0], COLUMNS["pretrain"]))
+    rows = list(documents(stage.evaluate.data[0], Pretrain.columns))
     return str(rows[number]["text"])
 
 
 def test_a_stage_without_cleaning_is_left_alone(tmp_path: Path) -> None:
-    assert decide(tmp_path / "out" / "stores", stage_of("stdlib"), COLUMNS["pretrain"]) is None
+    assert decide(tmp_path / "out" / "stores", stage_of("stdlib"), Pretrain.columns) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -664,7 +664,7 @@ def test_other_ingredients_decide_anew(tmp_path: Path) -> None:
     renamed = stage.model_copy(update={"name": "other", "steps": 9})
     folders = [decided(tmp_path / "out", s).folder for s in (stage, strict, swapped, renamed)]
     assert folders[0] == folders[3]
-    planned = decide(tmp_path / "out" / "stores", fewer, COLUMNS["pretrain"], make=False)
+    planned = decide(tmp_path / "out" / "stores", fewer, Pretrain.columns, make=False)
     assert planned is not None and not planned.folder.exists()
     assert len({*folders, planned.folder}) == 4
 
@@ -718,9 +718,7 @@ def test_what_the_report_hides_is_not_taken_for_a_change_of_the_text(tmp_path: P
     tallies = (*report["changed"].values(), *report["dropped_for"].values())
     [example] = [example for tally in tallies for example in tally["examples"]]
     shown = example.get("after") or example["text"]
-    [trained] = [decisions.steps(0)(row)["text"] for row in documents(stage_of(source).data[0], COLUMNS["pretrain"])][
-        :1
-    ]
+    [trained] = [decisions.steps(0)(row)["text"] for row in documents(stage_of(source).data[0], Pretrain.columns)][:1]
     hidden = trained.replace("8.8.4.4", "[hidden]").replace("joe@example.com", "[hidden]")
     assert shown == hidden
     assert ("<EMAIL>" in shown) == ("<EMAIL>" in trained) == bool(clean.redact)
@@ -772,7 +770,7 @@ def test_stores_hold_what_cleaning_leaves_and_held_out_ones_what_there_was(tmp_p
     run = run_of(tmp_path / "out", stage)
     tokenizer = open_tokenizer(run)
     events = Rows()
-    task = TASKS["pretrain"]()
+    task = Pretrain()
     data = prepare_stages(run.stages, tokenizer, stores=run.stores, seed=run.seed, stream=Stream([events]))["s"]
     decisions = decided(tmp_path / "out", stage)
     assert data.cleaning == decisions

@@ -83,7 +83,7 @@ def test_reads_values_and_overrides(config):
         (
             "task: sft",
             "task: stf",
-            "run.yaml:13: stages.finetune.task: stf is not one of pretrain or sft",
+            "run.yaml:13: stages.finetune.task.name: there is no task stf; did you mean `sft`?",
         ),
         (
             "name: finetune",

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigtrain.config.schema import SourceConfig
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.data.tally import Tally
 from bigtrain.errors import DataError
+from bigtrain.tasks.sft import Sft
 
 ASKED = {"role": "user", "content": "a?"}
 SAID = {"role": "assistant", "content": "b"}
@@ -24,7 +25,7 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "adds"}}
 def read(tmp_path, *rows, **source):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return list(documents(SourceConfig(source=str(file), **source), COLUMNS["sft"]))
+    return list(documents(SourceConfig(source=str(file), **source), Sft.columns))
 
 
 def messages_of(tmp_path, row):
@@ -111,7 +112,7 @@ def test_two_system_turns_that_differ_are_refused(tmp_path) -> None:
 def test_columns_of_which_nothing_is_used_are_named_and_pictures_refused(tmp_path) -> None:
     rows = [{"messages": [ASKED, SAID], "chosen": "x", "parallel_tool_calls": False, "rejected": None, "mine": 1}] * 2
     (tmp_path / "noted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    list(documents(SourceConfig(source=str(tmp_path / "noted.jsonl")), COLUMNS["sft"], tally := Tally()))
+    list(documents(SourceConfig(source=str(tmp_path / "noted.jsonl")), Sft.columns, tally := Tally()))
     assert tally.unread == {"chosen": 2, "parallel_tool_calls": 2}
     [found] = read(tmp_path, {"q": "a?", "chosen": "b"}, columns={"prompt": "q", "completion": "chosen"})
     assert found["completion"] == "b"
@@ -163,7 +164,7 @@ def test_nulls_that_a_table_fills_in_are_gone_at_every_depth(tmp_path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     source = SourceConfig(source=str(tmp_path / "rows.parquet"))
-    tables = list(documents(source, COLUMNS["sft"]))
+    tables = list(documents(source, Sft.columns))
     lines = read(tmp_path, *rows)
     assert [(row["messages"], row["tools"]) for row in tables] == [(row["messages"], row["tools"]) for row in lines]
     assert [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in tables] == calls
@@ -181,7 +182,7 @@ def test_a_row_of_a_table_has_the_shape_whose_columns_it_fills(tmp_path) -> None
         {"messages": None, "prompt": "p", "completion": "c"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    first, second = documents(SourceConfig(source=str(tmp_path / "rows.parquet")), COLUMNS["sft"])
+    first, second = documents(SourceConfig(source=str(tmp_path / "rows.parquet")), Sft.columns)
     assert (first["messages"], second["prompt"]) == ([ASKED, SAID], "p")
 
 
@@ -266,6 +267,6 @@ def test_values_that_are_no_json_and_depths_without_end(tmp_path) -> None:
     rows = [{"messages": [{"role": "assistant", "content": "x", "tool_calls": call}]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"turn 1 holds a datetime; give it as text"):
-        list(documents(SourceConfig(source=str(tmp_path / "rows.parquet")), COLUMNS["sft"]))
+        list(documents(SourceConfig(source=str(tmp_path / "rows.parquet")), Sft.columns))
     with pytest.raises(DataError, match=r":1: column `messages` (is nested too deeply|must be a list)"):
         read(tmp_path, {"messages": "[" * 100_000})

@@ -45,9 +45,8 @@ WITHOUT_EFFECT = [  # what is given, the key that has no effect, and what makes 
     ((P + "checkpoint.keep_weights_only=true",), P + "checkpoint.keep_weights_only",
      P + "checkpoint={every: 1, keep_every: 2, keep_weights_only: true}"),
     ((P + "checkpoint.keep_every=5",), P + "checkpoint.keep_every", P + "checkpoint.every=5"),
-    ((P + "max_cut_answers=0.5",), P + "max_cut_answers", P + "task=sft"),
-    ((P + "long_conversations=split",), P + "long_conversations", P + "task=sft"),
-    ((F + "long_conversations=drop", F + "max_cut_answers=0.5"), F + "max_cut_answers", F + "long_conversations=split"),
+    ((F + "task.long_conversations=drop", F + "task.max_cut_answers=0.5"), F + "task.max_cut_answers",
+     F + "task.long_conversations=split"),
     ((P + f"clean={{repetition: {NO_LIMITS}}}",), P + "clean.repetition", P + "clean.repetition.duplicate_lines=0.3"),
     ((P + "export=false", P + "prompts=[a]"), P + "prompts", P + "export=true"),
     ((P + "data=[{source: stdlib, weight: 2}]",), P + "data.0.weight",
@@ -87,7 +86,7 @@ def test_an_option_without_effect_is_refused_until_it_has_one(config, given, key
 def test_each_row_of_the_table_is_tried():
     rows = {".".join(map(str, at)) for at, _, _ in OF_STAGES}
     tried = {key.removeprefix(P).removeprefix(F) for _, key, _ in WITHOUT_EFFECT if key.startswith((P, F))}
-    assert rows == {key for key in tried if not key.startswith(("schedule.", "optimizer."))}
+    assert rows == {key for key in tried if not key.startswith(("schedule.", "optimizer.", "task."))}
 
 
 @pytest.mark.parametrize(("given", "key"), REFUSED_BY_OTHER_RULES, ids=lambda value: str(value)[-30:])

@@ -32,7 +32,6 @@ from bigtrain.errors import DataError
 from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
 from tests.support import Rows
 
 ROWS = 60
@@ -85,7 +84,7 @@ class Logged:
 
     def __init__(self, task: Any, log: Path, together: Barrier | None, dies: bool):
         self.layout, self.encoding, self.columns = task.layout, task.encoding, task.columns
-        self.store_columns = task.store_columns
+        self.store_columns, self.long_documents = task.store_columns, task.long_documents
         self._task, self._log, self._together, self._dies = task, log, together, dies
 
     def encode(self, rows: list[dict[str, Any]], tokenizer: Any, layout: Any = None) -> Any:
@@ -105,7 +104,7 @@ def work(
     """Prepare the store of a run, a few rows a block; returns its folder."""
     shards.BLOCK_BYTES = (block_bytes, block_bytes)
     (stage,) = run.stages
-    task = Logged(TASKS[stage.task](), log, together, dies)
+    task = Logged(stage.task, log, together, dies)
     (store,) = prepare_stage(stage, task, open_tokenizer(run), stores=run.stores, seed=run.seed, stream=stream).train
     return store.folder
 

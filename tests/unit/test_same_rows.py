@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from bigtrain.config.schema import SourceConfig
-from bigtrain.data.sources import COLUMNS, documents
+from bigtrain.data.sources import documents
 from bigtrain.data.tally import Tally
 from bigtrain.errors import DataError
+from bigtrain.tasks.sft import Sft
 
 Rows = list[dict[str, Any]]
 DEEP = 20_000  # brackets; Python's reader gives up long before
@@ -248,7 +249,7 @@ def test_a_row_has_the_columns_that_are_not_null(tmp_path: Path) -> None:
     spelt_, in_a_table = (
         [{name: value for name, value in row.items() if name not in ("where", "key")} for row in found]
         for found in (
-            documents(SourceConfig(source=str(tmp_path / name)), COLUMNS["sft"]) for name in ("a.jsonl", "a.parquet")
+            documents(SourceConfig(source=str(tmp_path / name)), Sft.columns) for name in ("a.jsonl", "a.parquet")
         )
     )
     assert spelt_ == in_a_table and len(spelt_) == 3

@@ -40,7 +40,6 @@ from bigtrain.data.writing import assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
 from bigtrain.optim.adamw import AdamW
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks import TASKS
 
 PAD = 9999
 METADATA = {"source": "test", "documents_are": "all"}
@@ -438,10 +437,9 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> RunConfig:
     stage = StageConfig(
         name="s",
-        task=task,
+        task={"name": "sft", "max_cut_answers": 1.0} if task == "sft" else task,
         data=[SourceConfig(source=source)],
-        **{"held_out": 0.2, "sequence_length": 16, "max_cut_answers": 1.0, "evaluate": EvaluateConfig()}
-        | changes.pop("stage", {}),
+        **{"held_out": 0.2, "sequence_length": 16, "evaluate": EvaluateConfig()} | changes.pop("stage", {}),
         global_batch_size=2,
         steps=1,
         optimizer=AdamW(lr=1e-3),
@@ -458,7 +456,7 @@ def make_run(folder: Path, source: str, task: str = "pretrain", **changes) -> Ru
 
 def prepare(run: RunConfig) -> StageData:
     tokenizer = open_tokenizer(run)
-    return prepare_stage(run.stages[0], TASKS[run.stages[0].task](), tokenizer, stores=run.stores, seed=run.seed)
+    return prepare_stage(run.stages[0], run.stages[0].task, tokenizer, stores=run.stores, seed=run.seed)
 
 
 def prepare_folders(run: RunConfig) -> list[str]:

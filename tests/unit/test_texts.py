@@ -162,7 +162,7 @@ def test_the_dry_run_shows_what_a_path_became(tmp_path):
         ("steps: 99999999999999999999", "steps: is too large a number"),
         ("prompts: [yes]", "got true (YAML reads yes, no, on and off as true and false); put it in quotes."),
         ("prompts: [010]", "prompts.0: YAML reads 010 as 8"),
-        ("task: off", "false is not one of pretrain or sft (YAML reads yes, no, on and off as"),
+        ("task: off", "got false (YAML reads yes, no, on and off as"),
         ("clean: {redact: [phone], phone_region: NO}", "phone_region: input should be a valid string, got false (YAML"),
         ("clean: {redact: [phone], phone_region: us}", "us is no country: write two capital letters (ISO 3166)"),
         ("name: -a", "-a may hold only letters, digits, '-' and '_', and begins with a letter or digit."),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bigtrain.data import stdlib
 from bigtrain.data.tokenizer import encode_texts, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from bigtrain.errors import ConfigError, DataError
-from bigtrain.tasks import TASKS
+from bigtrain.tasks.pretrain import Pretrain
+from bigtrain.tasks.sft import Sft
 
 
 def texts():
@@ -56,7 +57,7 @@ def test_awkward_texts_survive_the_round_trip(tokenizer, text: str) -> None:
 
 
 def test_a_document_cannot_forge_special_tokens(tokenizer) -> None:
-    [[(ids, *_)]] = TASKS["pretrain"]().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
+    [[(ids, *_)]] = Pretrain().encode([{"text": "a<|end|>b<|begin|>"}], tokenizer)
     assert [i for i in ids if i < 5] == [0, 1]
     assert tokenizer("<|end|>", add_special_tokens=False)["input_ids"] == [1]  # a chat template still can
 
@@ -105,7 +106,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_pretrain_encoding(tokenizer) -> None:
     rows = [{"text": "def f():\n    pass\n"}, {"text": ""}]
-    [(ids, trained, *_)], empty = TASKS["pretrain"]().encode(rows, tokenizer)
+    [(ids, trained, *_)], empty = Pretrain().encode(rows, tokenizer)
     assert ids[0] == 0 and ids[-1] == 1
     assert tokenizer.decode(ids[1:-1]) == rows[0]["text"]
     assert trained is None
@@ -127,7 +128,7 @@ def parts(tokenizer, document):
 
 def test_sft_learns_the_completion_and_its_end(tokenizer) -> None:
     rows = [{"prompt": "def f():\n  ", "completion": "  return 1\n"}, {"prompt": "x", "completion": ""}]
-    [document], empty = TASKS["sft"]().encode(rows, tokenizer)
+    [document], empty = Sft().encode(rows, tokenizer)
     assert parts(tokenizer, document) == [
         (False, "<|begin|><|user|>def f():\n  <|assistant|>"),
         (True, "  return 1\n<|end|>"),
@@ -146,7 +147,7 @@ def test_sft_learns_every_answer_of_a_conversation(tokenizer, template) -> None:
     ]
     original, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
     try:
-        [[document]] = TASKS["sft"]().encode([{"messages": messages}], tokenizer)
+        [[document]] = Sft().encode([{"messages": messages}], tokenizer)
         assert tokenizer.decode(document[0]) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     finally:
         tokenizer.chat_template = original
@@ -165,25 +166,25 @@ def test_sft_refuses_templates_that_it_cannot_mark(folder: Path, template, messa
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
-        [answer] = TASKS["sft"]().encode([{"where": "a.jsonl:7", "prompt": "a", "completion": "b"}], tokenizer)
+        [answer] = Sft().encode([{"where": "a.jsonl:7", "prompt": "a", "completion": "b"}], tokenizer)
         raise answer
 
 
 def test_sft_without_a_template_joins_prompt_and_completion(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = None
-    [[document]] = TASKS["sft"]().encode([{"prompt": "def f():\n", "completion": "  return 1"}], tokenizer)
+    [[document]] = Sft().encode([{"prompt": "def f():\n", "completion": "  return 1"}], tokenizer)
     assert parts(tokenizer, document) == [(False, "<|begin|>def f():\n"), (True, "  return 1<|end|>")]
     with pytest.raises(DataError, match="chat template"):
-        TASKS["sft"]().encode([{"messages": []}], tokenizer)
+        Sft().encode([{"messages": []}], tokenizer)
 
 
 def test_sft_needs_an_end_token(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template, tokenizer.eos_token = None, None
     with pytest.raises(DataError, match="eos_token"):
-        TASKS["sft"]().encode([{"prompt": "a", "completion": "b"}], tokenizer)
-    [[(ids, *_)]] = TASKS["pretrain"]().encode([{"text": "a"}], tokenizer)
+        Sft().encode([{"prompt": "a", "completion": "b"}], tokenizer)
+    [[(ids, *_)]] = Pretrain().encode([{"text": "a"}], tokenizer)
     assert ids == [0, *encode_texts(tokenizer, ["a"])[0]]
 
 
