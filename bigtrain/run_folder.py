@@ -23,8 +23,8 @@ import filelock
 
 from bigtrain.config import RunConfig, difference, differences, load_config, to_yaml, without_secrets
 from bigtrain.config.files import literal
+from bigtrain.config.folder import LOCK, is_occupied
 from bigtrain.config.origin import damaged_ones, put_back
-from bigtrain.config.rules import LOCK, is_occupied
 from bigtrain.config.schema import StageConfig
 from bigtrain.disk import append_lines, clean, remove, told_as
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, nearest

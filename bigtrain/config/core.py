@@ -22,7 +22,7 @@ from bigtrain.config.user_code import NAMED, imported
 from bigtrain.errors import nearest
 
 if TYPE_CHECKING:
-    from bigtrain.config.schema import RunConfig, StageConfig
+    from bigtrain.config.schema import RunConfig
 
 Mark = Literal["mathematics", "execution", "reporting"]
 Broken = Iterator[tuple[KeyPath, str]]
@@ -32,6 +32,24 @@ class Section(BaseModel):
     """A mapping of the run's file: unknown keys and wrong types are errors, values cannot be changed later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+    # What a section says of its own values; `stage` is the one that it belongs to, None for a section of the run.
+
+    def check(self, run: RunConfig, stage: Any) -> Broken:  # noqa: ARG002
+        """(path of a key below this section, message) for each value that is wrong, or is given and has no effect."""
+        yield from ()
+
+    def check_here(self, run: RunConfig, stage: Any) -> Broken:  # noqa: ARG002
+        """The same for what the run needs on this machine: data, checkpoints, packages."""
+        yield from ()
+
+    def unusual(self, run: RunConfig, stage: Any) -> Iterator[str]:  # noqa: ARG002
+        """A sentence, which begins with its key, for each value that is allowed and seldom meant."""
+        yield from ()
+
+    def gives(self, field: str) -> bool:
+        """Whether a field differs from its default: a file that is written out has every key."""
+        return getattr(self, field) != type(self).model_fields[field].get_default()
 
 
 def mathematics(doc: str, default: Any = ..., **limits: Any) -> Any:
@@ -55,14 +73,6 @@ class Component(Section):
     """A section that is chosen by `name`. One of ours has its name as the default of that field."""
 
     name: str = mathematics("Which one: one of ours, or package.module:Class, a class of your own.")
-
-    def check(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
-        """(path of a key below this section, message) for each value that is wrong or has no effect."""
-        yield from ()
-
-    def unusual(self) -> Iterator[str]:
-        """A sentence, which begins with its key, for each value that is allowed and seldom meant."""
-        yield from ()
 
 
 class Choice:

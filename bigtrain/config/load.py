@@ -14,9 +14,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from bigtrain.config.checks import broken_here, broken_rules
 from bigtrain.config.core import Choice, Section, mark_of
 from bigtrain.config.files import ConfigFile, Dumper, KeyPath, literal, parse, read_yaml
-from bigtrain.config.rules import broken_here, broken_rules
 from bigtrain.config.schema import RunConfig, SourceConfig
 from bigtrain.config.texts import MEANINGS
 from bigtrain.errors import ConfigError, nearest

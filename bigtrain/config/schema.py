@@ -11,15 +11,24 @@ Paths are written with `~` and `$NAME`, as bigtrain.config.texts says.
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from bigtrain.config.core import Section, choice, execution, mathematics, reporting
+from bigtrain.config.clean import CleanConfig
+from bigtrain.config.core import Broken, Section, choice, execution, mathematics, reporting
+from bigtrain.config.files import literal
+from bigtrain.config.folder import LONG_NAME, RESERVED, wrong_with_folder
+from bigtrain.config.model import ModelConfig, TokenizerConfig
 from bigtrain.config.origin import Origin
-from bigtrain.config.texts import DURATION, REGION, RUN_NAME, STAGE_NAME, PathText
+from bigtrain.config.parallel import ParallelConfig, StageParallelConfig
+from bigtrain.config.sources import SourceConfig
+from bigtrain.config.texts import DURATION, RUN_NAME, STAGE_NAME, PathText
+from bigtrain.config.tracking import wrong_with_tracker
+from bigtrain.errors import nearest
 
 if TYPE_CHECKING:
     from bigtrain.optim import Optimizer
@@ -29,216 +38,6 @@ else:
     Optimizer = choice("bigtrain.optim:Optimizer", default="adamw")
     Schedule = choice("bigtrain.training.schedules:Schedule", default="cosine")
     Task = choice("bigtrain.tasks:Task")
-
-Engine = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class ModelConfig(Section):
-    from_config: dict[str, Any] | None = mathematics(
-        "A transformers configuration with its `model_type`, for a causal language model with random weights. "
-        "`vocab_size` and special token ids are taken from the tokenizer where absent.",
-        None,
-    )
-    from_pretrained: PathText | None = mathematics(
-        "A pretrained causal language model: a folder, a Hub id, or a .gguf file (its weights are made dense).", None
-    )
-    from_run: PathText | None = mathematics(
-        "Another run's stage, RUN_DIR/STAGE, or one checkpoint of it, RUN_DIR/STAGE/checkpoints/step-N: the weights of "
-        "its newest checkpoint (fixed when the run begins), its architecture and its tokenizer. That run stays as it "
-        "is, and may be at work.",
-        None,
-    )
-
-
-class TrainTokenizerConfig(Section):
-    vocab_size: int = mathematics("Entries of the vocabulary, special tokens included.", ge=300)
-    sample_bytes: int = mathematics(
-        "How much text of the first stage's training documents the merges are learned from, in bytes.",
-        8_000_000,
-        ge=1,
-    )
-
-
-class TokenizerConfig(Section):
-    train: TrainTokenizerConfig | None = mathematics("Train a byte-level BPE on the first stage's documents.", None)
-    from_pretrained: PathText | None = mathematics("A folder, a Hub id or a .gguf file of a tokenizer.", None)
-    add_tokens: list[str] = mathematics(
-        "Special tokens to add; a pretrained model's embedding grows by as many rows where it has to.", []
-    )
-
-
-class ParallelConfig(Section):
-    engine: Engine = execution(
-        "ddp and fsdp: PyTorch, parameters replicated or sharded (FSDP2). zero1, zero2, zero3: DeepSpeed; optimizer "
-        "state, then gradients, then parameters sharded.",
-        "ddp",
-    )
-    processes: int | Literal["auto"] = execution(
-        "Processes that a plain `bigtrain run` starts on this machine; auto: one per GPU, else 2. "
-        "Another launcher decides itself.",
-        "auto",
-    )
-    device: Literal["auto", "cpu", "cuda"] = execution(
-        "Where the processes compute; auto: cuda if there is any.", "auto"
-    )
-    replicate: int = execution(
-        "With fsdp: number of replicas of the sharded model (HSDP). The processes of one replica share it.",
-        1,
-        ge=1,
-    )
-    micro_batch_size: int = execution("Sequences that a process runs through the model at once.", 8, ge=1)
-    compile: bool = execution(
-        "Compile layers and loss with torch.compile: a minute or more at the start, faster steps. Not with zero3.",
-        False,
-    )
-    activation_checkpointing: Literal["none", "full"] = execution(
-        "full: keep only the input of each layer for the backward pass and compute the rest again; "
-        "about a third more compute, much less memory.",
-        "none",
-    )
-
-
-class StageParallelConfig(Section):
-    engine: Engine | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
-    replicate: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
-    micro_batch_size: int | None = execution("As in `parallel`, for this stage alone; null: as there.", None, ge=1)
-    compile: bool | None = execution("As in `parallel`, for this stage alone; null: as there.", None)
-    activation_checkpointing: Literal["none", "full"] | None = execution(
-        "As in `parallel`, for this stage alone; null: as there.", None
-    )
-
-
-class SourceConfig(Section):
-    source: PathText = execution(
-        "Where documents come from; a run goes on wherever the same content lies. A file, a glob, a folder (every file "
-        "below it) or any URL of fsspec, like s3://bucket/*.parquet: .json, .jsonl (.jsonlines, .ndjson, .jl), .csv, "
-        ".tsv, .parquet, .arrow and .feather files hold rows, any other file is one document; .gz, .bz2, .xz and .zst "
-        "are decompressed; a file that several links lead to counts once. Or a folder of datasets' `save_to_disk`; a "
-        "dataset of the Hub, owner/name with its `split`; module:name of a function that yields rows, of a module that "
-        "is installed, on PYTHONPATH or, looked for there last, in the working folder; `stdlib` (the source of "
-        "Python's standard library) or `stdlib-functions` (its functions as prompt and completion)."
-    )
-    config: str | None = mathematics("Configuration (subset) of a Hub dataset; null: its only or default one.", None)
-    split: str | None = mathematics(
-        "Split of a Hub dataset or of a saved one, or rows of it counted from 0: `train`, `train[:1000]`, "
-        "`train[1000:2000]`. All other sources are one split, `train`. null: all rows.",
-        None,
-    )
-    revision: str | None = mathematics("Branch, tag or commit of a Hub dataset; null: main.", None)
-    field: str | None = mathematics(
-        'Of JSON files that are one object, like {"data": [...]}: the name of the list that holds the rows; null: the '
-        "file is a list of rows, or rows one after another.",
-        None,
-    )
-    columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
-    on_error: Literal["error", "skip"] = mathematics(
-        "What a row does that cannot be used (broken, not UTF-8, without its columns, too long). error: it ends the "
-        "run, with file and line; skip: it is left out and counted. A file that cannot be read is always an error.",
-        "error",
-    )
-    max_characters: int = mathematics("Longest document, in characters; a longer one cannot be used.", 10_000_000, ge=1)
-    weight: float | None = mathematics(
-        "Share of the sequences that come from this source, relative to the other weights. Without weights the sources "
-        "are taken as one.",
-        None,
-        gt=0,
-    )
-
-
-class Repetition(Section):
-    """Limits above which a document is dropped; the defaults are Gopher's (Rae et al. 2021, table A1). In texts without
-    spaces two characters count as a word."""
-
-    duplicate_lines: Share | None = mathematics("Lines that stood there before, as a part of all; null: any.", 0.30)
-    duplicate_line_characters: Share | None = mathematics("The same as a part of the characters; null: any.", 0.20)
-    duplicate_paragraphs: Share | None = mathematics("Paragraphs that stood there before; null: any.", 0.30)
-    duplicate_paragraph_characters: Share | None = mathematics("The same in characters; null: any.", 0.20)
-    top_ngrams: list[Share] | None = mathematics(
-        "Part of the characters in the most frequent run of 2, 3 and 4 words; null: any.",
-        [0.20, 0.18, 0.16],
-        min_length=3,
-        max_length=3,
-    )
-    duplicate_ngrams: list[Share] | None = mathematics(
-        "Part of the characters in runs of 5, 6, 7, 8, 9 and 10 words that stood there before; null: any.",
-        [0.15, 0.14, 0.13, 0.12, 0.11, 0.10],
-        min_length=6,
-        max_length=6,
-    )
-    min_words: int = mathematics(
-        "Words from which on a document is held to the limits; for shorter ones they rise, up to 1 for no words.",
-        50,
-        ge=1,
-    )
-
-
-class Boilerplate(Section):
-    documents: float = mathematics(
-        "Lines that stand in more than this part of a source's documents are cut from them.", 0.1, gt=0, le=1
-    )
-    words: int = mathematics(
-        "Shorter lines stay, in words; a character of Chinese or Japanese is one.",
-        5,
-        ge=1,
-    )
-
-
-class NearDuplicates(Section):
-    threshold: float = mathematics(
-        "Estimated Jaccard similarity of the sets of runs of words from which on two documents are alike.",
-        0.8,
-        ge=0.1,
-        le=1,
-    )
-    permutations: int = mathematics(
-        "Numbers of a document's MinHash signature; the similarity's standard error is at most 0.5 / their root.",
-        128,
-        ge=16,
-        le=4096,
-    )
-    words: int = mathematics("Words of a run; a character of Chinese or Japanese is one.", 5, ge=1)
-
-
-class Leakage(Section):
-    words: int = mathematics("Words of the runs that training and held-out documents are compared by.", 13, ge=1)
-    overlap: float = mathematics(
-        "A training document is dropped if this part of its runs stands in held-out documents, or this part of the "
-        "runs of one of them stands in it. Runs that many training documents share do not count.",
-        0.5,
-        gt=0,
-        le=1,
-    )
-    min_runs: int = mathematics(
-        "Held-out documents with fewer runs that are not shared by many do not count, but for copies of them.", 20, ge=1
-    )
-
-
-class CleanConfig(Section):
-    repair: bool = mathematics("Undo mojibake, control characters and the like (ftfy).", False)
-    normalize: Literal["NFC", "NFKC"] | None = mathematics("Unicode form of the texts; null: as they are.", None)
-    redact: list[Literal["email", "phone", "card", "ip", "secret"]] = mathematics(
-        "Kinds of personal data to replace by <EMAIL>, <PHONE>, <CARD>, <IP>, <SECRET> (keys and tokens).", []
-    )
-    phone_region: str | None = mathematics(
-        "Country (ISO 3166, like US) whose phone numbers are known without a country code; null: none.",
-        None,
-        pattern=REGION,
-    )
-    boilerplate: Boilerplate | None = mathematics(
-        "Cut lines that many documents of a source share: headers, footers, licences. With task pretrain. null: none.",
-        None,
-    )
-    min_characters: int | None = mathematics("Shorter documents are dropped; null: none.", None, ge=1)
-    max_characters: int | None = mathematics("Longer documents are dropped; null: none.", None, ge=1)
-    repetition: Repetition | None = mathematics("Drop documents that repeat themselves; null: none.", None)
-    exact_duplicates: bool = mathematics(
-        "Drop documents that equal an earlier one of any source, but for white space.", False
-    )
-    near_duplicates: NearDuplicates | None = mathematics(
-        "Drop documents that are like an earlier one of any source; null: none.", None
-    )
-    leakage: Leakage | None = mathematics("Drop training documents that held-out ones give away; null: none.", None)
 
 
 class EvaluateConfig(Section):
@@ -269,6 +68,12 @@ class CheckpointConfig(Section):
         "copy is given back.",
         True,
     )
+
+    def check(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
+        if self.gives("keep_weights_only") and self.keep_every is None:
+            yield ("keep_weights_only",), "is about what keep_every keeps; add keep_every, or remove it."
+        if self.gives("keep_every") and self.every is None:
+            yield ("keep_every",), "needs checkpoints to keep; add `every`, or remove it."
 
 
 class StageConfig(Section):
@@ -345,6 +150,86 @@ class StageConfig(Section):
         assert self.epochs is not None
         return max(1, round(self.epochs * samples))
 
+    def check(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
+        earlier = [other.name for other in takewhile(lambda other: other is not self, run.stages)]
+        if self.name in RESERVED:
+            yield ("name",), f"`{self.name}` is the name of something else in a run's folder; choose another."
+        if self.name in earlier:
+            yield ("name",), f"there are two stages named {literal(self.name)}."
+        yield from _long_name(self.name)
+        if self.from_stage is not None and self.from_stage not in earlier:
+            names = ", ".join(earlier) or "none"
+            yield ("from",), f"{literal(self.from_stage)} is no earlier stage (earlier: {names})."
+        lengths = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
+        if len(lengths) != 1:
+            yield (), f"give one of steps, tokens and epochs; found {' and '.join(lengths) or 'none of them'}."
+        positions = (run.model.from_config or {}).get("max_position_embeddings")
+        if isinstance(positions, int) and self.sequence_length > positions:
+            yield (
+                ("sequence_length",),
+                f"{self.sequence_length} is longer than model.from_config.max_position_embeddings ({positions}).",
+            )
+        if self.prompts and not self.task.generates:
+            yield ("prompts",), f"a model of the task {self.task.name} answers none; remove them."
+        elif self.prompts and not self.export:
+            yield ("prompts",), "the exported model answers them, and `export` is false; remove one of them."
+        yield from self._check_weights()
+        yield from self._check_evaluation()
+
+    def _check_weights(self) -> Broken:
+        names, weighted = [source.source for source in self.data], [s for s in self.data if s.weight is not None]
+        if len(self.data) == 1 and weighted:
+            yield ("data", 0, "weight"), "is relative to other sources, and there is none; remove it."
+        elif 0 < len(weighted) < len(self.data):
+            yield ("data",), "give a weight to every source or to none."
+        elif self.epochs_of is None and self.epochs is not None and weighted:
+            told = "weighted sources have no common epoch; name one of them as `epochs_of`, or use steps or tokens."
+            yield ("epochs",), told
+        if self.epochs_of is None:
+            return
+        if self.epochs is None:
+            yield ("epochs_of",), "says what `epochs` counts; give epochs, or remove it."
+        elif not weighted:
+            yield ("epochs_of",), "without weights an epoch is one of all sources; give them weights, or remove it."
+        elif self.epochs_of not in names:
+            yield ("epochs_of",), f"no source of the stage is {self.epochs_of}; {nearest(self.epochs_of, names)}"
+        elif names.count(self.epochs_of) > 1:
+            several = f"{names.count(self.epochs_of)} sources have this name; the one that is meant needs its own."
+            yield ("epochs_of",), several
+
+    def _check_evaluation(self) -> Broken:
+        data = None if self.evaluate is None else self.evaluate.data
+        if self.evaluate is None:
+            if self.held_out:
+                yield ("held_out",), "documents are held out but never evaluated; add `evaluate:`."
+        elif data is None and not self.held_out:
+            yield ("evaluate",), "needs documents: set held_out (like 0.05) on the stage, or evaluate.data."
+        elif data is not None and self.held_out:
+            yield ("held_out",), "give either held_out or evaluate.data."
+        elif data is not None and any(source.weight is not None for source in data):
+            yield ("evaluate", "data"), "held-out sources are evaluated whole; leave weight out."
+
+    def check_here(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
+        positions = run.model.positions_here(run)
+        if positions is not None and self.sequence_length > positions:
+            yield (
+                ("sequence_length",),
+                f"{self.sequence_length} is longer than max_position_embeddings ({positions}) of "
+                f"{run.model.from_pretrained or run.model.folder_here(run)}.",
+            )
+
+    def unusual(self, run: RunConfig, stage: StageConfig) -> Iterator[str]:  # noqa: ARG002
+        micro, batch = run.parallel_of(self).micro_batch_size, self.global_batch_size
+        if micro > batch and micro != type(run.parallel).model_fields["micro_batch_size"].default:
+            yield f"global_batch_size: {batch} is less than micro_batch_size ({micro}), which shrinks to it."
+        for source in (self.evaluate.data if self.evaluate else None) or []:
+            for trained in run.lineage(self):
+                if any(source.overlaps(other) for other in trained.data):
+                    yield (
+                        f"evaluate.data: {source.source} is trained on too, in stage {trained.name}: the loss on it "
+                        "says nothing about other documents. Evaluate on others, or hold some out with `held_out`."
+                    )
+
 
 class ProfileConfig(Section):
     steps: list[int] = reporting(
@@ -352,6 +237,16 @@ class ProfileConfig(Section):
         min_length=2,
         max_length=2,
     )
+
+    def check(self, run: RunConfig, stage: None) -> Broken:  # noqa: ARG002
+        first, last = self.steps
+        lengths = [other.num_steps for other in run.stages]
+        known = [length for length in lengths if length is not None]
+        if first < 1 or last < first:
+            yield ("steps",), f"[first, last] count from 1 and do not decrease, got [{first}, {last}]."
+        elif len(known) == len(lengths) and first > max(known):
+            told = f"begins at step {first}, and no stage has more than {max(known)}; choose earlier steps."
+            yield ("steps",), told
 
 
 class RunConfig(Section):
@@ -423,3 +318,56 @@ class RunConfig(Section):
     def parallel_of(self, stage: StageConfig) -> ParallelConfig:
         """How a stage is executed: `parallel` with what the stage says differently."""
         return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run's folder has what was taken from the model that the file names."""
+        return (self.folder / "architecture" / "manifest.json").is_file()
+
+    def lineage(self, stage: StageConfig) -> Iterator[StageConfig]:
+        """A stage, and those that its weights come from."""
+        stages = {other.name: other for other in self.stages}
+        at: StageConfig | None = stage
+        while at is not None:
+            yield at
+            at = stages[at.from_stage] if at.from_stage is not None else None
+
+    def check(self, run: RunConfig, stage: None) -> Broken:  # noqa: ARG002
+        yield from _long_name(self.name)
+        if self.name == "stores":
+            yield ("name",), "`stores` is the folder of the token stores; choose another name."
+        if self.tokenizer is None and self.model.from_config is not None:
+            told = "is required with model.from_config: {train: {vocab_size: ...}} or {from_pretrained: ...}."
+            yield ("tokenizer",), told
+        on_cpu = self.parallel.device == "cpu"
+        if self.precision == "fp16" and on_cpu:
+            yield ("precision",), "fp16 needs a GPU; use bf16 or fp32 with parallel.device: cpu."
+        if self.attention in ("flash", "flex") and on_cpu:
+            yield ("attention",), f"{self.attention} needs a GPU; use sdpa with parallel.device: cpu."
+        if self.attention == "flash" and self.precision == "fp32":
+            yield ("attention",), "flash has no fp32; use precision: bf16, or attention: sdpa."
+        if self.deterministic and on_cpu:
+            yield ("deterministic",), "is for GPUs; with parallel.device: cpu it is so anyway. Remove it."
+        if self.time_limit_seconds == 0:
+            yield ("time_limit",), f"{self.time_limit} is no time at all; give one, like 11h30m, or remove it."
+        for i, tracker in enumerate(self.trackers):
+            if tracker in self.trackers[:i]:
+                yield ("trackers", i), f"{tracker} is there twice; remove one."
+
+    def check_here(self, run: RunConfig, stage: None) -> Broken:  # noqa: ARG002
+        yield from wrong_with_folder(Path(self.output), self.folder)
+        for i, name in enumerate(self.trackers):
+            if wrong := wrong_with_tracker(name):
+                yield ("trackers", i), wrong
+        if self.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+            told = "flash needs the package flash-attn, which is not installed; install it, or use sdpa."
+            yield ("attention",), told
+
+
+def _long_name(name: str) -> Broken:
+    if len(name) > LONG_NAME:
+        yield ("name",), f"{len(name)} characters are too long for the name of a folder; at most {LONG_NAME}."

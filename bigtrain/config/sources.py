@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from bigtrain.config.core import Broken, Section, execution, mathematics
 from bigtrain.config.files import literal
-from bigtrain.config.schema import SourceConfig
+from bigtrain.config.texts import PathText
 from bigtrain.config.user_code import NAMED
 from bigtrain.errors import nearest
+
+if TYPE_CHECKING:
+    from bigtrain.config.schema import RunConfig, StageConfig
 
 Kind = Literal["stdlib", "function", "url", "hub", "saved", "files"]
 
@@ -27,6 +32,76 @@ NO_TEXT = {
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".epub", ".png", ".jpg"),
     *(".npy", ".npz", ".bin", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5", ".orc", ".avro", ".sqlite"),
 }
+
+
+class SourceConfig(Section):
+    source: PathText = execution(
+        "Where documents come from; a run goes on wherever the same content lies. A file, a glob, a folder (every file "
+        "below it) or any URL of fsspec, like s3://bucket/*.parquet: .json, .jsonl (.jsonlines, .ndjson, .jl), .csv, "
+        ".tsv, .parquet, .arrow and .feather files hold rows, any other file is one document; .gz, .bz2, .xz and .zst "
+        "are decompressed; a file that several links lead to counts once. Or a folder of datasets' `save_to_disk`; a "
+        "dataset of the Hub, owner/name with its `split`; module:name of a function that yields rows, of a module that "
+        "is installed, on PYTHONPATH or, looked for there last, in the working folder; `stdlib` (the source of "
+        "Python's standard library) or `stdlib-functions` (its functions as prompt and completion)."
+    )
+    config: str | None = mathematics("Configuration (subset) of a Hub dataset; null: its only or default one.", None)
+    split: str | None = mathematics(
+        "Split of a Hub dataset or of a saved one, or rows of it counted from 0: `train`, `train[:1000]`, "
+        "`train[1000:2000]`. All other sources are one split, `train`. null: all rows.",
+        None,
+    )
+    revision: str | None = mathematics("Branch, tag or commit of a Hub dataset; null: main.", None)
+    field: str | None = mathematics(
+        'Of JSON files that are one object, like {"data": [...]}: the name of the list that holds the rows; null: the '
+        "file is a list of rows, or rows one after another.",
+        None,
+    )
+    columns: dict[str, str] = mathematics("Our column name -> the source's, where they differ.", {})
+    on_error: Literal["error", "skip"] = mathematics(
+        "What a row does that cannot be used (broken, not UTF-8, without its columns, too long). error: it ends the "
+        "run, with file and line; skip: it is left out and counted. A file that cannot be read is always an error.",
+        "error",
+    )
+    max_characters: int = mathematics("Longest document, in characters; a longer one cannot be used.", 10_000_000, ge=1)
+    weight: float | None = mathematics(
+        "Share of the sequences that come from this source, relative to the other weights. Without weights the sources "
+        "are taken as one.",
+        None,
+        gt=0,
+    )
+
+    def check(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
+        try:
+            parse_split(self.split)
+        except ValueError as error:
+            yield ("split",), str(error)
+
+    def check_here(self, run: RunConfig, stage: StageConfig) -> Broken:  # noqa: ARG002
+        kind = kind_of(self)
+        if (wrong := wrong_with(self)) is not None:
+            yield ("source",), wrong
+        elif self.field is not None and kind not in ("files", "url"):
+            yield ("field",), f"is for files of JSON, and {self.source} is none; remove it."
+        elif kind != "hub":
+            is_id = HUB_ID.fullmatch(self.source) is not None
+            reason = "exists on this disk and is read from it" if is_id else "is none"
+            for key in ("config", "revision"):
+                if getattr(self, key) is not None:
+                    yield (key,), f"is for datasets of the Hub, and {self.source} {reason}; remove {key}."
+            split = parse_split(self.split)[0]
+            if kind != "saved" and split not in (None, "train"):
+                yield ("split",), f"{self.source} is one split, `train`; there is no {split}."
+
+    def overlaps(self, other: SourceConfig) -> bool:
+        """Whether two sources may have a row in common, as far as their names tell."""
+        if (self.source, self.config, self.revision) != (other.source, other.config, other.revision):
+            return False
+        (split, start, stop), (other_split, other_start, other_stop) = parse_split(self.split), parse_split(other.split)
+        if split is not None and other_split is not None and split != other_split:
+            return False
+        return start < (math.inf if other_stop is None else other_stop) and other_start < (
+            math.inf if stop is None else stop
+        )
 
 
 def kind_of(source: SourceConfig) -> Kind:

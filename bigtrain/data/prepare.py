@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config.schema import SourceConfig, StageConfig, TrainTokenizerConfig
+from bigtrain.config.model import TrainTokenizerConfig
+from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.config.sources import kind_of
 from bigtrain.data.cleaning import HELD_OUT, Decisions, decide, kept
 from bigtrain.data.cut_answers import check_count, check_sample

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from bigtrain.config.checks import unusual
 from bigtrain.config.load import DEFAULT, Loaded, lacking
 from bigtrain.config.origin import Origin
-from bigtrain.config.rules import check_replicas
+from bigtrain.config.parallel import check_replicas
 from bigtrain.config.schema import RunConfig, StageConfig
 from bigtrain.config.show import as_yaml, resolved
-from bigtrain.config.unusual import unusual
 from bigtrain.launching.launchers import adopt
 from bigtrain.launching.spawn import processes_here
 from bigtrain.masking import masked

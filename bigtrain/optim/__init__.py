@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bigtrain.config.schema import RunConfig, StageConfig
+
 EMA = "ema"  # the slot of the moving average of a weight
 
 
@@ -60,7 +62,7 @@ class Optimizer(Component):
             average(optimizer, EMA, self.ema)
         return optimizer
 
-    def unusual(self) -> Iterator[str]:
+    def unusual(self, run: RunConfig, stage: StageConfig) -> Iterator[str]:  # noqa: ARG002
         yield from self.outside(
             ("lr", 1e-8, 0.1, "1e-5 to 1e-2"),
             ("weight_decay", 0.0, 1.0, "0 to 0.3"),

@@ -37,9 +37,9 @@ class AdamW(Optimizer):
         if any(not 0 <= beta < 1 for beta in self.betas):
             yield ("betas",), f"each must be at least 0 and below 1, got {literal(self.betas)}."
 
-    def unusual(self) -> Iterator[str]:
+    def unusual(self, run: RunConfig, stage: StageConfig) -> Iterator[str]:
         first, second = self.betas
         if first > second:
             yield f"betas: [{first:g}, {second:g}] look swapped; the usual are [0.9, 0.95] to [0.9, 0.999]."
-        yield from super().unusual()
+        yield from super().unusual(run, stage)
         yield from self.outside(("eps", 0.0, 1e-2, "1e-10 to 1e-6"))

@@ -11,7 +11,7 @@ from bigtrain.checkpoint.format import step_folder
 from bigtrain.config import RunConfig, load_config
 from bigtrain.config.files import literal
 from bigtrain.config.origin import Origin
-from bigtrain.config.rules import check_replicas
+from bigtrain.config.parallel import check_replicas
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData
 from bigtrain.data.sources import documents

@@ -10,7 +10,7 @@ from typing import Any
 
 import bigtrain
 from bigtrain.config import RunConfig
-from bigtrain.config.unusual import unusual
+from bigtrain.config.checks import unusual
 from bigtrain.distributed.collectives import from_first
 from bigtrain.distributed.consistency import check_same_folder, in_common
 from bigtrain.distributed.world import World, joined

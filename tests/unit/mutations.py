@@ -4,7 +4,7 @@ import copy
 import re
 import string
 
-from bigtrain.config.rules import SIZES
+from bigtrain.config.model import SIZES
 
 # Mutations: each takes the recipe's values, changes one thing in place, and returns a word that the message must hold;
 # or None where this recipe has nothing to change in this way.

@@ -14,16 +14,8 @@ import pytest
 import yaml
 
 from bigtrain.config import load
-from bigtrain.config.schema import (
-    Boilerplate,
-    CleanConfig,
-    EvaluateConfig,
-    Leakage,
-    NearDuplicates,
-    Repetition,
-    SourceConfig,
-    StageConfig,
-)
+from bigtrain.config.clean import Boilerplate, Leakage, NearDuplicates, Repetition
+from bigtrain.config.schema import CleanConfig, EvaluateConfig, SourceConfig, StageConfig
 from bigtrain.data.cleaning import Decisions, decide, kept
 from bigtrain.data.cleaning.repetition import too_repetitive
 from bigtrain.data.cleaning.texts import words

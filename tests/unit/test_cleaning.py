@@ -24,18 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import load
+from bigtrain.config.clean import Leakage, NearDuplicates, Repetition
+from bigtrain.config.model import TrainTokenizerConfig
 from bigtrain.config.schema import (
     CleanConfig,
     EvaluateConfig,
-    Leakage,
     ModelConfig,
-    NearDuplicates,
-    Repetition,
     RunConfig,
     SourceConfig,
     StageConfig,
     TokenizerConfig,
-    TrainTokenizerConfig,
 )
 from bigtrain.data import stdlib
 from bigtrain.data.cleaning import Decisions, decide, kept

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bigtrain.config import load_config, to_yaml
-from bigtrain.config.effects import OF_STAGES
-from bigtrain.config.unusual import unusual
+from bigtrain.config.checks import unusual
 from bigtrain.data.prepare import StageData
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
@@ -81,12 +80,6 @@ def test_an_option_without_effect_is_refused_until_it_has_one(config, given, key
     assert str(refused.value).startswith(f"command line: {key}: ")
     assert str(refused.value).count("\n") == 0
     config(*given, remedy)
-
-
-def test_each_row_of_the_table_is_tried():
-    rows = {".".join(map(str, at)) for at, _, _ in OF_STAGES}
-    tried = {key.removeprefix(P).removeprefix(F) for _, key, _ in WITHOUT_EFFECT if key.startswith((P, F))}
-    assert rows == {key for key in tried if not key.startswith(("schedule.", "optimizer.", "task."))}
 
 
 @pytest.mark.parametrize(("given", "key"), REFUSED_BY_OTHER_RULES, ids=lambda value: str(value)[-30:])

@@ -18,14 +18,8 @@ import yaml
 
 from bigtrain import cli
 from bigtrain.config import to_yaml
-from bigtrain.config.schema import (
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-    TokenizerConfig,
-    TrainTokenizerConfig,
-)
+from bigtrain.config.model import TrainTokenizerConfig
+from bigtrain.config.schema import ModelConfig, RunConfig, SourceConfig, StageConfig, TokenizerConfig
 from bigtrain.data import shards, writing
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.errors import DataError

@@ -14,9 +14,9 @@ import torch
 from bigtrain import run_folder
 from bigtrain.checkpoint import set_aside
 from bigtrain.config import difference, differences, load_config
+from bigtrain.config.folder import RESERVED
 from bigtrain.config.load import load
 from bigtrain.config.origin import Origin
-from bigtrain.config.rules import RESERVED
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError
 from bigtrain.inference.places import PretrainedPlace, locate
 from bigtrain.launching import start as starting

@@ -21,15 +21,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.config.schema import (
-    EvaluateConfig,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-    TokenizerConfig,
-    TrainTokenizerConfig,
-)
+from bigtrain.config.model import TrainTokenizerConfig
+from bigtrain.config.schema import EvaluateConfig, ModelConfig, RunConfig, SourceConfig, StageConfig, TokenizerConfig
 from bigtrain.data import writing
 from bigtrain.data.batches import Batches
 from bigtrain.data.columns import BLOCK, Column

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bigtrain.config.schema import Boilerplate
+from bigtrain.config.clean import Boilerplate
 from bigtrain.data.cleaning.ngrams import hash_text
 from bigtrain.data.cleaning.texts import lines_of, words
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Leakage, NearDuplicates
+from bigtrain.config.clean import Leakage, NearDuplicates
 from bigtrain.data.cleaning.ngrams import Hashes
 
 BATCH = 8192  # shingles whose permutations are in memory at once

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Boilerplate, CleanConfig, SourceConfig
+from bigtrain.config.clean import Boilerplate
+from bigtrain.config.schema import CleanConfig, SourceConfig
 from bigtrain.data.cleaning.boilerplate import NOTHING_SHARED, SharedLines, draw, shared_lines
 from bigtrain.data.cleaning.drops import Advice, Drop
 from bigtrain.data.cleaning.duplicates import ExactIndex, LeakageIndex, NearIndex

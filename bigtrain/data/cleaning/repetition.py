@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.config.schema import Repetition
+from bigtrain.config.clean import Repetition
 from bigtrain.data.cleaning.drops import Drop
 from bigtrain.data.cleaning.ngrams import hash_words, ngrams
 from bigtrain.data.cleaning.texts import is_unspaced
