@@ -130,7 +130,7 @@ def test_runs_of_any_engine_follow_each_other(tmp_path):
 
 def test_a_run_that_fails_says_so_with_what_it_has_reached(tmp_path, monkeypatch):
     config = load_config(one_stage(tmp_path))
-    monkeypatch.setattr("bigtrain.training.run.StageRun._check_finite", diverge)
+    monkeypatch.setattr("bigtrain.training.reports.Reports._check_finite", diverge)
     with pytest.raises(BigtrainError, match="diverged"):
         run(config)
     for code, told in ((75, "asked to stop, and has saved"), (1, "failed with exit code 1")):
