@@ -19,14 +19,14 @@ TOUR = [("zero3", 3), ("fsdp", 2), ("zero1", 2), ("ddp", 1), ("zero2", 3)]
 
 
 @cache
-def reference(freeze=(), build=None, dtype=None):
+def reference(freeze=(), build=None, dtype=None, steps=STEPS):
     """Losses, norms and weights of the plain loop."""
     model = first_model()
     frozen = cases.model_builder(freeze=freeze)(meta=True)
     for (_, parameter), (_, same) in zip(model.named_parameters(), frozen.named_parameters(), strict=True):
         parameter.requires_grad_(same.requires_grad)
-    batches = [tuple(cases.global_batch(step).values()) for step in range(STEPS)]
-    lrs = [cases.learning_rate(step) for step in range(STEPS)]
+    batches = [tuple(cases.global_batch(step).values()) for step in range(steps)]
+    lrs = [cases.learning_rate(step) for step in range(steps)]
     losses, norms = plain.train(model, batches, lrs, build=build, dtype=dtype)
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -152,7 +152,7 @@ def test_what_is_frozen_stays_and_costs_nothing(pools, tmp_path, layout, size, p
 
 def test_frozen_weights_go_from_engine_to_engine_and_keep_their_bits(pools, tmp_path):
     """In bf16 no engine has them in fp32; checkpoints do."""
-    losses, _, weights = reference(FREEZE, dtype=torch.bfloat16)
+    losses, _, weights = reference(FREEZE, dtype=torch.bfloat16, steps=2 * len(TOUR))
     folder, got = tmp_path / "checkpoints", []
     for i, (layout, size) in enumerate(TOUR):
         got += pools(size)(frozen_segment, layout, folder, 2 * i, 2, "bf16")[0][0]

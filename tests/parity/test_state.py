@@ -134,7 +134,7 @@ def read_and_written(layout, source, folder):
     answers = []
     for _ in range(2):
         engine = cases.make(layout, build_model=build_model, reader=reader)
-        loss = engine.evaluate([cases.share(0)])["loss"]
+        loss = engine.evaluate([cases.share(0)])["loss"].item()
         state = cases.collect(engine)
         answers.append(({name: tensor for (name, slot), tensor in state.items() if slot == "buffer"}, loss))
         save(folder, 1, engine.boxes(), engine.progress(), Retention(keep=1))

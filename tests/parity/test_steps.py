@@ -87,7 +87,7 @@ def test_an_evaluation_by_chunks_changes_nothing(pools, layout):
     for sums, chunks in pools(3)(cases.by_chunks, cases.evaluated, layout):
         assert chunks > 3
         assert (sums["targets"], sums["correct"]) == (expected["targets"], expected["correct"])
-        assert sums["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert sums["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
@@ -117,7 +117,7 @@ def test_evaluation_is_the_same_sums(pools, layout):
     for sums in pools(3)(cases.evaluated, layout):
         assert sums["targets"] == expected["targets"]
         assert sums["correct"] == expected["correct"]
-        assert sums["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert sums["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
 
 
 def test_replicas_of_shards(pools):
