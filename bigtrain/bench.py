@@ -22,7 +22,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigtrain.checkpoint import NoSaver
-from bigtrain.config import RunConfig
+from bigtrain.config import RunConfig, shareable
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.batches import Batch, Prefetched
 from bigtrain.data.prepare import prepare_stage
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 def bench_here(config: RunConfig, stage: StageConfig, steps: int) -> None:
     """Measure `steps` steps of a stage with this process as one rank; rank 0 prints what was found."""
     quiet()
-    with joined(config.parallel.device, config.precision, in_common(config), config.deterministic) as world:
+    with joined(config.parallel.device, config.precision, in_common(shareable(config)), config.deterministic) as world:
         check_execution(config, world)
         tokenizer = open_tokenizer(config)
         data = prepare_stage(stage, stage.task, tokenizer, stores=config.stores, seed=config.seed)

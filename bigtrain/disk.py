@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import filelock
 
@@ -83,6 +85,65 @@ def file_within(folder: Path, name: Any) -> Path:
     if path.is_symlink() and folder.resolve() not in path.resolve().parents:
         raise ValueError(f"it names {literal(name)}, which is a link to {path.resolve()}, outside its folder")
     return path
+
+
+def write_whole(path: Path, text: str | bytes, durable: bool = False) -> None:
+    """Write a file so that it is the old one or the new one, never a half. durable: also after a power cut."""
+    with replaced(path, durable) as file:
+        file.write(text.encode() if isinstance(text, str) else text)
+
+
+@contextmanager
+def replaced(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once all went well, and is gone if it did not."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        if durable:
+            sync(partial)
+        partial.replace(path)
+        if durable:
+            sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Seal:
+    """How a manifest holds a checksum of itself. key: under which; digest: of the JSON of the rest, in hexadecimal
+    digits. first: whether it is the first key; indent: of the JSON, None for a single line."""
+
+    key: str
+    digest: Callable[[bytes], str]
+    first: bool = False
+    indent: int | None = None
+
+    def text(self, manifest: dict[str, Any]) -> str:
+        """The manifest as it is written."""
+        rest = {name: value for name, value in manifest.items() if name != self.key}
+        own = {self.key: self.digest(json.dumps(rest).encode())}
+        separators = (",", ":") if self.indent is None else None
+        return json.dumps(own | rest if self.first else rest | own, indent=self.indent, separators=separators) + "\n"
+
+    def is_whole(self, text: bytes, manifest: dict[str, Any]) -> bool:
+        """Whether a manifest, as it was read, is what was written."""
+        return text == self.text(manifest).encode()
+
+
+def check_sizes(folder: Path, sizes: Mapping[Any, Any]) -> list[str]:
+    """What is wrong with the files of a folder: a sentence for each that is missing or has another size in bytes.
+
+    Raises ValueError for a name that leads out of the folder.
+    """
+    wrong = []
+    for file, expected in {file_within(folder, name): size for name, size in sizes.items()}.items():
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
+            wrong.append(f"{file} {found}")
+    return wrong
 
 
 def append_lines(path: Path) -> TextIO:

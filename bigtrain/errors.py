@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from bigtrain.masking import masked
+
+Ending = Literal["finished", "imported", "preempted", "refused", "failed", "killed"]
 
 
 class BigtrainError(Exception):
@@ -86,3 +89,13 @@ def shorten(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - 5
     return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+def ending_of(error: BaseException) -> tuple[Ending, str]:
+    """How an attempt ended that raised this, and why: a sentence."""
+    if isinstance(error, BigtrainError):
+        return "refused" if error.exit_code == 2 else "failed", str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "failed", "stopped from the keyboard"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return "failed", f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -17,38 +17,34 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 
-from bigtrain.config import RunConfig, difference, differences, load_config, to_yaml, without_secrets
+from bigtrain.config import RunConfig, difference, differences, load_config, shareable, without_secrets
 from bigtrain.config.files import literal
 from bigtrain.config.folder import LOCK, is_occupied
 from bigtrain.config.origin import damaged_ones, put_back
+from bigtrain.config.restart import choices, restart_choice, stage_of, with_dependents
 from bigtrain.config.schema import StageConfig
-from bigtrain.disk import append_lines, clean, remove, told_as
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, nearest
+from bigtrain.disk import append_lines, clean, remove, told_as, write_whole
+from bigtrain.errors import CheckpointError, ConfigError, Ending
 from bigtrain.masking import masked_values
 from bigtrain.terminal import say
 
 ENDING_SECONDS = 120.0  # how long a job that was killed may take to end, or NFS to notice that its host is lost
 CANNOT_BEGIN = "Make room or mend the permissions there, or set `output` to a folder that can be written."
-Ending = Literal["finished", "imported", "preempted", "refused", "failed", "killed"]
 VERSIONS = ("bigtrain", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors")
 
 
 class RunFolder:
-    """OUTPUT/NAME of a run's file. Only rank 0 writes to it through this class."""
+    """`folder` of a run's file. Only rank 0 writes to it through this class."""
 
     def __init__(self, path: Path):
         self.path = path
         self._attempt: str | None = None  # the id of the one that this process has begun
         # a lock that is a mere file would outlive a job whose host is lost
         self._lock = filelock.FileLock(path / LOCK, fallback_to_soft=False)
-
-    @classmethod
-    def of(cls, config: RunConfig) -> RunFolder:
-        return cls(Path(config.output) / config.name)
 
     def stage(self, name: str) -> Path:
         return self.path / name
@@ -116,27 +112,25 @@ class RunFolder:
 
         What no state depends on may change: a stage that has saved nothing takes the values of `config`.
         """
-        if restart is not None and restart not in [stage.name for stage in config.stages]:
-            raise ConfigError(
-                f"--restart {restart}: there is no such stage; {nearest(restart, [s.name for s in config.stages])}"
-            )
-        self._check_origins(config.stages, _with_dependents(config.stages, restart))
+        if restart is not None:
+            config.asked_stage(restart, "--restart")
+        self._check_origins(config.stages, with_dependents(config.stages, restart))
         if is_occupied(self.path):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another `name` or `output`.")
         if not self.is_kept():
             return
-        anew = _with_dependents(config.stages, restart)
+        anew = with_dependents(config.stages, restart)
         changed = [
             change
             for change in differences(self._written(), without_secrets(config), "mathematics")
-            if (stage := _stage_of(change[0])) is None or (stage not in anew and self.has_state(stage))
+            if (stage := stage_of(change[0])) is None or (stage not in anew and self.has_state(stage))
         ]
         if not changed:
             return
         lines = [f"  {difference(*change)}" for change in changed]
         raise ConfigError(
             f"{self.path} holds a run that trains something else:\n" + "\n".join(lines) + "\n"
-            "Nothing was changed. Choose:\n" + "\n".join(_choices(config.stages, [key for key, _, _ in changed]))
+            "Nothing was changed. Choose:\n" + "\n".join(choices(config.stages, [key for key, _, _ in changed]))
         )
 
     def _check_origins(self, stages: Sequence[StageConfig], anew: list[str]) -> None:
@@ -202,7 +196,7 @@ class RunFolder:
     def _begin(
         self, config: RunConfig, restart: str | None, origin: dict[str, Any] | None, execution: dict[str, Any]
     ) -> int:
-        for stage in _with_dependents(config.stages, restart):
+        for stage in with_dependents(config.stages, restart):
             self._set_aside(stage)
         for name in sorted({*self.metadata().get("stages", {}), *(stage.name for stage in config.stages)}):
             if not self.has_state(name):
@@ -210,7 +204,7 @@ class RunFolder:
         if not self.is_kept():
             remove(self.tokenizer)  # the next one may be another
             remove(self.architecture)
-        self._replace("config.yaml", to_yaml(without_secrets(config)))
+        write_whole(self.path / "config.yaml", shareable(config))
         metadata = {"attempts": [], "stages": {}, **self.metadata(), "name": config.name, "seed": config.seed}
         if not self.is_kept():
             metadata["origin"] = origin
@@ -312,11 +306,9 @@ class RunFolder:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-            unsafe = f"the disk of {self.path} has no locks: nothing keeps a second job from training the same run."
-            say(unsafe, error=True)
+            say(f"the disk of {self.path} has no locks: a second job could train the same run as well.", error=True)
             return
-        waiting = f"{other}; waiting up to {ENDING_SECONDS:.0f} s for it to end ..."
-        say(waiting, error=True)
+        say(f"{other}; waiting up to {ENDING_SECONDS:.0f} s for it to end ...", error=True)
         try:
             self._lock.acquire(timeout=ENDING_SECONDS, poll_interval=0.2)
         except filelock.Timeout:
@@ -381,17 +373,7 @@ class RunFolder:
                 metrics.write(json.dumps(row) + "\n")
 
     def _write(self, metadata: dict[str, Any]) -> None:
-        self._replace("run.json", json.dumps(masked_values(metadata), indent=1) + "\n")
-
-    def _replace(self, name: str, text: str) -> None:
-        """Write a file so that it is the old one or the new one, never a half."""
-        partial = self.path / f"{name}.partial"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path / name)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(self.path / "run.json", json.dumps(masked_values(metadata), indent=1) + "\n")
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -406,16 +388,6 @@ def _check_metadata(metadata: Any) -> None:
             raise ValueError(f"the steps of {name} are no number")
 
 
-def ending_of(error: BaseException) -> tuple[Ending, str]:
-    """How an attempt ended that raised this, and why: a sentence."""
-    if isinstance(error, BigtrainError):
-        return "refused" if error.exit_code == 2 else "failed", str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "failed", "stopped from the keyboard"
-    first = (str(error).strip().splitlines() or [""])[0]
-    return "failed", f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
 def _has_checkpoint(root: Path) -> bool:
     """Whether there is one under `root`, whole or damaged; what an interrupted save has left is none."""
     folders = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
@@ -426,37 +398,3 @@ def _has_files(folder: Path) -> bool:
     """Whether a stage's folder holds anything worth keeping: a file, but for those of interrupted saves."""
     files = (path.relative_to(folder).parts for path in folder.rglob("*") if not path.is_dir())
     return _has_checkpoint(folder / "checkpoints") or any(parts[0] != "checkpoints" for parts in files)
-
-
-def _stage_of(key: str) -> str | None:
-    """The stage that a dotted key of the run's file is about."""
-    return key.split(".")[1] if key.startswith("stages.") else None
-
-
-def _choices(stages: Sequence[StageConfig], changed: list[str]) -> list[str]:
-    """What can be done about keys that differ from those of the run, and what each would mean."""
-    choices = ["  set the values back: the run goes on from its newest checkpoint, as if nothing had been changed."]
-    stage, *more = {_stage_of(key) for key in changed}
-    if stage is not None and not more:
-        choices.append(restart_choice(stages, stage, " with the new values"))
-    choices.append("  another `name`: a run of its own from the first step on; this one stays as it is.")
-    return choices
-
-
-def restart_choice(stages: Sequence[StageConfig], stage: str, values: str = "") -> str:
-    """A line about what `--restart` would do."""
-    others = _with_dependents(stages, stage)[1:]
-    also = f", and {', '.join(others)}, which starts from it," if others else ""
-    return (
-        f"  `--restart {stage}`: {stage}{also} is trained from its first step{values}; what it was so far is kept as "
-        f"{stage}.1 or the next free number."
-    )
-
-
-def _with_dependents(stages: Sequence[StageConfig], stage: str | None) -> list[str]:
-    """A stage and all later ones whose weights come from it."""
-    names = [stage] if stage is not None else []
-    for later in stages:
-        if later.from_stage in names:
-            names.append(later.name)
-    return names

@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from bigtrain.disk import file_within, sync
+from bigtrain.disk import Seal, check_sizes, sync, write_whole
 from bigtrain.errors import CheckpointError, DamagedError, reason
 from bigtrain.state import BUFFER, WEIGHT, Box, flat_span, lies_inside
 from bigtrain.tensor_files import DTYPES
@@ -63,6 +63,9 @@ def complete(root: Path) -> list[Path]:
 def checksum(data: Any) -> str:
     """XXH3 of bytes, 64 bits, as hexadecimal digits (xxhash.com; no defence against forgery, only against damage)."""
     return xxhash.xxh3_64_hexdigest(data)
+
+
+SEAL = Seal("checksum", checksum, first=True)
 
 
 def checksums(data: memoryview) -> list[str]:
@@ -113,11 +116,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def write_json(path: Path, value: Any) -> str:
     """Write so that the file is the old one or the new one, also after a power cut; returns its checksum."""
-    text = _json(value)
-    partial = path.with_suffix(".partial")
-    write_file(partial, text)
-    partial.replace(path)
-    sync(path.parent)
+    text = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    write_whole(path, text, durable=True)
     return checksum(text)
 
 
@@ -133,17 +133,9 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with a checksum of itself; with it the checkpoint begins to exist."""
-    write_json(folder / MANIFEST, _sealed(manifest))
-
-
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"checksum": checksum(json.dumps(manifest).encode()), **manifest}
+    write_whole(folder / MANIFEST, SEAL.text(manifest), durable=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -155,24 +147,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         manifest = json.loads(text)
-        if "checksum" not in manifest:
+        if SEAL.key not in manifest:
             _check_format(folder, manifest)
-        del manifest["checksum"]
+        is_whole = SEAL.is_whole(text, manifest)
+        del manifest[SEAL.key]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(folder, f"{path} cannot be read: {reason(error)}") from None
-    if text != _json(_sealed(manifest)):
+    if not is_whole:
         raise DamagedError(folder, f"{path} is not what was written: its checksum differs")
     try:
         _check_format(folder, manifest)
         _check_values(manifest)
-        files = {name: (file_within(folder, name), metadata["bytes"]) for name, metadata in manifest["files"].items()}
+        wrong = check_sizes(folder, {name: metadata["bytes"] for name, metadata in manifest["files"].items()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(folder, f"{path} cannot be used: {reason(error)}") from None
-    for file, expected in files.values():
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes instead of {expected}"
-            raise DamagedError(folder, f"{file} {found}")
+    if wrong:
+        raise DamagedError(folder, wrong[0])
     return manifest
 
 

@@ -7,6 +7,7 @@ from bigtrain.config.load import (
     lacking,
     load,
     load_config,
+    shareable,
     to_yaml,
     without_secrets,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "lacking",
     "load",
     "load_config",
+    "shareable",
     "to_yaml",
     "without_secrets",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,3 +225,16 @@ def _neighbours(folder: Path) -> str:
 
 def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
+
+
+def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each plain value in sections and lists; items that have a name are called by it."""
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from flat(below, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list) and value:
+        for number, below in enumerate(value):
+            name = below.get("name", number) if isinstance(below, dict) else number
+            yield from flat(below, f"{at}.{name}")
+    else:
+        yield at, value

@@ -105,6 +105,11 @@ def to_yaml(run: RunConfig) -> str:
     return yaml.dump(run.model_dump(by_alias=True), Dumper=Dumper, sort_keys=False, width=100)
 
 
+def shareable(run: RunConfig) -> str:
+    """The resolved run as YAML, without its secrets: to be written down, and compared."""
+    return to_yaml(without_secrets(run))
+
+
 def without_secrets(run: RunConfig) -> RunConfig:
     """The run with the secrets in its texts masked: to be written down and compared, not to read its sources from."""
     return RunConfig.model_validate(masked_values(run.model_dump(by_alias=True)))

@@ -28,7 +28,7 @@ from bigtrain.config.parallel import ParallelConfig, StageParallelConfig
 from bigtrain.config.sources import SourceConfig
 from bigtrain.config.texts import DURATION, RUN_NAME, STAGE_NAME, PathText
 from bigtrain.config.tracking import wrong_with_tracker
-from bigtrain.errors import nearest
+from bigtrain.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from bigtrain.optim import Optimizer
@@ -223,7 +223,7 @@ class StageConfig(Section):
         if micro > batch and micro != type(run.parallel).model_fields["micro_batch_size"].default:
             yield f"global_batch_size: {batch} is less than micro_batch_size ({micro}), which shrinks to it."
         for source in (self.evaluate.data if self.evaluate else None) or []:
-            for trained in run.lineage(self):
+            for trained in reversed(run.lineage(self)):
                 if any(source.overlaps(other) for other in trained.data):
                     yield (
                         f"evaluate.data: {source.source} is trained on too, in stage {trained.name}: the loss on it "
@@ -285,6 +285,22 @@ class RunConfig(Section):
     profile: ProfileConfig | None = reporting("Steps to look at with the profiler; null: none.", None)
     stages: list[StageConfig] = mathematics("Trained one after the other.", min_length=1)
 
+    def stage(self, name: str, lacks: str) -> StageConfig:
+        """The stage of this name. Raises ConfigError: `lacks`, which says that there is none, and the nearest names."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"{lacks}; {nearest(name, [stage.name for stage in self.stages])}")
+
+    def asked_stage(self, name: str, option: str = "--stage") -> StageConfig:
+        """The stage that a command's option names. Raises ConfigError."""
+        return self.stage(name, f"{option} {name}: there is no such stage")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.output) / self.name
+
     @property
     def stores(self) -> Path:
         """The folder of what is made of documents; runs with the same `output` share it."""
@@ -320,21 +336,17 @@ class RunConfig(Section):
         return self.parallel.model_copy(update=stage.parallel.model_dump(exclude_none=True))
 
     @property
-    def folder(self) -> Path:
-        return Path(self.output) / self.name
-
-    @property
     def has_begun(self) -> bool:
         """Whether the run's folder has what was taken from the model that the file names."""
         return (self.folder / "architecture" / "manifest.json").is_file()
 
-    def lineage(self, stage: StageConfig) -> Iterator[StageConfig]:
-        """A stage, and those that its weights come from."""
+    def lineage(self, stage: StageConfig) -> list[StageConfig]:
+        """The stages that a stage's weights have gone through, first to last."""
         stages = {other.name: other for other in self.stages}
-        at: StageConfig | None = stage
-        while at is not None:
-            yield at
-            at = stages[at.from_stage] if at.from_stage is not None else None
+        path = [stage]
+        while path[0].from_stage is not None:
+            path.insert(0, stages[path[0].from_stage])
+        return path
 
     def check(self, run: RunConfig, stage: None) -> Broken:  # noqa: ARG002
         yield from _long_name(self.name)

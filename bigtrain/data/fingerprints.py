@@ -19,6 +19,7 @@ from bigtrain.config.sources import kind_of
 from bigtrain.data import stdlib
 from bigtrain.data.files import BUFFER, File, find
 from bigtrain.data.sources import load_function
+from bigtrain.disk import write_whole
 from bigtrain.errors import DataError
 from bigtrain.masking import masked
 
@@ -106,9 +107,7 @@ def _contents(paths: Iterable[str], stores: Path | None) -> list[str]:
         with filelock.FileLock(stores / f"{KNOWN}.lock"):
             known = _read(stores / KNOWN)  # another process may have read them meanwhile
             digests = [_hash_of(file, known) or _hashed(file, known) for file in files]
-            partial = stores / f"{KNOWN}.partial"
-            partial.write_text(json.dumps(known), encoding="utf-8")
-            partial.replace(stores / KNOWN)
+            write_whole(stores / KNOWN, json.dumps(known))
         return digests
     except OSError as error:
         raise DataError(f"{error.filename or stores}: cannot be read: {error.strerror or error}") from error

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.columns import CHECKSUMS, MADE_AGAIN, Column, columns
 from bigtrain.data.types import IGNORE
-from bigtrain.disk import file_within
+from bigtrain.disk import Seal, check_sizes
 from bigtrain.errors import DataError, reason
 
 FORMAT = 4
@@ -71,10 +71,11 @@ def content_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 
-def seal(manifest: dict[str, Any]) -> str:
-    """A store's manifest as text, with a checksum of itself."""
-    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps(manifest | {"sha256": checksum}, indent=2) + "\n"
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+SEAL = Seal("sha256", _sha256, indent=2)
 
 
 class SampleDocuments(NamedTuple):
@@ -303,8 +304,8 @@ def _files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _checked_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        text = path.read_bytes().decode()
-        manifest = json.loads(text)
+        text = path.read_bytes()
+        manifest = json.loads(text.decode())
         written_in = manifest.get("format")
     except FileNotFoundError as error:
         raise DataError(f"{folder} is no complete token store: it has no manifest.json.") from error
@@ -312,18 +313,15 @@ def _checked_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged: {error}. {MADE_AGAIN}") from error
     if written_in != FORMAT:
         raise DataError(f"{path} has format {written_in}, this bigtrain reads {FORMAT}. {MADE_AGAIN}")
-    if text != seal({name: value for name, value in manifest.items() if name != "sha256"}):
+    if not SEAL.is_whole(text, manifest):
         raise DataError(f"{path} is not what was written: its checksum differs. {MADE_AGAIN}")
     try:
         stored = _files(manifest)
-        files = {name: (file_within(folder, name), metadata) for name, metadata in stored.items()}
+        wrong = check_sizes(folder, {name: metadata["bytes"] for name, metadata in stored.items()})
         if missing := [name for name, metadata in stored.items() if not isinstance(metadata["sha256"], str)]:
             raise ValueError(f"{missing[0]} has no checksum")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path} cannot be used: {reason(error)}. {MADE_AGAIN}") from error
-    for name, (file, metadata) in files.items():
-        size = file.stat().st_size if file.is_file() else None
-        if size != metadata["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {metadata['bytes']}"
-            raise DataError(f"{folder / name} {found}. {MADE_AGAIN}")
+    if wrong:
+        raise DataError(f"{wrong[0]}. {MADE_AGAIN}")
     return manifest

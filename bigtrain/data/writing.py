@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bigtrain.data.columns import Writer, map_file
 from bigtrain.data.files import Unusable
 from bigtrain.data.order import make_key, permute
-from bigtrain.data.store import DOCUMENTS, FORMAT, LENGTHS, LOSS_MASK, PACKED, TOKENS, seal
+from bigtrain.data.store import DOCUMENTS, FORMAT, LENGTHS, LOSS_MASK, PACKED, SEAL, TOKENS
 from bigtrain.data.tally import Tally
 from bigtrain.data.types import Answered, Document, Documents, Indices, Layout, LeftOut
 from bigtrain.disk import check_free
@@ -216,7 +216,7 @@ def assemble(
         | counts
         | writer.close()
     )
-    (folder / "manifest.json").write_text(seal(masked_values(manifest)))
+    (folder / "manifest.json").write_text(SEAL.text(masked_values(manifest)))
 
 
 @dataclass

@@ -19,8 +19,7 @@ import torch.distributed as dist
 import yaml
 
 import bigtrain
-from bigtrain.config import RunConfig, to_yaml, without_secrets
-from bigtrain.config.files import literal
+from bigtrain.config.files import flat, literal
 from bigtrain.distributed.collectives import end_together
 from bigtrain.distributed.rendezvous import Member, named
 from bigtrain.errors import ConfigError
@@ -38,13 +37,13 @@ SEE_SECONDS = 5.0  # that a file may take to show on another host: network disks
 Result = TypeVar("Result")
 
 
-def in_common(config: RunConfig) -> dict[str, str]:
-    """Of this process: what has to be the same on all ranks, and what it is."""
+def in_common(config: str) -> dict[str, str]:
+    """Of this process: what has to be the same on all ranks, and what it is. config: the run's file without secrets."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
         SOURCE: _source(),
-        CONFIG: to_yaml(without_secrets(config)),
+        CONFIG: config,
     }
 
 
@@ -82,7 +81,7 @@ def _sharing(members: list[Member]) -> list[str]:
 
 def _differing(ours: str, theirs: str) -> Iterator[tuple[str, str, str]]:
     """(dotted key, our value, their value) of two resolved run's files."""
-    a, b = (dict(_flat(yaml.safe_load(text))) for text in (ours, theirs))
+    a, b = (dict(flat(yaml.safe_load(text))) for text in (ours, theirs))
     for key in (*a, *(key for key in b if key not in a)):
         if a.get(key) != b.get(key):
             yield f"{key}:", _told(a.get(key, "no such key")), _told(b.get(key, "no such key"))
@@ -90,18 +89,6 @@ def _differing(ours: str, theirs: str) -> Iterator[tuple[str, str, str]]:
 
 def _told(value: Any) -> str:
     return value if isinstance(value, str) else literal(value)
-
-
-def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, below in value.items():
-            yield from _flat(below, f"{at}.{key}" if at else str(key))
-    elif isinstance(value, list) and value:
-        for number, below in enumerate(value):
-            name = below.get("name", number) if isinstance(below, dict) else number
-            yield from _flat(below, f"{at}.{name}")
-    else:
-        yield at, value
 
 
 def _source() -> str:

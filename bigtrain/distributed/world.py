@@ -24,7 +24,8 @@ from bigtrain.errors import BigtrainError, ConfigError, ReportedError
 @dataclass(frozen=True)
 class World:
     """rank and size over all nodes; local_rank on this node; device is the one that this process computes on;
-    chosen says in words what was decided for the user, and why; network is None in a world of one."""
+    chosen says in words what was decided for the user, and why. network and store (of the rendezvous, for keys of later
+    watchers) are None in a world of one."""
 
     rank: int
     size: int
@@ -32,6 +33,7 @@ class World:
     device: torch.device
     chosen: tuple[str, ...] = ()
     network: Network | None = None
+    store: dist.Store | None = None
 
 
 @contextmanager
@@ -58,10 +60,10 @@ def joined(
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(chosen.index)  # by which DeepSpeed chooses its device
     why = os.environ.get(PROCESSES_WHY, "")
-    network = _form(rank, size, chosen, dict(metadata or {}))
+    network, store = _form(rank, size, chosen, dict(metadata or {}))
     words = (_why_device(device, chosen), f"processes: {size}{', ' if why else ''}{why}")
     try:
-        yield World(rank, size, local_rank, chosen, words, network)
+        yield World(rank, size, local_rank, chosen, words, network, store)
     except BaseException as error:
         if size == 1 or isinstance(error, ReportedError):
             dist.destroy_process_group()
@@ -69,12 +71,14 @@ def joined(
     dist.destroy_process_group()
 
 
-def _form(rank: int, size: int, device: torch.device, metadata: dict[str, str]) -> Network | None:
+def _form(
+    rank: int, size: int, device: torch.device, metadata: dict[str, str]
+) -> tuple[Network, dist.Store] | tuple[None, None]:
     """Form the process group once all ranks are there and agree, and try how fast it is."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # it needs no address
-        return None
+        return None, None
     metadata |= {consistency.SIZE: str(size), consistency.DEVICE: device.type}
     store, hosts = rendezvous(rank, size, metadata, consistency.differences_among, gpu=gpu_identity(device))
     if on_one_host() and LOOPBACK in (name for _, name in socket.if_nameindex()):
@@ -92,7 +96,7 @@ def _form(rank: int, size: int, device: torch.device, metadata: dict[str, str]) 
     if patience is not None:  # was for forming the group; its collectives get torch's usual time
         assert dist.group.WORLD is not None
         dist.group.WORLD.set_timeout(default_pg_timeout)
-    return network
+    return network, store
 
 
 def _why_device(asked: str, chosen: torch.device) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from bigtrain.data.cleaning.texts import row_text
 from bigtrain.data.prepare import SourcePart
 from bigtrain.data.store import Store
 from bigtrain.data.types import IGNORE, Layout
+from bigtrain.disk import replaced
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError, DataError
 from bigtrain.masking import masked
@@ -71,17 +73,12 @@ def listing(path: Path | None, world: World) -> Iterator[TextIO | None]:
     if path is None or world.rank != 0:
         yield None
         return
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"documents: {path} cannot be written: {error.strerror}.") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(replaced(path))
+        except OSError as error:
+            raise ConfigError(f"documents: {path} cannot be written: {error.strerror}.") from error
+        yield stack.enter_context(TextIOWrapper(file, encoding="utf-8"))
 
 
 def write_documents(

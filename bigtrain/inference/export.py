@@ -14,7 +14,6 @@ from bigtrain.config.origin import Origin
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import CheckpointError, ConfigError, shorten
-from bigtrain.inference.generation import lineage
 from bigtrain.inference.load import METADATA, LoadedModel, load_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
@@ -174,7 +173,7 @@ def _card(place: RunPlace, opened: LoadedModel) -> str:
         f"- model: {config.model_type}, {parameters:,} parameters, {str(config.dtype).removeprefix('torch.')}",
         f"- first weights: {f'`{_public(base)}`' if base else 'random'}",
         f"- precision of the training: {place.run.precision}",
-        *(_stage_line(stage) for stage in lineage(place.run, place.stage)),
+        *(_stage_line(stage) for stage in place.run.lineage(place.stage)),
         *_held_out_line(place),
         "",
         "```python",

@@ -4,12 +4,13 @@ that was trained to end a text or a turn."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import RunConfig
 from bigtrain.config.origin import Origin
-from bigtrain.config.schema import StageConfig
+from bigtrain.config.schema import ModelConfig, StageConfig
 from bigtrain.data.chat import ChatTemplate
 from bigtrain.errors import ConfigError
 from bigtrain.pretrained import arguments, opening, silenced
@@ -20,19 +21,10 @@ GENERATION_FILE = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def lineage(run: RunConfig, stage: StageConfig) -> list[StageConfig]:
-    """The stages that a stage's weights have gone through, first to last."""
-    stages = {other.name: other for other in run.stages}
-    path = [stage]
-    while path[0].from_stage is not None:
-        path.insert(0, stages[path[0].from_stage])
-    return path
-
-
 def set_generation(run: RunConfig, stage: StageConfig, model: Any, tokenizer: Any) -> list[str]:
     """Give `model` the generation config that its export has; returns what of the base model's had to be changed so
     that transformers saves it, a sentence each."""
-    name = str(RunFolder.of(run).architecture) if run.model.from_run is not None else run.model.from_pretrained
+    name = str(RunFolder(run.folder).architecture) if run.model.from_run is not None else run.model.from_pretrained
     config, changes = _of_base(name, model.generation_config)
     config._from_model_config = False  # what is set here is to last, whatever the model's configuration says
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -47,13 +39,12 @@ def set_generation(run: RunConfig, stage: StageConfig, model: Any, tokenizer: An
     return changes
 
 
-def left_out(run: RunConfig) -> list[str]:
+def left_out(model: ModelConfig, stages: Sequence[StageConfig]) -> list[str]:
     """What the exports of a run that begins will not have of its base model's settings: one sentence, or none."""
     from transformers import GenerationConfig
 
-    model = run.model
     name = str(Origin.of(model.from_run).architecture) if model.from_run is not None else model.from_pretrained
-    if name is None or not any(stage.export for stage in run.stages):
+    if name is None or not any(stage.export for stage in stages):
         return []
     config, changes = _of_base(name, GenerationConfig())
     for token in TOKENS:
@@ -64,8 +55,8 @@ def left_out(run: RunConfig) -> list[str]:
 
 def _ends_of_turns(run: RunConfig, stage: StageConfig, tokenizer: Any) -> list[int]:
     """What was learned to end an answer, where the chat template wrote it."""
-    before = (RunFolder.of(run).metadata().get("origin") or {}).get("tasks", [])
-    taught = taught_to_chat((*before, *(passed.task.name for passed in lineage(run, stage))))
+    before = (RunFolder(run.folder).metadata().get("origin") or {}).get("tasks", [])
+    taught = taught_to_chat((*before, *(passed.task.name for passed in run.lineage(stage))))
     if not taught or tokenizer.chat_template is None:
         return []
     return [tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end)]

@@ -87,7 +87,7 @@ def _newest(folder: Path) -> RunPlace:
 
 def _of_stage(folder: Path, name: str) -> RunPlace:
     run = _load(folder)
-    stage = _stage(run, name, folder)
+    stage = run.stage(name, f"{folder} has no stage {literal(name)}")
     found = newest(folder / name / "checkpoints", weights_only=True)
     if not found:
         raise CheckpointError(f"{folder}: stage {name} {without_checkpoint(folder / name)}")
@@ -104,7 +104,7 @@ def _of_checkpoint(path: Path) -> RunPlace:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is not complete: it has no {MANIFEST}.")
     run = _load(folder)
-    return RunPlace(folder, run, _stage(run, stage.name, folder), path)
+    return RunPlace(folder, run, run.stage(stage.name, f"{folder} has no stage {literal(stage.name)}"), path)
 
 
 def _load(folder: Path) -> RunConfig:
@@ -112,13 +112,6 @@ def _load(folder: Path) -> RunConfig:
     run = load_config(folder / "config.yaml")
     here = folder.resolve()
     return run.model_copy(update={"output": str(here.parent), "name": here.name})
-
-
-def _stage(run: RunConfig, name: str, folder: Path) -> StageConfig:
-    stages = {stage.name: stage for stage in run.stages}
-    if name not in stages:
-        raise ConfigError(f"{folder} has no stage {literal(name)}; {nearest(name, stages)}")
-    return stages[name]
 
 
 def _neighbour(path: Path) -> str:

@@ -33,7 +33,7 @@ def slurm(job: Job) -> str:
         processes=job.processes,
         gpus=f"#SBATCH --gpus-per-node={job.processes}\n" if job.uses_gpus else "",
         seconds=SAVE_SECONDS,
-        mark=shlex.quote(str(RunFolder.of(job.loaded.run).preempted)),
+        mark=shlex.quote(str(RunFolder(job.loaded.run.folder).preempted)),
         command=shlex.join(["bigtrain", *job.arguments]),
     )
 

@@ -149,7 +149,7 @@ def _left_out(run: RunConfig, size: Size | str) -> list[str]:
     """Where the model could be opened without loading it."""
     from bigtrain.inference.generation import left_out
 
-    return [] if isinstance(size, str) else left_out(run)
+    return [] if isinstance(size, str) else left_out(run.model, run.stages)
 
 
 def shares(global_batch_size: int, processes: int, micro_batch_size: int) -> Shares:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from bigtrain.config import RunConfig, lacking, load
 from bigtrain.config.environment import FAILURE_FILE, PROCESSES_WHY, has_launcher
-from bigtrain.errors import BigtrainError, ConfigError, ReportedError
+from bigtrain.errors import BigtrainError, ConfigError, ReportedError, ending_of
 from bigtrain.launching.launchers import Launcher, adopt
 from bigtrain.launching.spawn import processes_here, spawn_command
 from bigtrain.observability.results import RunResult, read_result
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 from bigtrain.terminal import say, show
 
 
@@ -51,7 +51,7 @@ def load_here(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
     if lines := lacking(loaded):
         error = ConfigError("\n".join(lines))
         if os.environ.get("RANK", "0") == "0" and not has_launcher():
-            RunFolder.of(loaded.run).end(*ending_of(error), time.time())
+            RunFolder(loaded.run.folder).end(*ending_of(error), time.time())
         raise error
     return loaded.run
 
@@ -66,7 +66,7 @@ def start(config: RunConfig, restart: str | None = None, apart: bool = False) ->
         if FAILURE_FILE not in os.environ:
             os.environ[PROCESSES_WHY] = _why(launcher, config)
         return _here(config, restart)
-    folder, since = RunFolder.of(config), time.time()
+    folder, since = RunFolder(config.folder), time.time()
     try:
         folder.check(config, restart)
     except ConfigError as error:
@@ -76,7 +76,7 @@ def start(config: RunConfig, restart: str | None = None, apart: bool = False) ->
         from bigtrain.observability.summary import summary
 
         say(f"{folder.path} is finished: nothing to do.")
-        show(summary(config, folder))
+        show(summary(config.stages, folder))
         return 0
     processes, why = processes_here(config.parallel.processes, config.parallel.device)
     if processes == 1 and not apart:

@@ -46,7 +46,7 @@ class RunResult:
 
 def read_result(config: RunConfig) -> RunResult:
     """What the run of this file has reached; it may have failed, be at work, or not have begun."""
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     rows = read_metrics(folder.path) if (folder.path / "metrics.jsonl").is_file() else []
     metadata = folder.metadata().get("stages", {})
     stages = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from bigtrain.config.schema import RunConfig, StageConfig
+from bigtrain.config.schema import StageConfig
 from bigtrain.observability.events import Event, Finished
 from bigtrain.observability.progress import count, duration, plural, shown_metrics
 from bigtrain.observability.stream import Row, read_metrics
@@ -21,22 +22,22 @@ class Summary:
 
     name = "the summary"
 
-    def __init__(self, config: RunConfig, folder: RunFolder):
-        self._config, self._folder = config, folder
+    def __init__(self, stages: Sequence[StageConfig], folder: RunFolder):
+        self._stages, self._folder = stages, folder
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Finished):
-            show(summary(self._config, self._folder))
+            show(summary(self._stages, self._folder))
 
 
-def summary(config: RunConfig, folder: RunFolder) -> str:
+def summary(stages: Sequence[StageConfig], folder: RunFolder) -> str:
     """Stage by stage: what was trained on what, held-out loss before and after, speed, answers; what to try next."""
     rows = read_metrics(folder.path)
-    stages = folder.metadata()["stages"]
-    lines = ["", f"{config.name}: {plural(len(config.stages), 'stage', 'stages')} in {folder.path}"]
-    for stage in config.stages:
-        lines += _stage(stage, stages[stage.name], [row for row in rows if row["stage"] == stage.name])
-    last = config.stages[-1]
+    known = folder.metadata()["stages"]
+    lines = ["", f"{folder.path.name}: {plural(len(stages), 'stage', 'stages')} in {folder.path}"]
+    for stage in stages:
+        lines += _stage(stage, known[stage.name], [row for row in rows if row["stage"] == stage.name])
+    last = stages[-1]
     prompt = last.prompts[0] if last.prompts else "Once upon a time"
     shown = prompt.strip().splitlines()[0].replace('"', "'")
     lines += ["", "try next"]

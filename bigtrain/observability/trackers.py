@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.schema import RunConfig
+from bigtrain.config.files import flat
 from bigtrain.masking import masked_values
 from bigtrain.observability.events import Evaluation, Event, Metric, StageSkipped
 
@@ -18,11 +18,6 @@ PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "ML
 NOT_LOGGED = {"kind", "stage", "step", "steps"}
 
 
-def trackers(config: RunConfig, folder: Path) -> list[Tracker]:
-    """A reader for each name in `trackers`."""
-    return [Tracker(name, config, folder) for name in config.trackers]
-
-
 class Tracker:
     """Sends every metric as STAGE/NAME, at the step counted over all stages; starts with its first event.
 
@@ -30,9 +25,10 @@ class Tracker:
     documentation says (WANDB_*, MLFLOW_*, TRACKIO_* in the environment). TensorBoard's files are in the run's folder.
     """
 
-    def __init__(self, tracker: str, config: RunConfig, folder: Path):
+    def __init__(self, tracker: str, run: str, settings: dict[str, Any], folder: Path):
+        """run: its name. settings: the hyper-parameters to show, as the run's file has them."""
         self.name = f"the tracker {tracker}"
-        self._kind, self._config, self._folder = tracker, config, folder
+        self._kind, self._run, self._settings, self._folder = tracker, run, settings, folder
         self._tracker: Any = None
         self._before = 0  # steps of the stages that are done
         self._stage = ""
@@ -45,7 +41,7 @@ class Tracker:
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
         PartialState()  # accelerate asks it which process is the main one
-        name = self._config.name
+        name = self._run
         tracker: tracking.GeneralTracker = {
             "tensorboard": lambda: tracking.TensorBoardTracker("tensorboard", logging_dir=self._folder),
             "wandb": lambda: tracking.WandBTracker("bigtrain", name=name, dir=self._folder),
@@ -54,8 +50,8 @@ class Tracker:
         }[self._kind]()
         tracker.start()
         self._tracker = tracker
-        values = masked_values(self._config.model_dump(by_alias=True, mode="json"))
-        tracker.store_init_configuration(_flat(values))
+        plain = {key: value for key, value in flat(masked_values(self._settings)) if value not in (None, {}, [])}
+        tracker.store_init_configuration(plain)  # what every tracker can show
 
     def __call__(self, event: Event) -> None:
         if self._tracker is None:
@@ -90,13 +86,3 @@ class Tracker:
             raise TimeoutError(f"it has not sent everything within {FINISH_SECONDS:g} s")
         if failed:
             raise failed[0]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values, stages by name: what every tracker can show as hyper-parameters."""
-    if isinstance(values, list):
-        names = [item.get("name", i) if isinstance(item, dict) else i for i, item in enumerate(values)]
-        values = dict(zip(names, values, strict=True))
-    if isinstance(values, dict):
-        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
-    return {} if values is None else {prefix.removeprefix("."): values}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from bigtrain.checkpoint import AHEAD, Checkpoint, complete, discard_incomplete, newest, set_aside, step_of
 from bigtrain.config.origin import damaged_ones, put_back
+from bigtrain.config.restart import restart_choice
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.prepare import StageData
 from bigtrain.data.store import Store, content_of
@@ -22,7 +23,7 @@ from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataErro
 from bigtrain.observability.events import CheckpointAhead, CheckpointDamaged, CheckpointsPlanned, DropoutDraws
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.build import StageBuilder
-from bigtrain.run_folder import CANNOT_BEGIN, RunFolder, restart_choice
+from bigtrain.run_folder import CANNOT_BEGIN, RunFolder
 from bigtrain.state import Shape
 from bigtrain.training.run import StageRun
 

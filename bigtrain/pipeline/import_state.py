@@ -12,13 +12,13 @@ from bigtrain.config import RunConfig
 from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import joined
-from bigtrain.errors import ConfigError, nearest
+from bigtrain.errors import ConfigError, ending_of
 from bigtrain.models.causal_lm import parameter_shapes
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pipeline.preflight import try_inputs
 from bigtrain.pretrained import quiet
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,8 @@ def import_state(config: RunConfig, where: Path, stage_name: str | None = None) 
     CheckpointError for a state of another model. Nothing is written of the run then.
     """
     quiet()
-    stage, folder = _stage(config, stage_name), RunFolder.of(config)
+    stage = config.asked_stage(stage_name) if stage_name else config.stages[0]
+    folder = RunFolder(config.folder)
     _check_optimizer(stage)
     folder.check(config)
     _check_not_begun(folder, stage)
@@ -68,13 +69,6 @@ def import_state(config: RunConfig, where: Path, stage_name: str | None = None) 
             f"Not carried over: from step {foreign.step + 1} on {', '.join(lost)}.",
         ]
     )
-
-
-def _stage(config: RunConfig, name: str | None) -> StageConfig:
-    stages = {stage.name: stage for stage in config.stages}
-    if name is not None and name not in stages:
-        raise ConfigError(f"--stage {name}: there is no such stage; {nearest(name, stages)}")
-    return config.stages[0] if name is None else stages[name]
 
 
 def _check_optimizer(stage: StageConfig) -> None:

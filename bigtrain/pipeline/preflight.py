@@ -18,7 +18,6 @@ from bigtrain.data.sources import documents
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
-from bigtrain.inference.generation import lineage
 from bigtrain.models.freeze import frozen, parameter_names
 from bigtrain.models.kinds import new_head
 from bigtrain.models.trial import try_architecture
@@ -107,8 +106,6 @@ def _try_origin(from_run: str, empty: PreTrainedModel) -> dict[str, Any]:
 def _tasks(origin: Origin) -> list[str]:
     run, stages = load_config(origin.folder / "config.yaml"), RunFolder(origin.folder)
     name, _, _ = origin.stage.partition(".")  # of one that was set aside
-    stage = next((stage for stage in run.stages if stage.name == name), None)
-    if stage is None:
-        raise ConfigError(f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more.")
+    stage = run.stage(name, f"model.from_run: {origin.folder / 'config.yaml'} has no stage {literal(name)} any more")
     earlier = (stages.metadata().get("origin") or {}).get("tasks", [])
-    return [*earlier, *(passed.task.name for passed in lineage(run, stage))]
+    return [*earlier, *(passed.task.name for passed in run.lineage(stage))]

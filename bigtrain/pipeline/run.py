@@ -7,13 +7,13 @@ import time
 
 from bigtrain.config import RunConfig
 from bigtrain.config.environment import has_launcher
-from bigtrain.errors import ReportedError
+from bigtrain.errors import ReportedError, ending_of
 from bigtrain.observability.events import Finished
 from bigtrain.pipeline.finish import finish
 from bigtrain.pipeline.session import session
 from bigtrain.pipeline.stages import train_stages
 from bigtrain.pretrained import quiet
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 
 
 def run_here(config: RunConfig, restart: str | None = None) -> int:
@@ -22,7 +22,7 @@ def run_here(config: RunConfig, restart: str | None = None) -> int:
     restart: a stage to begin anew. Returns the exit code: 0, or 75 if it was asked to stop and has saved.
     """
     quiet()
-    folder, since, first = RunFolder.of(config), time.time(), os.environ.get("RANK", "0") == "0"
+    folder, since, first = RunFolder(config.folder), time.time(), os.environ.get("RANK", "0") == "0"
     try:
         code = _run(config, folder, restart)
         if first:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import bigtrain
-from bigtrain.config import RunConfig
+from bigtrain.config import RunConfig, shareable
 from bigtrain.config.checks import unusual
 from bigtrain.distributed.collectives import from_first
 from bigtrain.distributed.consistency import check_same_folder, in_common
@@ -19,7 +19,7 @@ from bigtrain.observability.events import NetworkMeasured, Started, Unusual
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Files, Reader, Stream
 from bigtrain.observability.summary import Summary
-from bigtrain.observability.trackers import trackers
+from bigtrain.observability.trackers import Tracker
 from bigtrain.pipeline.preflight import check_execution, try_inputs
 from bigtrain.resilience.requests import Requests, TimeLimit
 from bigtrain.run_folder import RunFolder
@@ -43,7 +43,7 @@ def session(config: RunConfig, folder: RunFolder, restart: str | None) -> Iterat
     restart: a stage to begin anew. Raises as `joined`, `try_inputs` and `RunFolder.begin` do.
     """
     begun = time.monotonic()
-    common = in_common(config)
+    common = in_common(shareable(config))
     with joined(config.parallel.device, config.precision, common, config.deterministic) as world:
         check_execution(config, world)
         requests = Requests()
@@ -65,7 +65,7 @@ def _begin(config: RunConfig, folder: RunFolder, world: World, restart: str | No
     warnings = unusual(config)
 
     def begin() -> tuple[int, str]:
-        warnings.extend(left_out(config))
+        warnings.extend(left_out(config.model, config.stages))
         origin = None if folder.is_kept() else try_inputs(config)
         return folder.begin(config, restart, origin, **execution), folder.newest_attempt() or ""
 
@@ -73,11 +73,12 @@ def _begin(config: RunConfig, folder: RunFolder, world: World, restart: str | No
     check_same_folder(folder, attempt)
     if world.rank != 0:
         return Stream()
+    settings = config.model_dump(by_alias=True, mode="json")
     readers: list[Reader] = [
         Files(folder.path, number),
         Progress(),
-        Summary(config, folder),
-        *trackers(config, folder.path),
+        Summary(config.stages, folder),
+        *(Tracker(name, config.name, settings, folder.path) for name in config.trackers),
         *requests.readers(),
     ]
     stream = Stream(readers)

@@ -7,7 +7,7 @@ from typing import Any
 
 from bigtrain.config import RunConfig
 from bigtrain.config.schema import StageConfig
-from bigtrain.errors import ConfigError, nearest
+from bigtrain.errors import ConfigError
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.build import open_tokenizer, prepare_stages
@@ -25,10 +25,7 @@ def preview(config: RunConfig, *, stage: str | None, step: int, rows: int, html:
     no such step are named and passed over.
     Raises ConfigError for a stage or step that there is not, DataError for sources that cannot be read.
     """
-    stages = {known.name: known for known in config.stages}
-    if stage is not None and stage not in stages:
-        raise ConfigError(f"--stage {stage}: there is no such stage; {nearest(stage, stages)}")
-    chosen: list[StageConfig] = config.stages if stage is None else [stages[stage]]
+    chosen: list[StageConfig] = config.stages if stage is None else [config.asked_stage(stage)]
     quiet()
     tokenizer: Any = open_tokenizer(config)
     data = prepare_stages(chosen, tokenizer, stores=config.stores, seed=config.seed, stream=Stream([Progress()]))

@@ -48,7 +48,7 @@ def test_reviews_of_any_script_go_all_the_way(tmp_path, capsys, script):
 
     result = run(file)
     assert result.finished and result.stages["p"].held_out_loss > 0
-    metadata = RunFolder.of(config).metadata()["stages"]["p"]
+    metadata = RunFolder(config.folder).metadata()["stages"]["p"]
     stores = tmp_path / "runs" / "stores"
     report = json.loads((stores / Path(metadata["cleaned"]).name / "report.json").read_text())
     assert report["kept"] + report["held_out"] == len(texts) and report["warning"] is None

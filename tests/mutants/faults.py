@@ -552,8 +552,8 @@ CHECKPOINTS = [
     ),
     Fault(
         "written-where-the-old-one-is",
-        'partial = path.with_suffix(".partial")\n    write_file(partial, text)\n    partial.replace(path)',
-        "write_file(path, text)",
+        'partial = path.with_name(f"{path.name}.partial")\n',
+        "partial = path\n",
         ("tests/recovery/test_saves.py", "tests/recovery/test_killed_saves.py"),
     ),
     Fault(

@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_begun(tmp_path, disk, how):
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
     else:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     reason = {"read-only": "Read-only file system", "full": "No space left on device"}[how]
     with pytest.raises(ConfigError, match=rf"the run's folder .*small cannot be written: {reason}.*set `output` to"):
         folder.begin(config, None, world_size=1)
@@ -78,7 +78,7 @@ def test_a_folder_that_is_lost_while_it_trains_ends_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(requests, "LOST_POLLS", 1)
     path = small_config(tmp_path, steps=1_000_000)
     config = load_config(path, ["parallel.processes=1", "stages.pretrain.evaluate.sequences=2"])
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
 
     def lose():
         rows = folder.path / "metrics.jsonl"
@@ -103,7 +103,7 @@ def test_a_folder_that_is_lost_while_it_trains_ends_the_run(tmp_path, monkeypatc
 
 def test_a_look_at_the_folder_that_fails_once_is_no_loss(tmp_path, monkeypatch):
     config = load_config(small_config(tmp_path))
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     folder.begin(config, None, world_size=1)
 
     def stale(*_):

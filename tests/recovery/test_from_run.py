@@ -63,7 +63,7 @@ def test_it_starts_from_the_newest_weights_with_their_tokenizer(source, override
     before = everything(stage.parent)
     support.run(path, *overrides)
     assert everything(stage.parent) == before
-    folder = RunFolder.of(load_config(path, overrides))
+    folder = RunFolder(load_config(path, overrides).folder)
     first = read_metrics(folder.path)[0]
     expected = evaluate(stage, [SourceConfig(source=str(texts))])
     assert (first["kind"], first["step"], first["targets"]) == ("evaluation", 0, expected.metrics["targets"])

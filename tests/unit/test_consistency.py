@@ -2,7 +2,7 @@
 
 import yaml
 
-from bigtrain.config import RunConfig, to_yaml
+from bigtrain.config import RunConfig, shareable, to_yaml
 from bigtrain.distributed.consistency import CONFIG, DEVICE, SIZE, differences_among, in_common
 from bigtrain.distributed.rendezvous import Member, named
 
@@ -25,7 +25,11 @@ CONFIGURATION = {
 
 def members(*changes):
     """Rank 0 on node-a, and on node-b a rank for each of the changes to its metadata."""
-    metadata = in_common(RunConfig.model_validate(CONFIGURATION)) | {SIZE: "8", DEVICE: "cuda", "torch": "2.13.0"}
+    metadata = in_common(shareable(RunConfig.model_validate(CONFIGURATION))) | {
+        SIZE: "8",
+        DEVICE: "cuda",
+        "torch": "2.13.0",
+    }
     return [
         Member(0, "node-a", metadata),
         *(Member(n, "node-b", metadata | change) for n, change in enumerate(changes, 1)),

@@ -30,7 +30,7 @@ def history(tmp_path):
     events, out = Rows(), io.StringIO()
     world = World(0, 1, torch.device("cpu"), [], None)
     yield (
-        History(config.stages, world, RunFolder.of(config), Stream([events, Progress(out)])),
+        History(config.stages, world, RunFolder(config.folder), Stream([events, Progress(out)])),
         config.stages[0],
         events,
         out,

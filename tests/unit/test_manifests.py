@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.checkpoint import Checkpoint, Retention, save
-from bigtrain.checkpoint.format import MANIFEST, _json, _sealed
+from bigtrain.checkpoint.format import MANIFEST, SEAL
 from bigtrain.config import load_config
-from bigtrain.data.store import FORMAT, open_store, seal
+from bigtrain.data import store as store_module
+from bigtrain.data.store import FORMAT, open_store
 from bigtrain.errors import CheckpointError, ConfigError, DamagedError, DataError
 from bigtrain.run_folder import RunFolder
 from bigtrain.state import Box
@@ -56,7 +57,7 @@ def model_of(**buffers):
 
 
 def forge(folder, manifest):
-    (folder / MANIFEST).write_bytes(_json(_sealed(manifest)))
+    (folder / MANIFEST).write_bytes(SEAL.text(manifest).encode())
 
 
 def places(value, at=()):
@@ -157,7 +158,7 @@ def store(folder):
 )
 def test_a_stores_manifest(tmp_path, at, new, told):
     metadata = store(tmp_path / "store")
-    (tmp_path / "store" / "manifest.json").write_text(seal(changed(metadata, at, new)))
+    (tmp_path / "store" / "manifest.json").write_text(store_module.SEAL.text(changed(metadata, at, new)))
     with pytest.raises(DataError, match=rf"manifest\.json cannot be used: .*{told}.*Remove the folder"):
         open_store(tmp_path / "store", 4)
 
@@ -178,7 +179,7 @@ def test_a_stores_manifest(tmp_path, at, new, told):
     ],
 )
 def test_a_run_json_that_is_not_bigtrains(tmp_path, text):
-    folder = RunFolder.of(load_config(small_config(tmp_path)))
+    folder = RunFolder(load_config(small_config(tmp_path)).folder)
     folder.path.mkdir(parents=True)
     (folder.path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json is not what bigtrain has written: .*`mv "):

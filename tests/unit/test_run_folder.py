@@ -17,11 +17,11 @@ from bigtrain.config import difference, differences, load_config
 from bigtrain.config.folder import RESERVED
 from bigtrain.config.load import load
 from bigtrain.config.origin import Origin
-from bigtrain.errors import BigtrainError, CheckpointError, ConfigError
+from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, ending_of
 from bigtrain.inference.places import PretrainedPlace, locate
 from bigtrain.launching import start as starting
 from bigtrain.observability.stream import Files, Stream, read_metrics
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 from tests import tiny
 from tests.support import final_state, small_config
 from tests.support import step as step_event
@@ -35,7 +35,7 @@ def run(tmp_path):
     def config(*overrides):
         return load_config(path, overrides)
 
-    folder = RunFolder.of(config())
+    folder = RunFolder(config().folder)
     folder.begin(config(), None, world_size=2)
     stream = Stream([Files(folder.path, 1)])
     for stage in ("pretrain", "finetune"):
@@ -63,10 +63,10 @@ import sys
 from pathlib import Path
 from bigtrain.config import load_config
 from bigtrain.config.load import load
-from bigtrain.run_folder import RunFolder, ending_of
+from bigtrain.run_folder import RunFolder
 
 config = load_config(Path(sys.argv[1]))
-folder = RunFolder.of(config)
+folder = RunFolder(config.folder)
 folder.begin(config, None, world_size=1)
 print("begun", flush=True)
 sys.stdin.read()
@@ -76,7 +76,7 @@ sys.stdin.read()
 def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_path, monkeypatch, capsys):
     path = small_config(tmp_path)
     config = load_config(path)
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     job = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **pipes)
     assert job.stdout.readline() == "begun\n"
@@ -90,27 +90,27 @@ def test_a_second_job_in_the_same_folder_waits_for_the_first_or_is_refused(tmp_p
     assert folder.begin(config, None, world_size=1) == 2
     folder.leave()
     job.communicate()
-    assert RunFolder.of(config).begin(config, None, world_size=1) == 3
+    assert RunFolder(config.folder).begin(config, None, world_size=1) == 3
 
 
 def test_each_attempt_says_how_it_ended_as_far_as_anybody_knows(tmp_path):
     path = small_config(tmp_path)
     config = load_config(path)
-    first, since = RunFolder.of(config), time.time()
+    first, since = RunFolder(config.folder), time.time()
     first.end("refused", "its data is not there", since)
     assert not first.path.exists()  # there is no run to speak of
     job = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     job.stdout.readline()
-    RunFolder.of(config).end("refused", "another job is at work", time.time())
+    RunFolder(config.folder).end("refused", "another job is at work", time.time())
     assert ["ended" in attempt for attempt in first.metadata()["attempts"]] == [False]
     job.kill()
     job.communicate()
     for how, reason in (("failed", "the disk is full"), ("preempted", None), ("finished", None)):
-        folder, since = RunFolder.of(config), time.time()
+        folder, since = RunFolder(config.folder), time.time()
         folder.begin(config, None, world_size=1)
         folder.end(how, reason, since)
         folder.leave()
-        RunFolder.of(config).end("refused", f"after {how}", time.time())
+        RunFolder(config.folder).end("refused", f"after {how}", time.time())
     ends = [(attempt["ended"]["how"], attempt["ended"]["reason"]) for attempt in first.metadata()["attempts"]]
     assert ends[0] == ("killed", "it was killed, or its machine was lost: it left no word of its end")
     assert ends[1:3] == [("failed", "the disk is full"), ("refused", "after failed")]
@@ -140,7 +140,7 @@ def test_what_an_error_says_of_the_end(error, ending):
 def test_a_folder_that_a_job_is_about_to_begin_is_free(tmp_path):
     """As a job that was killed then leaves it."""
     path = small_config(tmp_path)
-    folder = RunFolder.of(load_config(path))
+    folder = RunFolder(load_config(path).folder)
     folder.path.mkdir(parents=True)
     (folder.path / "lock").touch()
     assert folder.begin(load(path, here=True).run, None, world_size=1) == 1
@@ -165,11 +165,11 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("fcntl.flock", missing)
     config = load_config(small_config(tmp_path))
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     assert not folder.is_at_work()
     assert folder.begin(config, None, world_size=1) == 1
     assert capsys.readouterr().err == (
-        f"the disk of {folder.path} has no locks: nothing keeps a second job from training the same run.\n"
+        f"the disk of {folder.path} has no locks: a second job could train the same run as well.\n"
     )
 
 
@@ -256,7 +256,7 @@ def test_a_run_that_has_saved_nothing_takes_any_change(tmp_path, override):
     if "name=first" in override:
         path.write_text(path.read_text().replace("from: pretrain", "from: first"))
     changed = load_config(path, [override])
-    folder = RunFolder.of(first)
+    folder = RunFolder(first.folder)
     folder.begin(first, None, world_size=1)
     folder.tokenizer.mkdir()
     (folder.tokenizer / "manifest.json").write_text("{}")
@@ -385,7 +385,7 @@ def test_unknown_stage(run):
 
 def test_a_folder_of_something_else(tmp_path):
     config = load_config(small_config(tmp_path))
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     folder.path.mkdir(parents=True)
     (folder.path / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="not empty and holds no run"):
@@ -436,7 +436,7 @@ def events(folder):
 
 def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
     config = load_config(small_config(tmp_path))
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     folder.end("refused", "before there is a run", time.time())
     assert not folder.path.exists()
     for reason in ("the disk is full", None):
@@ -444,7 +444,7 @@ def test_every_attempt_that_ends_badly_is_an_event(tmp_path):
         folder.begin(config, None, world_size=1)
         if reason:
             folder.end("failed", reason, since)
-    RunFolder.of(config).end("refused", "another job is at work", time.time())
+    RunFolder(config.folder).end("refused", "another job is at work", time.time())
     folder.leave()  # as a job that is killed
     folder.end("refused", "seed: 1", time.time())
     folder.begin(config, None, world_size=1)
@@ -471,7 +471,7 @@ def test_a_start_that_is_refused_or_fails_is_an_event(tmp_path, monkeypatch):
     config = load_config(path)
     with pytest.raises(ConfigError):
         starting.load_here(path, ["stages.pretrain.data.0.source=gone.jsonl"])
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     assert not folder.path.exists()
     since = time.time()
     folder.begin(config, None, world_size=1)

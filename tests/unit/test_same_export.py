@@ -24,6 +24,10 @@ CHAT = [{"role": "user", "content": "what is it"}, {"role": "assistant", "conten
 ANSWER = "\nthe quick brown fox"  # the template asks for one without the line break
 
 
+def left_out_of(run):
+    return left_out(run.model, run.stages)
+
+
 def finetuned(folder, base, **changes):
     """A run that has learned one answer by heart from a base model."""
     rows = "".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(40))
@@ -161,7 +165,7 @@ def test_whatever_the_base_models_settings_say_the_export_is_written(trained, tm
             (base / "generation_config.json").unlink()
         values = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(values | config))
-        before = left_out(load_config(run / "config.yaml", ["stages.p.export=true"]))
+        before = left_out_of(load_config(run / "config.yaml", ["stages.p.export=true"]))
         assert capsys.readouterr().err == ""
         folder = export(run, to=tmp_path / "export")
     finally:
@@ -201,5 +205,5 @@ def test_what_the_export_will_change_is_told_before_training(trained, tmp_path, 
     assert GenerationConfig.from_pretrained(run / "p" / "export").pad_token_id == tokenizer.eos_token_id
     assert (output.out + output.err).count(f"warning    {told}") == 1
     again = ["model={from_run: " + str(run / "p") + "}", "tokenizer=null", "name=again"]
-    assert "temperature (0.9) is left out" in left_out(load_config(path, again))[0]
-    assert left_out(load_config(path, [*overrides, "stages.p.export=false"])) == []
+    assert "temperature (0.9) is left out" in left_out_of(load_config(path, again))[0]
+    assert left_out_of(load_config(path, [*overrides, "stages.p.export=false"])) == []

@@ -27,7 +27,7 @@ from bigtrain.data import writing
 from bigtrain.data.batches import Batches
 from bigtrain.data.columns import BLOCK, Column
 from bigtrain.data.prepare import StageData, prepare_stage, prepare_tokenizer
-from bigtrain.data.store import FORMAT, Store, content_of, open_store, seal, verify_store
+from bigtrain.data.store import FORMAT, SEAL, Store, content_of, open_store, verify_store
 from bigtrain.data.types import IGNORE, Document, Layout
 from bigtrain.data.writing import assemble, gather, write_shard, write_store
 from bigtrain.errors import DataError
@@ -381,7 +381,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path, layout: str) -> Non
         "store_columns": {},
     }
     (folder / "manifest.json").write_text(
-        seal(
+        SEAL.text(
             manifest
             | {"tokens": tokens, "checksums": checksums}
             | {"files": {name: {"bytes": size, "sha256": ""} for name, size in sorted(sizes.items())}}

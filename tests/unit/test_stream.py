@@ -133,10 +133,9 @@ def test_lost_output_and_other_readers(capsys):
 
 
 def test_a_tracker_that_cannot_start_or_end(tmp_path, monkeypatch, capsys):
-    config = load_config(small_config(tmp_path, trackers=["tensorboard"]))
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     events = Rows()
-    stream = Stream([events, Tracker("tensorboard", config, tmp_path)])
+    stream = Stream([events, Tracker("tensorboard", "r", {}, tmp_path)])
     stream.emit(BEGUN)
     stream.emit(step())
     stream.close()
@@ -144,7 +143,7 @@ def test_a_tracker_that_cannot_start_or_end(tmp_path, monkeypatch, capsys):
     assert "the tracker tensorboard: " in capsys.readouterr().err
 
     monkeypatch.setattr("bigtrain.observability.trackers.FINISH_SECONDS", 0.1)
-    tracker = Tracker("tensorboard", config, tmp_path)
+    tracker = Tracker("tensorboard", "r", {}, tmp_path)
     tracker._tracker = Failing(RuntimeError("no server"), "close")
     tracker._tracker.finish = tracker._tracker.close
     with pytest.raises(RuntimeError, match="no server"):
@@ -181,7 +180,7 @@ def finished_run(tmp_path, seconds=(1.0, 1.1, 0.9, 8.0, 1.0), losses=(4.0, 2.48)
     """A run's folder with what a summary reads."""
     config = load_config(small_config(tmp_path))
     config = config.model_copy(update={"stages": config.stages[:1]})
-    folder = RunFolder.of(config)
+    folder = RunFolder(config.folder)
     folder.path.mkdir(parents=True)
     answers = [{"prompt": "say\x1b[31m", "answer": "two\nlines\tand \x1b[2J"}]
     (folder.path / "run.json").write_text(json.dumps({"stages": {"pretrain": {**METADATA, "answers": answers}}}))
@@ -198,7 +197,7 @@ def finished_run(tmp_path, seconds=(1.0, 1.1, 0.9, 8.0, 1.0), losses=(4.0, 2.48)
 
 def test_the_words_of_the_summary(tmp_path, capsys):
     config, folder = finished_run(tmp_path)
-    Stream([Summary(config, folder)]).emit(Finished(folder=str(folder.path), seconds=1.0))
+    Stream([Summary(config.stages, folder)]).emit(Finished(folder=str(folder.path), seconds=1.0))
     told = capsys.readouterr().out
     assert "trained    5.0k positions, 2.0k of them supervised targets, in 5 steps of a.jsonl (7 documents)" in told
     assert "loss 4.0000 -> 2.4800 (-38 %)" in told
@@ -208,14 +207,14 @@ def test_the_words_of_the_summary(tmp_path, capsys):
 
 def test_a_summary_of_even_steps_names_no_slow_one(tmp_path):
     config, folder = finished_run(tmp_path, seconds=(1.0, 2.9), losses=(2.0, 1.997))
-    assert "slow " not in summary(config, folder)
-    assert "(-0.1 %)" in summary(config, folder)
+    assert "slow " not in summary(config.stages, folder)
+    assert "(-0.1 %)" in summary(config.stages, folder)
 
 
 def test_a_summary_without_what_it_reads(tmp_path, capsys):
     config, folder = finished_run(tmp_path)
     (folder.path / "metrics.jsonl").unlink()
-    assert "4 steps of a.jsonl (7 documents); metrics.jsonl has no row of them" in summary(config, folder)
+    assert "4 steps of a.jsonl (7 documents); metrics.jsonl has no row of them" in summary(config.stages, folder)
     (folder.path / "run.json").write_text("{")
-    Stream([Summary(config, folder)]).emit(Finished(folder=str(folder.path), seconds=1.0))
+    Stream([Summary(config.stages, folder)]).emit(Finished(folder=str(folder.path), seconds=1.0))
     assert capsys.readouterr().err.startswith("the summary: ")

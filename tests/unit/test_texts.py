@@ -126,7 +126,7 @@ def test_a_run_is_the_same_whichever_way_its_paths_are_written(config, tmp_path)
     ]
     assert ways[0] == ways[1] == ways[2]
     assert differences(ways[0], ways[1], "mathematics") == []
-    assert {str(RunFolder.of(run).path) for run in ways} == {f"{tmp_path}/home/x/test"}
+    assert {str(RunFolder(run.folder).path) for run in ways} == {f"{tmp_path}/home/x/test"}
 
 
 def test_a_source_of_the_command_line_is_one_of_the_file(config, tmp_path):
