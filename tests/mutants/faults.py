@@ -440,8 +440,8 @@ CHECKPOINTS = [
     ),
     Fault(
         "zero-begins-to-count-anew",
-        'state["step"] = torch.tensor(float(self._updates), device=flat.device)',
-        'state["step"] = torch.tensor(0.0, device=flat.device)',
+        'state["step"] = torch.tensor(float(self._updates), device=self._device)',
+        'state["step"] = torch.tensor(0.0, device=self._device)',
         RESUMED,
     ),
     Fault(
@@ -467,7 +467,7 @@ CHECKPOINTS = [
         "        for name, parameter in self._parameters.items():\n"
         "            for slot, tensor in self._slots(parameter).items():\n"
         "                _fill(tensor, reader, name, slot)\n"
-        "        if BUFFER",
+        "        for name, buffer in",
         "        whole: list[Any] = []\n"
         "        for name, parameter in self._parameters.items():\n"
         "            for slot, tensor in self._slots(parameter).items():\n"
@@ -475,13 +475,13 @@ CHECKPOINTS = [
         "                whole.append((_local(tensor), reader.read(name, slot, _place(tensor), shape)))\n"
         "        for local, read in whole:\n"
         "            local.copy_(read)\n"
-        "        if BUFFER",
+        "        for name, buffer in",
         ("tests/parity/test_lean.py -k resuming",),
     ),
     Fault(
         "buffers-are-drawn-and-not-read",
-        "if BUFFER in reader.slots_of(name):\n                _fill",
-        "if False:\n                _fill",
+        "_fill(buffer, reader, name, BUFFER)",
+        "pass",
         (f"{STATE} -k buffers",),
     ),
     Fault(
