@@ -47,7 +47,7 @@ class Unusable(DataError):
 
 Row = dict[str, Any]
 Located = tuple[str, Row | Unusable]  # where the row stands, for messages; the row
-ABOUT = frozenset({"key", "where"})  # what of a document is no text of it
+ABOUT = frozenset({"key", "where", "label"})  # what of a document is no text of it
 Line = tuple[int, int, bytes | None]  # number from 1, offset in bytes, the line; None for one too long
 
 

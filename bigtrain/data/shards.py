@@ -229,12 +229,13 @@ def text_of(row: Row) -> str:
 
 
 def _measured(block: list[Row]) -> Metadata:
-    """Bytes of text of some rows, and a hash that tells them from others."""
+    """Bytes of text of some rows, and a hash that tells rows from others."""
     size, digest = 0, xxhash.xxh3_64()
     for row in block:
         text = text_of(row).encode()
         size += len(text)
         digest.update(text)
+        digest.update(row.get("label", "").encode())
     return {"text_bytes": size, "content": digest.hexdigest()}
 
 

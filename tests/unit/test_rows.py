@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigtrain.config.schema import CleanConfig
 from bigtrain.data.batches import DOCUMENTS, Batch, Batches, held_out_batches
+from bigtrain.data.cleaning.texts import TextSteps, row_text
+from bigtrain.data.shards import _measured, text_of
 from bigtrain.data.store import open_store
 from bigtrain.data.types import IGNORE, Document, Layout
 from bigtrain.data.writing import assemble, gather, write_shard
@@ -93,3 +96,12 @@ def test_rows_are_counted_once_and_what_is_cut_is_told():
     assert (encoded.tally.used, dict(encoded.tally.dropped)) == (1, {"empty": 1})
     with pytest.raises(KeyError, match="score"):
         gather([("a:1", [Document([1], None, {"targets": 0})])], layout(), np.dtype(np.uint16))
+
+
+def test_a_label_is_no_text_and_tells_rows_apart():
+    row = {"key": "k", "where": "a:1", "text": "win cash", "label": "spam"}
+    assert text_of(row) == row_text(row) == "win cash"
+    other = row | {"label": "ham"}
+    assert _measured([row]) != _measured([other])
+    steps = TextSteps(CleanConfig(normalize="NFKC"))
+    assert steps(row | {"text": "\uff21", "label": "\uff21"}) == row | {"text": "A", "label": "\uff21"}
