@@ -14,7 +14,7 @@ from bigtrain.models.weights import RandomWeights
 from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine, task_module
 from bigtrain.parallel.dims import ParallelDims
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 
 LENGTH = 24
 VOCABULARY = 97
@@ -121,7 +121,7 @@ def make(
     engine = build_engine(
         layout,
         build_model,
-        task or CausalLM(),
+        task or Pretrain(),
         dims=ParallelDims.of(layout, dist.get_rank(), dist.get_world_size(), replicate),
         precision=precision,
         compile=compile,
@@ -171,7 +171,7 @@ def by_chunks(function, layout, **kwargs):
     """`function` with so few logits at once that each micro-batch takes several chunks; (its result, how many)."""
     chunks = []
 
-    class Counted(CausalLM):
+    class Counted(Pretrain):
         def sums(self, logits, batch, training):
             chunks.append(logits.shape)
             return super().sums(logits, batch, training)

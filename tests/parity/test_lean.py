@@ -18,7 +18,7 @@ from bigtrain.models.causal_lm import empty_model
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.testing import Ranks
 from tests.parity.cases import OPTIMIZER
 
@@ -48,7 +48,7 @@ def make(layout, values):
     return build_engine(
         layout,
         builder(values),
-        CausalLM(),
+        Pretrain(),
         dims=ParallelDims.of(layout, dist.get_rank(), dist.get_world_size()),
         precision="fp32",
         compile=False,

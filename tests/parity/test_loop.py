@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch.distributed as dist
+from pydantic import PrivateAttr
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bigtrain.checkpoint import Checkpoint, Retention, Saver, complete
@@ -14,7 +15,7 @@ from bigtrain.data.batches import Batch
 from bigtrain.observability.events import Step
 from bigtrain.observability.stream import Stream
 from bigtrain.resilience.requests import Requests
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.training.loop import train
 from bigtrain.training.reports import Reports
 from bigtrain.training.run import StageRun
@@ -88,15 +89,14 @@ def test_each_step_has_its_rate_through_an_interruption(pools, tmp_path, layout,
         assert used + used_then == [{rate} for rate in reported + reported_then]
 
 
-class Watched(CausalLM):
+class Watched(Pretrain):
     """Remembers the loss of each micro-batch."""
 
-    def __init__(self):
-        self.losses = []
+    _losses: list[float] = PrivateAttr(default_factory=list)
 
     def sums(self, logits, batch, training):
         sums = super().sums(logits, batch, training)
-        self.losses.append(sums["loss"].item())
+        self._losses.append(sums["loss"].item())
         return sums
 
 
@@ -114,11 +114,11 @@ def draws(layout, seed, steps, checkpointing="none"):
     for i, step in enumerate(steps):
         if i == len(steps) - 1:
             engine.evaluate([Batch(mine, 8, 0)])
-            losses.append(tuple(task.losses))
-            task.losses.clear()
+            losses.append(tuple(task._losses))
+            task._losses.clear()
         norms.append(engine.step(Batch(mine, 8, step), lr=0.0).grad_norm.item())
-        losses.append(tuple(task.losses))
-        task.losses.clear()
+        losses.append(tuple(task._losses))
+        task._losses.clear()
     engine.close()
     return losses, norms[0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import PrivateAttr
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -27,7 +28,7 @@ from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.pipeline.build import open_tokenizer
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 from bigtrain.testing import Ranks
 from tests.parity import cases
 from tests.support import MODEL, small_config
@@ -65,12 +66,14 @@ assert "bigtrain" not in sys.modules
 """
 
 
-class Watched(CausalLM):
+class Watched(Pretrain):
     """Keeps the logits of the last forward outside training."""
+
+    _logits = PrivateAttr()
 
     def sums(self, logits, batch, training):
         if not training:
-            self.logits = logits.detach().unflatten(0, batch["targets"].shape).clone()
+            self._logits = logits.detach().unflatten(0, batch["targets"].shape).clone()
         return super().sums(logits, batch, training)
 
 
@@ -100,7 +103,7 @@ def train_and_save(folder, layout):
     engine.evaluate([batch])
     weights = {name: tensor for (name, slot), tensor in cases.collect(engine).items() if slot == "weight"}
     engine.close()
-    return weights, {key: batch.tensors[key] for key in ("input_ids", "position_ids")}, task.logits
+    return weights, {key: batch.tensors[key] for key in ("input_ids", "position_ids")}, task._logits
 
 
 def evaluate_here(where):

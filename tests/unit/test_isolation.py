@@ -15,7 +15,7 @@ from bigtrain.models.families import FAMILIES as TABLE
 from bigtrain.models.trial import try_architecture
 from bigtrain.parallel.micro_batches import CU_SEQLENS, micro_batches
 from bigtrain.parallel.task_module import TaskModule
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 
 SMALL = {
     "hidden_size": 32,
@@ -84,7 +84,7 @@ def module(family, attention, checkpointing):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=generator)
-    return TaskModule(model, CausalLM(), torch.device("cpu"))
+    return TaskModule(model, Pretrain(), torch.device("cpu"))
 
 
 def first_supported(family):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.models.families import FAMILIES, plain_head
 from bigtrain.parallel import task_module
-from bigtrain.tasks.causal_lm import CausalLM
+from bigtrain.tasks.pretrain import Pretrain
 from tests.forked import call
 
 SMALL = {
@@ -69,7 +69,7 @@ def peaks():
     torch.set_num_threads(1)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = AutoConfig.for_model("llama", **sizes, vocab_size=2**17, tie_word_embeddings=True)
-    module = task_module.TaskModule(AutoModelForCausalLM.from_config(config), CausalLM(), torch.device("cpu"))
+    module = task_module.TaskModule(AutoModelForCausalLM.from_config(config), Pretrain(), torch.device("cpu"))
     ids = torch.randint(0, 2**17, (1, 1024))
     batch = {"input_ids": ids, "targets": ids, "position_ids": torch.arange(1024)[None]}
     assert task_module.LOGITS_AT_ONCE == 2**26  # half of these logits
@@ -110,7 +110,7 @@ def head_gradients(family, dtype, chunks, compiled=False, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | {"vocab_size": 256, "intermediate_size": 64}, **changes)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    module = task_module.TaskModule(model, CausalLM(), torch.device("cpu"))
+    module = task_module.TaskModule(model, Pretrain(), torch.device("cpu"))
     if compiled:
         module._token_sums = torch.compile(module._token_sums, fullgraph=True, dynamic=False, backend="aot_eager")
     ids, targets = torch.randint(3, 256, (2, 1, TOKENS), generator=torch.Generator().manual_seed(0))
