@@ -25,7 +25,7 @@ from throughput import interval
 from bigtrain.config import load_config
 from bigtrain.data.batches import Batches
 from bigtrain.data.prepare import prepare_stage
-from bigtrain.models.causal_lm import model_config
+from bigtrain.models.architecture import model_config
 from bigtrain.observability.stream import read_metrics
 from bigtrain.pipeline.build import open_tokenizer
 

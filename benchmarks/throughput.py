@@ -46,7 +46,7 @@ from bigtrain.data.batches import Batches, Prefetched
 from bigtrain.data.store import open_store
 from bigtrain.data.types import Layout
 from bigtrain.data.writing import write_store
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
 from bigtrain.models.linear import make_fast, mkl_is_slow
 from bigtrain.models.weights import cut

@@ -28,7 +28,7 @@ from bigtrain.data.batches import Batch, Prefetched
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.distributed.consistency import in_common
 from bigtrain.distributed.world import joined
-from bigtrain.models.causal_lm import model_config
+from bigtrain.models.architecture import model_config
 from bigtrain.models.flops import Arithmetic, arithmetic, peak_flops
 from bigtrain.models.weights import RandomWeights
 from bigtrain.observability.console import console

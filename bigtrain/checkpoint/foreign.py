@@ -20,7 +20,7 @@ from torch import Tensor
 from bigtrain.checkpoint.load import check_shapes
 from bigtrain.config.files import literal
 from bigtrain.errors import CheckpointError, ConfigError, reason, shorten
-from bigtrain.models.causal_lm import parameter_shapes, persistent_buffers
+from bigtrain.models.architecture import parameter_shapes, persistent_buffers
 from bigtrain.pretrained import arguments, opening, wrong_file
 from bigtrain.state import BUFFER, WEIGHT, Box, Shape
 

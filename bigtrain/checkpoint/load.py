@@ -25,7 +25,7 @@ from bigtrain.checkpoint.format import (
 )
 from bigtrain.checkpoint.retention import resumable
 from bigtrain.errors import CheckpointError, DamagedError, shorten
-from bigtrain.models.causal_lm import parameter_shapes, persistent_buffers
+from bigtrain.models.architecture import parameter_shapes, persistent_buffers
 from bigtrain.state import BUFFER, WEIGHT, Shape, flat_span, lies_inside
 from bigtrain.tensor_files import read_whole
 

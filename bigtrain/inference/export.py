@@ -17,7 +17,7 @@ from bigtrain.errors import CheckpointError, ConfigError, shorten
 from bigtrain.inference.load import METADATA, LoadedModel, load_model
 from bigtrain.inference.places import RunPlace, locate
 from bigtrain.masking import masked
-from bigtrain.models.causal_lm import empty_model, persistent_buffers
+from bigtrain.models.architecture import empty_model, persistent_buffers
 from bigtrain.models.converted import converted_shapes
 from bigtrain.models.kinds import KINDS, kind_of
 from bigtrain.observability.progress import shown_metrics

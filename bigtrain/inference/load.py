@@ -18,7 +18,7 @@ from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.errors import ConfigError, DamagedError, nearest, reason, shorten
 from bigtrain.inference.generation import set_generation
 from bigtrain.inference.places import RunPlace, locate
-from bigtrain.models.causal_lm import (
+from bigtrain.models.architecture import (
     empty_model,
     kept_config,
     model_config,

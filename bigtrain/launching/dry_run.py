@@ -121,7 +121,7 @@ def model_size(run: RunConfig) -> Size | str:
 
 
 def _built(run: RunConfig, entries: int) -> Size:
-    from bigtrain.models.causal_lm import dropouts, parameter_shapes
+    from bigtrain.models.architecture import dropouts, parameter_shapes
     from bigtrain.models.freeze import parameter_names
     from bigtrain.models.trial import try_architecture
     from bigtrain.pretrained import quiet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config.schema import ModelConfig
 from bigtrain.errors import BigtrainError, ConfigError, shorten
-from bigtrain.models.causal_lm import empty_model, model_config, repeated_layers, with_task
+from bigtrain.models.architecture import empty_model, model_config, repeated_layers, with_task
 from bigtrain.models.families import check_document_mask
 from bigtrain.models.kinds import CAUSAL_LM
 from bigtrain.pretrained import silenced

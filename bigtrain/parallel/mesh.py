@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from bigtrain.data.batches import Batch
 from bigtrain.distributed.collectives import read_together, sum_over_ranks
-from bigtrain.models.causal_lm import persistent_buffers, repeated_layers
+from bigtrain.models.architecture import persistent_buffers, repeated_layers
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.engine import (
     NO_FLAGS,

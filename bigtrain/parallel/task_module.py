@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigtrain.models.causal_lm import compile_layers
+from bigtrain.models.architecture import compile_layers
 from bigtrain.models.families import plain_head
 from bigtrain.models.head import GradientSum, use_in_chunks
 from bigtrain.models.linear import SLOW_DTYPES, linear, make_fast

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from bigtrain.data.batches import Batch
 from bigtrain.distributed.collectives import read_together, sum_over_ranks
-from bigtrain.models.causal_lm import persistent_buffers
+from bigtrain.models.architecture import persistent_buffers
 from bigtrain.parallel.dims import ParallelDims
 from bigtrain.parallel.engine import (
     NO_FLAGS,

@@ -15,7 +15,7 @@ from bigtrain.data.prepare import StageData, counts, prepare_stage, prepare_toke
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.distributed.world import World
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.models.causal_lm import empty_model, with_task
+from bigtrain.models.architecture import empty_model, with_task
 from bigtrain.observability.events import Cleaned, CleanedTooMuch, Prepared, Preparing
 from bigtrain.observability.stream import Stream
 from bigtrain.parallel import build_engine

@@ -13,7 +13,7 @@ from bigtrain.config.schema import StageConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.distributed.world import joined
 from bigtrain.errors import ConfigError, ending_of
-from bigtrain.models.causal_lm import parameter_shapes
+from bigtrain.models.architecture import parameter_shapes
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.pipeline.preflight import try_inputs

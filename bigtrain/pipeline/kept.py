@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.config import RunConfig
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.disk import make_once
-from bigtrain.models.causal_lm import keep_config, kept_config, model_config
+from bigtrain.models.architecture import keep_config, kept_config, model_config
 from bigtrain.pipeline.build import open_tokenizer
 from bigtrain.run_folder import RunFolder
 

@@ -13,7 +13,7 @@ from bigtrain.data.prepare import StageData, counts
 from bigtrain.data.store import Store
 from bigtrain.distributed.collectives import from_first
 from bigtrain.errors import BigtrainError, DamagedError, NotFiniteError
-from bigtrain.models.causal_lm import dropouts, parameter_shapes
+from bigtrain.models.architecture import dropouts, parameter_shapes
 from bigtrain.models.families import plain_head
 from bigtrain.models.freeze import frozen_shapes
 from bigtrain.observability.events import Preempted, Preparing, StageSkipped, StageStarted

@@ -19,7 +19,7 @@ from bigtrain.checkpoint import Checkpoint
 from bigtrain.cli import app
 from bigtrain.data.batches import Batch
 from bigtrain.errors import BigtrainError
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
 from bigtrain.data.batches import Batch
 from bigtrain.data.types import IGNORE
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.weights import RandomWeights
 from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine, task_module

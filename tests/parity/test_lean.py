@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
 from bigtrain.data.batches import Batch
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 from bigtrain.parallel import build_engine
 from bigtrain.parallel.dims import ParallelDims

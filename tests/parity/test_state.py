@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.checkpoint import Checkpoint, Retention, complete, save
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.weights import pretrained_weights
 from tests.parity import cases
 

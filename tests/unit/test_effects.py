@@ -11,7 +11,7 @@ from bigtrain.config.checks import unusual
 from bigtrain.data.prepare import StageData
 from bigtrain.distributed.world import World
 from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import dropouts
+from bigtrain.models.architecture import dropouts
 from bigtrain.observability.stream import Stream
 from bigtrain.pipeline.build import StageBuilder
 from bigtrain.pipeline.history import History

@@ -22,7 +22,7 @@ from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import MARK, export, write_folder
 from bigtrain.inference.load import LoadedModel, load_model
-from bigtrain.models.causal_lm import empty_model, model_config
+from bigtrain.models.architecture import empty_model, model_config
 from bigtrain.models.weights import RandomWeights
 from bigtrain.optim.adamw import AdamW
 from bigtrain.parallel import build_engine

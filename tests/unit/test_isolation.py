@@ -10,7 +10,7 @@ from bigtrain.config.schema import ModelConfig
 from bigtrain.data.batches import Batch
 from bigtrain.data.types import IGNORE
 from bigtrain.errors import ConfigError
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.families import FAMILIES as TABLE
 from bigtrain.models.trial import try_architecture
 from bigtrain.parallel.micro_batches import CU_SEQLENS, micro_batches

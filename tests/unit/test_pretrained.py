@@ -17,7 +17,7 @@ from bigtrain.config.schema import ModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.inference.load import load_model
 from bigtrain.launching.dry_run import model_size
-from bigtrain.models.causal_lm import empty_model
+from bigtrain.models.architecture import empty_model
 from bigtrain.models.trial import try_architecture
 from bigtrain.models.weights import pretrained_weights
 from tests import tiny

@@ -12,7 +12,7 @@ from bigtrain.config.schema import ModelConfig
 from bigtrain.data.tokenizer import num_ids
 from bigtrain.errors import ConfigError
 from bigtrain.launching.dry_run import model_size
-from bigtrain.models.causal_lm import model_config
+from bigtrain.models.architecture import model_config
 from bigtrain.models.families import FAMILIES
 from bigtrain.models.trial import try_architecture
 from bigtrain.pipeline.build import open_tokenizer

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bigtrain.errors import CheckpointError
-from bigtrain.models.causal_lm import empty_model, persistent_buffers
+from bigtrain.models.architecture import empty_model, persistent_buffers
 from bigtrain.models.weights import RandomWeights, pretrained_weights
 
 SMALL = {

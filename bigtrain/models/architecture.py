@@ -1,4 +1,4 @@
-"""Causal language models of transformers, built empty: their weights always come from a StateReader."""
+"""Architectures of transformers: their configuration, and models built empty, whose weights a StateReader gives."""
 
 from __future__ import annotations
 
