@@ -142,6 +142,8 @@ def differences(old: RunConfig, new: RunConfig, mark: str) -> list[tuple[str, An
 
 def _compare(old: Any, new: Any, at: KeyPath, mark: str, found: list[tuple[str, Any, Any]]) -> None:
     for name, info in type(new).model_fields.items():
+        if name not in type(old).model_fields:  # another component, which its name tells
+            continue
         a, b, path = getattr(old, name), getattr(new, name), (*at, info.alias or name)
         if name == "stages":
             stages = {stage.name: stage for stage in b}
@@ -150,7 +152,7 @@ def _compare(old: Any, new: Any, at: KeyPath, mark: str, found: list[tuple[str, 
                     _compare(stage, stages[stage.name], (*path, stage.name), mark, found)
                 elif mark_of(info) == mark:
                     found.append((_dotted((*path, stage.name)), A_STAGE, ABSENT))
-        elif type(a) is type(b) and isinstance(a, Section):
+        elif isinstance(a, Section) and isinstance(b, Section):
             _compare(a, b, path, mark, found)
         elif _are_sections(a) and _are_sections(b) and len(a) == len(b):
             for i, pair in enumerate(zip(a, b, strict=True)):

@@ -83,7 +83,7 @@ def test_every_token_and_mark_is_that_of_the_batch(prepared):
 def test_the_terminal_shows_all_of_it(prepared):
     path, shown, _ = prepared
     for _, seen, _ in views(path, step=2, rows=16):
-        assert f"{seen.stage.name} ({seen.stage.task}), step 2 of 0 to 5" in shown
+        assert f"{seen.stage.name} ({seen.stage.task.name}), step 2 of 0 to 5" in shown
         assert f"{seen.supervised:,} trained targets" in shown
         for row in seen.sequences:
             assert f"{row.source}, sample {row.sample}\n" in shown

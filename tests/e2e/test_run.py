@@ -123,7 +123,7 @@ def test_flex_attention_is_refused_without_a_gpu(tmp_path):
 def test_a_machine_that_cannot_compile_is_told(tmp_path):
     config = small_config(tmp_path, steps=1)
     variables = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    process = bigtrain("run", config, "parallel.compile=true", "parallel.processes=1", variables=variables)
+    process = bigtrain("run", config, "parallel.compile=true", "parallel.processes=1", env=os.environ | variables)
     assert process.returncode == 1
     assert (
         "stage pretrain: torch.compile cannot compile this model here; set parallel.compile: false." in process.stderr

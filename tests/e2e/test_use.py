@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bigtrain.config import load_config
 from bigtrain.config.schema import SourceConfig
 from bigtrain.data.cleaning.texts import row_text
-from bigtrain.data.sources import COLUMNS, documents, is_held_out
+from bigtrain.data.sources import documents, is_held_out
 from bigtrain.errors import CheckpointError, ConfigError, DataError
 from bigtrain.inference.evaluate import evaluate
 from bigtrain.inference.export import export
@@ -165,7 +165,7 @@ def test_each_held_out_document_is_listed_with_its_loss(run, tmp_path, stage, se
     )
     config = load_config(run / "config.yaml").stages[["pretrain", "finetune"].index(stage)]
     [source] = config.data
-    held_out = [r for r in documents(source, COLUMNS[config.task]) if is_held_out(r["key"], config.held_out)]
+    held_out = [r for r in documents(source, config.task.columns) if is_held_out(r["key"], config.held_out)]
     places = [row["where"] for row in held_out]
     found = [row["where"] for row in rows]
     assert found == [where for where in places if where in set(found)] and len(set(found)) == len(found) >= (

@@ -11,7 +11,7 @@ from bigtrain.tasks.classify import Classify
 from tests.parity import cases, plain
 from tests.parity.test_steps import LAYOUTS, STEPS, relative
 
-TASK = {"whole": cases.labelled_batch, "build_model": cases.classifier_builder(), "task": Classify(cases.LABELS)}
+TASK = {"whole": cases.labelled_batch, "build_model": cases.classifier_builder(), "task": Classify(labels=cases.LABELS)}
 
 
 def first_model():
@@ -74,7 +74,7 @@ def test_metrics_are_those_of_scikit_learn(pools, layout):
         logits = torch.cat([model(batch["input_ids"], batch["attention_mask"]).logits for batch in batches])
     targets, predicted = torch.cat([batch["targets"] for batch in batches]), logits.argmax(-1)
     for sums in pools(3)(cases.evaluated, layout, **TASK):
-        metrics = Classify(cases.LABELS).metrics(sums)
+        metrics = Classify(labels=cases.LABELS).metrics(sums)
         assert metrics["targets"] == 14
         assert metrics["accuracy"] == pytest.approx((predicted == targets).double().mean().item())
         assert metrics["macro_f1"] == pytest.approx(

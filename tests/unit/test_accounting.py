@@ -30,6 +30,7 @@ from bigtrain.data.tokenizer import load_tokenizer, train_tokenizer
 from bigtrain.data.types import Layout
 from bigtrain.data.writing import gather, token_dtype
 from bigtrain.errors import DataError
+from bigtrain.observability.events import Prepared
 from bigtrain.observability.progress import Progress, dropped
 from bigtrain.optim.adamw import AdamW
 
@@ -251,7 +252,7 @@ def test_files_that_are_passed_over_for_their_names_are_told(tmp_path: Path, tok
     [store] = prepared(tmp_path, tokenizer, "pretrain", SourceConfig(source=str(table))).train
     assert (store.manifest["hidden"], store.manifest["rows"]) == (3, 1)
     shown = io.StringIO()
-    Progress(shown)({"kind": "prepared", "stage": "s", **counts(store)})
+    Progress(shown)(Prepared(stage="s", folder="f", counts=counts(store)))
     assert "; 3 files or folders whose names begin with _ or . not read" in " ".join(shown.getvalue().split())
 
 

@@ -64,7 +64,7 @@ def test_answers_keep_their_lines(monkeypatch, capsys):
 
 
 def test_what_is_evaluated(monkeypatch, capsys):
-    found = evaluate.Evaluation(1.0, 2.7, 0.5, 10, f"a model, on {EVIL}")
+    found = evaluate.Evaluation({"loss": 1.0, "accuracy": 0.5, "targets": 10}, f"a model, on {EVIL}")
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: found)
     out, _, code = command(monkeypatch, capsys, "eval", "somewhere")
     assert code == 0 and SPELT in out

@@ -232,13 +232,13 @@ def by_hand(tokenizer, spelt, forged=""):
 
 def shown(tokenizer, documents):
     """As text, which a failing test can be read by."""
-    return [[(tokenizer.convert_ids_to_tokens(i), t) for i, t in zip(*d, strict=True)] for d in documents]
+    return [[(tokenizer.convert_ids_to_tokens(i), t) for i, t in zip(*d[:2], strict=True)] for d in documents]
 
 
 def assert_spelt(tokenizer, found, expected, forged=""):
     by_hands = [by_hand(tokenizer, spelt, forged) for spelt in expected]
     assert shown(tokenizer, found) == shown(tokenizer, by_hands)
-    assert [(list(ids), list(trained)) for ids, trained in found] == by_hands
+    assert [(list(ids), list(trained)) for ids, trained, *_ in found] == by_hands
 
 
 @pytest.mark.parametrize("family", TOKENS)

@@ -45,6 +45,7 @@ from bigtrain.data.cleaning.texts import TextSteps, repair, row_text, words
 from bigtrain.data.prepare import prepare_stage
 from bigtrain.data.sources import documents
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.observability.events import Cleaned
 from bigtrain.observability.progress import Progress
 from bigtrain.observability.stream import Stream
 from bigtrain.optim.adamw import AdamW
@@ -801,7 +802,7 @@ def test_a_tokenizer_learns_from_cleaned_text(tmp_path: Path) -> None:
 def test_what_is_shown_while_it_runs(tmp_path: Path) -> None:
     decisions = decided(tmp_path / "out", messy(tmp_path / "data"))
     shown = io.StringIO()
-    Progress(shown)({"kind": "cleaned", "stage": "s", **decisions.summary()})
+    Progress(shown)(Cleaned(stage="s", **decisions.summary()))
     report = decisions.report
     assert f"{report['kept']} of {report['documents']} training documents stay" in shown.getvalue()
     assert "2 leaked" in shown.getvalue() and "1 near duplicate" in shown.getvalue()

@@ -136,7 +136,8 @@ def test_what_is_wrong_with_a_component_is_told_at_its_key(config, given, told):
 def test_a_changed_component_is_a_difference(config):
     old, new = config(), config(S + "optimizer={name: sgd, lr: 3e-4}", F_SCHEDULE)
     assert differences(old, new, "mathematics") == [
-        ("stages.pretrain.optimizer", AdamW(lr=3e-4), SGD(lr=3e-4)),
+        ("stages.pretrain.optimizer.name", "adamw", "sgd"),
+        ("stages.pretrain.optimizer.weight_decay", 0.1, 0.0),
         ("stages.finetune.schedule.warmup_ratio", 0.0, 0.25),
     ]
 

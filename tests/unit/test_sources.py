@@ -238,8 +238,8 @@ def test_a_function_yields_rows(module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("row", "has no function row; the nearest is rows"),
-        ("value", "has no function value"),
+        ("row", "has no row; the nearest is rows"),
+        ("value", "value: is no function"),
         ("bad", "row 0 is str instead of a dict"),
         ("half", "surrogate"),
         ("none", "holds no documents"),

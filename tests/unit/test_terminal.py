@@ -15,6 +15,7 @@ import bigtrain
 from bigtrain.errors import BigtrainError, DamagedError, DataError
 from bigtrain.masking import MASK, masked, masked_values
 from bigtrain.observability.console import console
+from bigtrain.observability.events import Preparing, Tokenizing
 from bigtrain.observability.progress import Progress
 from bigtrain.terminal import Guarded, guarded, printable, say, show
 
@@ -70,10 +71,10 @@ def test_progress_prints_no_control_characters_of_an_event():
         file = io.StringIO()
         file.isatty = lambda terminal=terminal: terminal
         progress = Progress(file)
-        progress({"kind": "preparing", "what": "data of \x1b[31mstage"})
-        event = {"source": "evil\x1b[2J.jsonl", "documents_are": "all", "documents": 1, "text_bytes": 1e6}
+        progress(Preparing(what="data of \x1b[31mstage"))
+        event = {"source": "evil\x1b[2J.jsonl", "documents_are": "all", "documents": 1, "text_bytes": 1e6, "tokens": 1}
         rates = dict.fromkeys(("documents_per_second", "text_bytes_per_second", "tokens_per_second"), 1.0)
-        progress({"kind": "tokenizing", "expected_bytes": None, "seconds_left": None, **event, **rates})
+        progress(Tokenizing(expected_bytes=None, seconds_left=None, **event, **rates))
         assert r"\x1b[31mstage" in file.getvalue() and r"evil\x1b[2J.jsonl" in file.getvalue()
         assert "\x1b[31m" not in file.getvalue() and "\x1b[2J" not in file.getvalue()
 
@@ -119,7 +120,7 @@ def test_a_stream_that_is_lost_says_so_and_raises_nothing(tmp_path, monkeypatch)
 def test_progress_tells_its_stream_that_it_is_lost(tmp_path):
     for stream, kind in lost_streams(tmp_path):
         with pytest.raises(kind):
-            Progress(stream)({"kind": "preparing", "what": "data"})
+            Progress(stream)(Preparing(what="data"))
 
 
 def command(arguments, environment=None, **streams):
