@@ -52,7 +52,7 @@ from bigtrain.data.chat import ChatTemplate
 from bigtrain.data.columns import BLOCK, CHECKSUMS, Column
 from bigtrain.data.prepare import prepare_stage, prepare_tokenizer
 from bigtrain.data.sources import documents
-from bigtrain.data.store import FORMAT, Store, open_store, seal
+from bigtrain.data.store import FORMAT, SEAL, Sequences, open_store
 from bigtrain.data.tokenizer import load_tokenizer
 from bigtrain.data.types import IGNORE, Layout
 from bigtrain.data.writing import gather
@@ -118,7 +118,7 @@ def write_texts(folder: Path) -> list[str]:
     return texts
 
 
-def prepare(run: RunConfig, tokenizer: Any) -> Store:
+def prepare(run: RunConfig, tokenizer: Any) -> Sequences:
     return prepare_stage(run.stages[0], Pretrain(), tokenizer, stores=run.stores, seed=run.seed).train[0]
 
 
@@ -361,7 +361,7 @@ class Plain:
     _unread = -1
 
 
-def unchecked(store: Store) -> Store:
+def unchecked(store: Sequences) -> Sequences:
     for name in {"_tokens", "_documents", "_loss_mask", "_packed"} & vars(store).keys():
         if (column := getattr(store, name)) is not None:
             setattr(store, name, Plain(column) if name == "_documents" else column._array)
@@ -485,11 +485,11 @@ def sparse_store(folder: Path) -> Path:
     sizes = {"documents.bin": len(starts), "tokens.bin": 2 * tokens}
     manifest = {
         **{"format": FORMAT, "layout": "windows", "sequence_length": None, "source": "holes", "documents_are": "all"},
-        **{"pad_id": None, "dtype": "uint16", "documents": count, "tokens": tokens},
+        **{"pad_id": None, "dtype": "uint16", "store_columns": {}, "documents": count, "tokens": tokens},
         "checksums": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "files": {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()},
     }
-    (folder / "manifest.json").write_text(seal(manifest))
+    (folder / "manifest.json").write_text(SEAL.text(manifest))
     return folder
 
 

@@ -26,7 +26,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from bigtrain.checkpoint import NoSaver
 from bigtrain.config.schema import SourceConfig, StageConfig
 from bigtrain.data.batches import Batches, Prefetched
 from bigtrain.data.store import open_store
-from bigtrain.data.types import Layout
+from bigtrain.data.types import Document, Layout
 from bigtrain.data.writing import write_store
 from bigtrain.models.architecture import empty_model
 from bigtrain.models.flops import arithmetic, peak_flops
@@ -101,10 +101,11 @@ SIZES = {
 class InMemory:
     """Gives an engine the weights of a model that is there already."""
 
-    slots = (WEIGHT,)
-
     def __init__(self, model: LlamaForCausalLM):
         self._weights = dict(model.named_parameters())
+
+    def slots_of(self, name: str) -> Sequence[str]:
+        return (WEIGHT,) if name in self._weights else ()
 
     def read(self, name: str, slot: str, offsets: Shape, lengths: Shape) -> torch.Tensor:
         assert slot == WEIGHT
@@ -245,7 +246,7 @@ def bigtrain(setting: Setting, report: Report, *, attention: str = "sdpa", compi
     ):
         stream = Stream([Files(Path(folder), attempt=1), Progress(), turns])
         run = StageRun.of(stage, setting.steps * size.rows, 0, Reports(stage.name, stream))
-        train(run, engine, batches, held_out=tuple, saver=NoSaver(), requests=Requests())
+        train(run, engine, batches, evaluate=dict, saver=NoSaver(), requests=Requests())
         stream.close()
     engine.close()
 
@@ -306,7 +307,7 @@ def prepare(size: Size, steps: int, folder: Path, device: torch.device, precisio
     config = LlamaConfig(max_position_embeddings=size.length, use_cache=False, **size.shape)
     config._attn_implementation = "sdpa"
     rows = steps * size.rows
-    documents = ((row, None) for row in torch.randint(0, config.vocab_size, (rows, size.length)).numpy())
+    documents = (Document(row) for row in torch.randint(0, config.vocab_size, (rows, size.length)).numpy())
     store = folder / "store"
     store.mkdir()
     write_store(

@@ -79,7 +79,7 @@ def cut(messages: list[Message], pieces: Collection[str]) -> Cut | None:
             return None
         elif is_id and value in ids:
             text = ids[value]
-        elif pieces or value != value.strip():
+        elif value != value.strip() or any(piece in value for piece in pieces):
             text = _cut(value, pieces, held)
             if len(text) > LONGEST:
                 return None
@@ -132,8 +132,8 @@ def _cut(text: str, pieces: Collection[str], held: list[Any]) -> str:
     for begin, end in (*spans, (len(text), len(text))):
         part = text[behind:begin]
         if inner := part.strip():
-            before, _, after = part.partition(inner)
-            part = f"{before}{chr(ord(FIRST) + len(held))}{after}"
+            at = len(part) - len(part.lstrip())
+            part = f"{part[:at]}{chr(ord(FIRST) + len(held))}{part[at + len(inner) :]}"
             held.append(inner)
         cut += part + text[max(begin, behind) : end]
         behind = max(end, behind)
