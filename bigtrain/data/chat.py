@@ -337,10 +337,11 @@ class ChatTemplate:
 
     def _for_template(self, message: Message, template: Template) -> Message:
         """As the template takes it: arguments of tool calls are decoded, or text where it writes them as they are."""
-        message = {key: value for key, value in message.items() if key != "train"}
+        if "train" in message:
+            message = {key: value for key, value in message.items() if key != "train"}
         if message.get("tool_calls"):
             as_text = self._takes_text[template]
-            message["tool_calls"] = [with_arguments(call, as_text) for call in message["tool_calls"]]
+            return message | {"tool_calls": [with_arguments(call, as_text) for call in message["tool_calls"]]}
         return message
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigtrain.data.conversations import Message, every_text
@@ -41,23 +40,28 @@ def check_marks(text: str, unguarded: str) -> None:
         )
 
 
-def texts_of(messages: list[Message]) -> Iterator[str]:
+def texts_of(messages: list[Message]) -> list[str]:
     """All texts in messages but their roles, with the names of what they hold."""
+    texts: list[str] = []
     for message in messages:
-        yield message["content"]
+        texts.append(message["content"])
         if len(message) > 2:
-            yield from _held({key: value for key, value in message.items() if key not in ("role", "content")}.values())
+            for key, value in message.items():
+                if key not in ("role", "content"):
+                    _gather(value, texts)
+    return texts
 
 
-def _held(values: Iterable[Any]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            yield from value
-            yield from _held(value.values())
-        elif isinstance(value, list):
-            yield from _held(value)
+def _gather(value: Any, texts: list[str]) -> None:
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, dict):
+        texts.extend(value)
+        for held in value.values():
+            _gather(held, texts)
+    elif isinstance(value, list):
+        for held in value:
+            _gather(held, texts)
 
 
 def any_of(names: Any) -> re.Pattern[str]:
