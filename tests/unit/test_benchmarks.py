@@ -1,6 +1,7 @@
 """The benchmarks stand on what is there: each file can be imported, and has what it imports from the package."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,5 +14,5 @@ def test_it_can_be_imported(file, monkeypatch):
     monkeypatch.syspath_prepend(str(file.parent))
     monkeypatch.syspath_prepend(str(file.parents[1]))
     spec = importlib.util.spec_from_file_location(f"benchmark_{file.stem}", file)
-    monkeypatch.setitem(__import__("sys").modules, spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(__import__("sys").modules[spec.name])
+    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[spec.name])
